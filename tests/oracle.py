@@ -1,0 +1,46 @@
+"""Right beyond doubt: attention in float64, with loops and no cleverness."""
+import math
+
+import torch
+
+
+def dense(q, k, v):
+    """Attention of q (B, H*G, Tq, D), the last Tq of T tokens, to k and v (B, H, T, D)."""
+    (B, Hq, Tq, D), (H, T) = q.shape, k.shape[1:3]
+    q, k, v = q.double(), k.double(), v.double()
+    o = torch.zeros(B, Hq, Tq, v.shape[-1], dtype=torch.float64)
+    for b in range(B):
+        for h in range(Hq):
+            kv = h // (Hq // H)
+            for t in range(Tq):
+                n = T - Tq + t + 1                          # tokens this query may see
+                weights = (k[b, kv, :n] @ q[b, h, t] / math.sqrt(D)).softmax(-1)
+                o[b, h, t] = weights @ v[b, kv, :n]
+    return o
+
+
+def tripartite(q, steady, clusters, n_retrieve, n_estimate):
+    """Tripartite attention as the paper writes it: (numerator, denominator) summed cluster by cluster.
+
+    q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
+    each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and
+    clusters are ranked by probability over the centroids, summed over the queries.
+    """
+    q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
+    centroids = torch.stack([k.double().mean(0) for k, _ in clusters])
+    rank = (q @ centroids.T * scale).softmax(-1).sum(0).argsort(descending=True).tolist()
+    o, mass = [], []
+    for query in q:
+        numerator, denominator, estimated = 0, 0, 0
+        exact = [steady] + [clusters[i] for i in rank[:n_retrieve]]
+        for k, v in exact:
+            for key, value in zip(k.double(), v.double(), strict=True):
+                weight = math.exp(query @ key * scale)
+                numerator, denominator = numerator + weight * value, denominator + weight
+        for i in rank[n_retrieve:n_retrieve + n_estimate]:
+            weight = math.exp(query @ centroids[i] * scale)
+            numerator = numerator + weight * clusters[i][1].double().sum(0)
+            estimated += weight * len(clusters[i][0])
+        o.append(numerator / (denominator + estimated))
+        mass.append((denominator, estimated))
+    return torch.stack(o), mass

@@ -1,0 +1,72 @@
+"""The seam: every cache, given everything to read, does what dense attention does."""
+import oracle
+import pytest
+import torch
+from test_wave_index import ALL, SMALL, qkv
+
+from model import DenseCache
+from retroinfer import RetroConfig, WaveIndex
+
+CACHES = {"dense": DenseCache, "wave": lambda capacity: WaveIndex(RetroConfig(**SMALL, **ALL), capacity)}
+
+
+@pytest.fixture(params=CACHES, ids=str)
+def make(request):
+    return CACHES[request.param]
+
+
+@pytest.mark.parametrize("chunks", [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]], ids=str)
+def test_chunks_attend_exactly_to_all_before(make, chunks):
+    q, k, v = qkv(96, B=2)
+    cache, outputs, start = make(96), [], 0
+    for n in chunks:
+        outputs.append(cache.prefill(*(x[:, :, start:start + n] for x in (q, k, v))))
+        start += n
+    for t in range(start, 96):
+        cache.update()
+        outputs.append(cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
+    torch.testing.assert_close(torch.cat(outputs, 2).double(), oracle.dense(q, k, v),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_turns_go_on_where_decoding_stopped(make):
+    q, k, v = qkv(200)
+    cache, outputs, t = make(200), [], 0
+    for n_read, n_said in ((60, 40), (3, 45), (50, 2)):
+        outputs.append(cache.prefill(*(x[:, :, t:t + n_read] for x in (q, k, v))))
+        t += n_read
+        for _ in range(n_said):
+            cache.update()
+            outputs.append(cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
+            t += 1
+    torch.testing.assert_close(torch.cat(outputs, 2).double(), oracle.dense(q, k, v),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_update_tells_how_many_steps_fit(make):
+    q, k, v = qkv(64)
+    cache = make(64)
+    cache.prefill(q[:, :, :50], k[:, :, :50], v[:, :, :50])
+    room = cache.update()
+    assert 0 < room <= 14
+    for t in range(50, 50 + room):
+        cache.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
+
+
+def test_rows_of_a_batch_do_not_mix(make):
+    q, k, v = qkv(80, B=3)
+    together, alone = make(80), make(80)
+    o = together.prefill(q, k, v)
+    torch.testing.assert_close(alone.prefill(q[1:2], k[1:2], v[1:2]), o[1:2])
+
+
+def test_bytes_read_are_those_of_the_tensors():
+    q, k, v = qkv(500)
+    dense, wave = DenseCache(500), WaveIndex(RetroConfig(**SMALL, retrieve=0.02, estimate=0.2), 500)
+    for cache in (dense, wave):
+        cache.prefill(q, k, v)
+    assert dense.bytes_read() == 2 * 2 * 500 * 16 * 4               # K and V, 2 heads, fp32
+    W, C, R, E = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.n_retrieve, wave.n_estimate
+    rows = 2 * W + C + 2 * R * 8 + E
+    assert wave.bytes_read() == 2 * (rows * 16 * 4 + (C + R) * 8)
+    assert wave.bytes_read() < dense.bytes_read() / 2

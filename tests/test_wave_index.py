@@ -1,0 +1,291 @@
+"""The wave index against float64 loops: limits that must hold exactly, then the general case."""
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retroinfer import (
+    RetroConfig,
+    WaveIndex,
+    cluster_segment,
+    count,
+    gather_clusters,
+    spherical_kmeans,
+    split_large,
+    tripartite_attention,
+)
+
+SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "iterations": 4}
+ALL = {"retrieve": 1.0, "estimate": 0.0}
+
+
+def qkv(T, B=1, H=2, G=3, D=16, seed=0, spread=1.0):
+    """Random tensors whose keys form clumps, as real keys do."""
+    g = torch.Generator().manual_seed(seed)
+    clumps = 2 * torch.randn(B, H, max(T // 12, 1), D, generator=g)
+    which = torch.randint(clumps.shape[2], (B, H, T), generator=g)
+    k = clumps.gather(2, which[..., None].expand(-1, -1, -1, D))
+    k = k + spread * torch.randn(B, H, T, D, generator=g)
+    return torch.randn(B, H * G, T, D, generator=g), k, torch.randn(B, H, T, D, generator=g)
+
+
+def run(config, q, k, v, n_prompt):
+    """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
+    wave = WaveIndex(config, k.shape[2])
+    outputs, room = [wave.prefill(*(x[:, :, :n_prompt] for x in (q, k, v)))], 0
+    for t in range(n_prompt, k.shape[2]):
+        room = room or wave.update()
+        outputs.append(wave.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
+        room -= 1
+    return wave, torch.cat(outputs, 2)
+
+
+def members(wave, b, h):
+    """[(keys, values)] of the clusters of one head, as the CSR store says."""
+    index = wave.index
+    spans = [(o, o + n) for o, n in zip(index.offsets[b, h].tolist(), index.sizes[b, h].tolist(),
+                                        strict=True) if n]
+    return [(wave.k_store[b, h, i:j], wave.v_store[b, h, i:j]) for i, j in spans]
+
+
+# ---------------------------------------------------------------- the index
+
+@pytest.mark.parametrize("L", [1, 3, 4, 5, 63, 64, 65, 257])
+def test_every_token_is_in_one_cluster(L):
+    _, k, v = qkv(L, B=2)
+    v[..., 0] = torch.arange(L)                                 # a token's name
+    index, k_sorted, v_sorted = cluster_segment(k, v, RetroConfig(**SMALL))
+    order = v_sorted[..., 0].long()
+    assert (order.sort(-1).values == torch.arange(L)).all()     # a permutation: none lost, none twice
+    assert torch.equal(k_sorted, k.gather(2, order[..., None].expand_as(k)))
+    assert torch.equal(v_sorted, v.gather(2, order[..., None].expand_as(v)))
+    assert (index.sizes.sum(-1) == L).all()
+    assert torch.equal(index.offsets, index.sizes.cumsum(-1) - index.sizes)   # and lie end to end
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_a_centroid_is_the_mean_of_its_members(spread):
+    q, k, v = qkv(300, B=2, spread=spread)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, 300)
+    live = wave.index.sizes > 0
+    for b, h in ((0, 0), (1, 1)):
+        keys, values = zip(*members(wave, b, h), strict=True)
+        means = torch.stack([x.double().mean(0) for x in keys])
+        torch.testing.assert_close(wave.index.centroids[b, h][live[b, h]].double(), means, **CLOSE)
+        means = torch.stack([x.double().mean(0) for x in values])
+        torch.testing.assert_close(wave.index.means[b, h][live[b, h]].double(), means, **CLOSE)
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0])
+def test_no_cluster_is_larger_than_twice_the_mean(spread):
+    config = RetroConfig(**SMALL)
+    _, k, v = qkv(500, spread=spread)
+    index, _, _ = cluster_segment(k, v, config)
+    assert index.sizes.max() <= config.largest
+    assert index.sizes.shape[-1] == config.slots(500)
+
+
+def test_a_large_cluster_is_cut_into_even_pieces():
+    ids = torch.tensor([0] * 9 + [1] * 2 + [5] * 8).view(1, 1, -1)              # P = 8
+    pieces = split_large(ids, RetroConfig(**SMALL), slots=100)
+    assert count(pieces, 5)[0, 0].tolist() == [5, 4, 2, 8, 0]
+
+
+def test_one_giant_cluster_fits_the_slots():
+    config = RetroConfig(**SMALL)
+    pieces = split_large(torch.zeros(1, 1, 400, dtype=torch.long), config, config.slots(400))
+    assert pieces.max() < config.slots(400)
+    uneven = torch.tensor(list(range(30)) + [30] * 90).view(1, 1, -1)           # 30 + 12 pieces
+    pieces = split_large(uneven, config, config.slots(120))                     # do not fit 34 slots
+    assert count(pieces, 30)[0, 0].tolist() == [4] * 30
+
+
+def test_two_runs_give_one_index():
+    q, k, v = qkv(700, B=2)
+    (one, first), (two, second) = (run(RetroConfig(**SMALL), q, k, v, 600) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.index, two.index, strict=True))
+    assert torch.equal(one.k_store, two.k_store) and torch.equal(first, second)
+
+
+def test_kmeans_finds_clumps():
+    g = torch.Generator().manual_seed(0)
+    names = torch.arange(240) % 8
+    x = torch.eye(8)[names] * 5 + 0.1 * torch.randn(240, 8, generator=g)
+    ids = spherical_kmeans((x - x.mean(0)).view(1, 1, 240, 8), 8, 10).flatten()
+    for name in range(8):
+        assert len(ids[names == name].unique()) == 1            # a clump is never torn apart
+
+
+def test_unit_seeds_leave_few_clusters_empty():
+    _, k, _ = qkv(2048, D=32)
+    k = k * torch.rand(1, 2, 2048, 1) * 4 + 3                   # norms differ, as real keys' do
+    ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2)
+    assert (count(ids, 128) == 0).float().mean() < 0.1          # raw seeds leave more than half
+
+
+# ---------------------------------------------------------------- limits
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 5, 6, 7, 37, 38, 39, 69, 70, 71, 101, 102, 103, 230])
+def test_all_retrieved_is_dense(n_prompt):
+    """Prompts around every boundary: sink, local, first index, one segment, two, three; then growth."""
+    q, k, v = qkv(n_prompt + 120, B=2)
+    wave, o = run(RetroConfig(**SMALL, **ALL), q, k, v, n_prompt)
+    assert wave.n_indexed >= 96                                 # three updates happened
+    torch.testing.assert_close(o.double(), oracle.dense(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 4, 68, 69, 1091, 1092, 1093])
+def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
+    config = RetroConfig(**ALL)
+    q, k, v = qkv(n_prompt + 3, H=1, G=2, D=8)
+    wave, _ = run(config, *(x[:, :, :n_prompt] for x in (q, k, v)), n_prompt)
+    assert wave.n_indexed == (n_prompt - 68 if n_prompt >= 1092 else 0)     # paper §5.1
+    _, o = run(config, q, k, v, n_prompt)
+    torch.testing.assert_close(o[:, :, -4:].double(), oracle.dense(q[:, :, -4:], k, v),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_equal_keys_make_estimation_exact():
+    q, k, v = qkv(200)
+    k[:, :, 2:] = k[:, :, 2:3]                                  # every token but the sink
+    wave, o = run(RetroConfig(**SMALL, retrieve=0.0, estimate=1.0), q, k, v, 190)
+    assert wave.n_retrieve == 1 and wave.n_estimate > 30
+    torch.testing.assert_close(o[:, :, 190:].double(), oracle.dense(q[:, :, 190:], k, v), **CLOSE)
+
+
+def test_one_token_a_cluster_is_exact():
+    q, k, v = qkv(160)
+    config = RetroConfig(**SMALL | {"cluster": 1, "iterations": 8}, retrieve=0.0, estimate=1.0)
+    wave, o = run(config, q, k, v, 155)
+    assert (wave.index.sizes <= 2).all()
+    single = wave.index.sizes[:, :, :wave.n_clusters]
+    exact = (single == 1).sum() / (single > 0).sum()
+    error = (o[:, :, 155:].double() - oracle.dense(q[:, :, 155:], k, v)).abs().max()
+    assert exact == 1 and error < 1e-4
+
+
+def test_estimated_mass_is_never_above_true_mass():
+    q, k, v = qkv(400, spread=2.0)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, 400)
+    query, scale = q[0, 0, -1].double(), 16 ** -0.5
+    for keys, _ in members(wave, 0, 0):
+        true = (keys.double() @ query * scale).exp().sum()
+        assert len(keys) * (keys.double().mean(0) @ query * scale).exp() <= true * (1 + 1e-9)
+
+
+# ---------------------------------------------------------------- the general case
+
+@pytest.mark.parametrize("retrieve, estimate", [(0.0, 0.0), (0.05, 0.0), (0.1, 0.3), (0.3, 0.7)])
+def test_tripartite_attention_is_the_papers_sum(retrieve, estimate):
+    q, k, v = qkv(300, B=2)
+    wave, o = run(RetroConfig(**SMALL, retrieve=retrieve, estimate=estimate), q, k, v, 299)
+    n = int(wave.n_steady[0])
+    for b in range(2):
+        for h in range(2):
+            steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
+            mine, _ = oracle.tripartite(q[b, 3 * h:3 * h + 3, -1], steady, members(wave, b, h),
+                                        wave.n_retrieve, wave.n_estimate)
+            torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_shape_is_dense_when_all_is_retrieved(data):
+    def some(low, high):
+        return data.draw(st.integers(low, high))
+
+    config = RetroConfig(sink=some(0, 5), local=some(1, 9), update=some(1, 40), segment=some(1, 90),
+                         cluster=some(1, 20), iterations=some(1, 4), **ALL)
+    n_prompt, n_more = some(1, 150), some(0, 60)
+    q, k, v = qkv(n_prompt + n_more, B=some(1, 2), H=some(1, 2), G=some(1, 3), D=2 * some(1, 8))
+    _, o = run(config, q, k, v, n_prompt)
+    torch.testing.assert_close(o.double(), oracle.dense(q, k, v), rtol=1e-4, atol=1e-4)
+
+
+def test_retrieved_clusters_come_back_whole():
+    q, k, v = qkv(300)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, 300)
+    ids = torch.tensor([[[3, 0, 7], [1, 2, 40]]])
+    keys, values, bias = gather_clusters(wave.index, wave.k_store, wave.v_store, 8, ids)
+    for h in range(2):
+        rows = [torch.arange(n) + start for start, n in zip(
+            wave.index.offsets[0, h, ids[0, h]], wave.index.sizes[0, h, ids[0, h]], strict=True)]
+        live = bias[0, h, 0] == 0
+        assert torch.equal(keys[0, h][live], wave.k_store[0, h, torch.cat(rows)])
+        assert torch.equal(values[0, h][live], wave.v_store[0, h, torch.cat(rows)])
+
+
+def test_free_slots_never_speak():
+    """With no index at all, and budgets that reach into free slots, only the steady zone counts."""
+    q, k, v = qkv(30)
+    wave, o = run(RetroConfig(**SMALL, retrieve=0.5, estimate=0.5), q, k, v, 20)
+    assert wave.n_indexed == 0
+    torch.testing.assert_close(o.double(), oracle.dense(q, k, v), **CLOSE)
+
+
+def test_estimation_lowers_the_error():
+    q, k, v = qkv(2000, D=32, spread=0.7)
+    truth = oracle.dense(q[:, :, -1:], k, v)
+    errors = []
+    for estimate in (0.0, 0.25):
+        config = RetroConfig(**SMALL | {"segment": 2000, "cluster": 16}, retrieve=0.05,
+                             estimate=estimate)
+        _, o = run(config, q, k, v, 1999)
+        errors.append((o[:, :, -1:].double() - truth).norm())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_decode_compiles_whole_and_never_again():
+    torch._dynamo.reset()
+    q, k, v = qkv(400)
+    config = RetroConfig(**SMALL)
+    eager = run(config, q, k, v, 300)[1]
+    decode = WaveIndex.decode
+    counter = torch._dynamo.testing.CompileCounter()
+    WaveIndex.decode = torch.compile(decode, backend=counter, fullgraph=True, dynamic=False)
+    try:
+        compiled = run(config, q, k, v, 300)[1]
+    finally:
+        WaveIndex.decode = decode
+    assert counter.frame_count == 1                             # over 100 tokens and three updates
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_inductor_gives_what_eager_gives():
+    torch._dynamo.reset()
+    q, k, v = qkv(300)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
+    steady = wave.k_steady, wave.v_steady, torch.zeros(1, 1, 1, wave.k_steady.shape[2])
+    args = q[:, :, -1:].reshape(1, 2, 3, 16), steady, wave.index, 4, 20, wave.fetch
+    fast = torch.compile(tripartite_attention, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(fast(*args), tripartite_attention(*args), **CLOSE)
+
+
+# ---------------------------------------------------------------- limits of use
+
+def test_more_tokens_than_capacity_are_refused():
+    q, k, v = qkv(40)
+    wave = WaveIndex(RetroConfig(**SMALL), 30)
+    with pytest.raises(ValueError, match="40 tokens do not fit an index of 30"):
+        wave.prefill(q, k, v)
+
+
+@pytest.mark.parametrize("field, value", [("sink", -1), ("local", 0), ("update", 0), ("cluster", 0),
+                                          ("segment", 0), ("iterations", 0), ("retrieve", 1.5),
+                                          ("estimate", -0.1)])
+def test_budgets_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        RetroConfig(**{field: value})
+
+
+def test_paper_settings():
+    c = RetroConfig.paper()
+    assert (c.sink, c.local, c.cluster, c.segment, c.iterations) == (4, 64, 16, 8192, 10)
+    assert (c.retrieve, c.estimate, c.update) == (0.018, 0.232, 1024)
+    wave = WaveIndex(c, 131072 + 68)
+    wave.allocate(torch.zeros(1, 1, 131072, 2))
+    assert (wave.n_retrieve, wave.n_estimate) == (147, 1901)    # reference table of the published code
