@@ -36,7 +36,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 @dataclass(frozen=True)
 class RetroConfig:
-    """The paper's settings (§5.1). A comment is the help text of the flag of that name."""
+    """The paper's settings (§5.1) but for `least`. A comment is the help text of its flag."""
     sink: int = 4                # first tokens, always exact
     local: int = 64              # latest tokens, always exact
     update: int = 1024           # generated tokens kept exact until they are indexed together
@@ -44,16 +44,18 @@ class RetroConfig:
     cluster: int = 16            # mean tokens in a cluster
     iterations: int = 10         # k-means passes over a segment
     retrieve: float = 0.018      # share of the clusters attended exactly
+    least: int = 24              # clusters attended exactly however short the text
     estimate: float = 0.232      # share of the clusters estimated by their centroids
 
     @classmethod
     def paper(cls):
-        """The published settings, whatever the defaults become."""
+        """The published settings: a share and no floor, which is too few for a few thousand tokens."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, iterations=10,
-                   retrieve=0.018, estimate=0.232)
+                   retrieve=0.018, least=1, estimate=0.232)
 
     def __post_init__(self):
-        lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1}
+        lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
+                  "least": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
@@ -222,7 +224,7 @@ class WaveIndex:
         def best(share):                # of the clusters before any is split; all means all slots
             return C if share >= 1 else round(math.ceil(indexable / c.cluster) * share)
 
-        self.n_retrieve = max(best(c.retrieve), 1)
+        self.n_retrieve = min(max(best(c.retrieve), c.least), C)
         self.n_estimate = max(best(c.retrieve + c.estimate) - self.n_retrieve, 0)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
         self.k_store, self.v_store = zeros(indexable, D), zeros(indexable, D)
@@ -367,7 +369,7 @@ def generate(model, caches, ids, n_tokens, pick=None, run=compiled_call):
 
 def sampler(temperature=0.0, top_p=1.0, seed=0):
     """A function from logits (B, V) to tokens (B,): the best, or drawn from the top_p share."""
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} in (0, 1]")
     if temperature == 0:
         return lambda logits: logits.argmax(-1)

@@ -16,7 +16,8 @@ from retroinfer import (
     tripartite_attention,
 )
 
-SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "iterations": 4}
+SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "iterations": 4,
+         "least": 1}
 ALL = {"retrieve": 1.0, "estimate": 0.0}
 
 
@@ -199,7 +200,7 @@ def test_any_shape_is_dense_when_all_is_retrieved(data):
         return data.draw(st.integers(low, high))
 
     config = RetroConfig(sink=some(0, 5), local=some(1, 9), update=some(1, 40), segment=some(1, 90),
-                         cluster=some(1, 20), iterations=some(1, 4), **ALL)
+                         cluster=some(1, 20), iterations=some(1, 4), least=1, **ALL)
     n_prompt, n_more = some(1, 150), some(0, 60)
     q, k, v = qkv(n_prompt + n_more, B=some(1, 2), H=some(1, 2), G=some(1, 3), D=2 * some(1, 8))
     _, o = run(config, q, k, v, n_prompt)
@@ -275,7 +276,7 @@ def test_more_tokens_than_capacity_are_refused():
 
 
 @pytest.mark.parametrize("field, value", [("sink", -1), ("local", 0), ("update", 0), ("cluster", 0),
-                                          ("segment", 0), ("iterations", 0), ("retrieve", 1.5),
+                                          ("segment", 0), ("iterations", 0), ("least", 0), ("retrieve", 1.5),
                                           ("estimate", -0.1)])
 def test_budgets_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
@@ -289,3 +290,13 @@ def test_paper_settings():
     wave = WaveIndex(c, 131072 + 68)
     wave.allocate(torch.zeros(1, 1, 131072, 2))
     assert (wave.n_retrieve, wave.n_estimate) == (147, 1901)    # reference table of the published code
+
+
+def test_a_short_text_keeps_the_least_clusters():
+    default, paper = (WaveIndex(c, 4096) for c in (RetroConfig(), RetroConfig.paper()))
+    for wave in (default, paper):
+        wave.allocate(torch.zeros(1, 1, 4000, 2))
+    assert (default.n_retrieve, paper.n_retrieve) == (24, 5)
+    tiny = WaveIndex(RetroConfig(), 100)
+    tiny.allocate(torch.zeros(1, 1, 50, 2))
+    assert tiny.n_retrieve == tiny.index.sizes.shape[2] == 3    # never more than there can be

