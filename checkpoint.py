@@ -29,7 +29,25 @@ def open_checkpoint(path):
     if not path.exists():
         raise ValueError(f"no model at {path}: give a directory with config.json and "
                          "*.safetensors, or a .gguf file")
-    return open_gguf(path) if path.is_file() else open_directory(path)
+    config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
+    check(config, path)
+    return config, tensors, tokenizer
+
+
+def check(config, path):
+    """ValueError for a shape that no model can have, or a RoPE that lacks its numbers."""
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "head_dim", "context"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, not a positive whole number")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads % groups:
+        raise ValueError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
+    rope = config["rope"]
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    for name in needed.get(rope["rope_type"], ("factor",)):
+        if not isinstance(rope.get(name), (int, float)):
+            raise ValueError(f"{path}: RoPE {rope['rope_type']!r} lacks its number {name}")
 
 
 def refuse(condition, what, given, known):
@@ -45,10 +63,11 @@ def one_line(e):
 # ---------------------------------------------------------------- a Hugging Face directory
 
 def open_directory(path):
-    config = read_json(path / "config.json")
-    config |= read_json(path / "generation_config.json", {})     # its end tokens win
+    config = read_json(path / "config.json") | read_json(path / "generation_config.json", {})
     index = read_json(path / "model.safetensors.index.json", {}).get("weight_map", {})
-    files = sorted({path / name for name in index.values()}) or sorted(path.glob("*.safetensors"))
+    files = sorted({path / name for name in index.values() or ["model.safetensors"]})
+    if not index and not files[0].exists():
+        files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         raise ValueError(f"{path} holds only pickles ({pickles[0]}), which run code when opened: "
@@ -56,14 +75,14 @@ def open_directory(path):
                          f"{path} holds no *.safetensors file")
     try:
         config = config_from_json(config)
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{path / 'config.json'} lacks or garbles {one_line(e)}") from None
     return config, read_safetensors(files), directory_tokenizer(path, config["eos_ids"])
 
 
 def config_from_json(c):
     kind, heads, limit = c.get("model_type"), c["num_attention_heads"], c["max_position_embeddings"]
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})    # new name, old name
+    rope = {**(c.get("rope_parameters") or c.get("rope_scaling") or {})}    # new name, old name
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
     rope |= {"trained": rope.get("original_max_position_embeddings") or limit, "context": limit}
@@ -74,7 +93,7 @@ def config_from_json(c):
     refuse(partial != 1.0, "partial_rotary_factor", partial, [1.0])
     refuse("quantization_config" in c, "quantization_config", "of the checkpoint", ["none", "GGUF"])
     slides = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
-    biased, eos = c.get("attention_bias", False), c.get("eos_token_id")
+    biased, eos = kind != "mistral" and c.get("attention_bias", False), c.get("eos_token_id")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {name: c[name] for name in same} | {
         "num_attention_heads": heads, "num_key_value_heads": c.get("num_key_value_heads") or heads,
@@ -90,9 +109,19 @@ def read_json(path, default=None):
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON: {one_line(e)}") from None
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON: {one_line(e)}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return {key: value for key, value in data.items() if value is not None}  # null says nothing
+
+
+def read_text(path):
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
 
 
 def read_safetensors(files):
@@ -125,8 +154,10 @@ def open_gguf(path):
         raise ValueError(f"{path} is truncated or not GGUF: {one_line(e)}") from None
     tensors = {t.name: t for t in reader.tensors}
 
-    def get(key, default=None):
-        return reader.fields[key].contents() if key in reader.fields else default
+    def get(key, *default):
+        if key not in reader.fields and not default:
+            raise ValueError(f"{path} lacks the key {key}")
+        return reader.fields[key].contents() if key in reader.fields else default[0]
 
     config = config_from_gguf(get, tensors)
     if "rope_freqs.weight" in tensors:  # llama3 scaling, already worked out
@@ -138,24 +169,28 @@ def open_gguf(path):
 def config_from_gguf(get, tensors):
     kind = get("general.architecture")
 
-    def own(key, default=None):
-        return get(f"{kind}.{key}", default)
+    def own(key, *default):
+        return get(f"{kind}.{key}", *default)
 
     refuse(kind not in ARCHITECTURES, "architecture", kind, ARCHITECTURES)
-    refuse(own("expert_count", 0), "expert_count", own("expert_count"), [0])
+    experts = own("expert_count", 0)
+    refuse(experts, "expert_count", experts, [0])
     heads, hidden, limit = map(own, ("attention.head_count", "embedding_length", "context_length"))
+    turned = own("rope.dimension_count", 0)
+    head_dim = own("attention.key_length", turned or hidden // heads)
+    refuse(turned not in (0, head_dim), "rope.dimension_count", turned, [head_dim])
     scaling = own("rope.scaling.type", "none")
     rope = {"rope_type": "default" if scaling == "none" else scaling, "context": limit,
             "rope_theta": own("rope.freq_base", 10000.0), "factor": own("rope.scaling.factor", 1.0),
             "trained": own("rope.scaling.original_context_length", limit)}
     refuse(rope["rope_type"] not in ROPES, "RoPE", rope["rope_type"], ROPES)
-    ends = (get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    ends = (get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot"))
     return {
         "vocab_size": len(get("tokenizer.ggml.tokens")), "hidden_size": hidden,
         "intermediate_size": own("feed_forward_length"), "num_hidden_layers": own("block_count"),
         "num_attention_heads": heads, "num_key_value_heads": own("attention.head_count_kv", heads),
-        "head_dim": own("attention.key_length") or own("rope.dimension_count") or hidden // heads,
-        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"), "context": limit, "rope": rope,
+        "head_dim": head_dim, "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
+        "context": limit, "rope": rope,
         "tied": "output.weight" not in tensors, "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
@@ -200,7 +235,8 @@ class Tokenizer:
         if not self.template:
             return messages[-1]["content"]
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
         env.globals["strftime_now"] = datetime.datetime.now().strftime
         env.globals["raise_exception"] = raise_exception
@@ -230,7 +266,7 @@ class PieceTokenizer(Tokenizer):
 
 def directory_tokenizer(path, eos_ids):
     settings, jinja = read_json(path / "tokenizer_config.json", {}), path / "chat_template.jinja"
-    template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template")
+    template = read_text(jinja) if jinja.exists() else settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     bos, eos = (t["content"] if isinstance(t, dict) else t or ""
@@ -239,6 +275,7 @@ def directory_tokenizer(path, eos_ids):
         if (path / "tokenizer.json").exists():
             import tokenizers
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            backend.no_truncation(), backend.no_padding()     # a prompt is read whole, and alone
             return Tokenizer(backend, eos_ids, template, bos, eos)
         if (path / "tokenizer.model").exists():
             import sentencepiece
@@ -265,10 +302,10 @@ def gguf_tokenizer(get, config):
     pre = get("tokenizer.ggml.pre", "default")
     refuse(kind not in ("gpt2", "llama"), "GGUF tokenizer", kind, ["gpt2", "llama"])
     refuse(kind == "gpt2" and pre not in CUTS, "GGUF pre-tokenizer", pre, CUTS)
-    ends = (get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    ends = (get(f"tokenizer.ggml.{name}_token_id", None) for name in ("bos", "eos"))
     bos, eos = ("" if i is None else tokens[i] for i in ends)
     has_bos = get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
-    template = get("tokenizer.chat_template")
+    template = get("tokenizer.chat_template", None)
     if kind == "llama":
         backend = pieces_from_gguf(get, tokens)
         return PieceTokenizer(backend, config["eos_ids"], template, bos if has_bos else "", eos)
@@ -312,7 +349,7 @@ def pieces_from_gguf(get, tokens):
 
     scores, kinds = get("tokenizer.ggml.scores"), get("tokenizer.ggml.token_type")
     pieces = b"".join(message(1, piece(*p)) for p in zip(tokens, scores, kinds, strict=True))
-    bpe = bytes([3 << 3, 2])                                                  # model_type
+    bpe = bytes([3 << 3, 2]) + b"\x98\x02\x01"                                # byte_fallback
     prefix = get("tokenizer.ggml.add_space_prefix", True)
     spaces = bytes([3 << 3, prefix, 4 << 3, 0, 5 << 3, 1])                   # add one, keep, escape
     return sentencepiece.SentencePieceProcessor(

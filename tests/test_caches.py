@@ -7,7 +7,8 @@ from test_wave_index import ALL, SMALL, qkv
 from model import DenseCache
 from retroinfer import RetroConfig, WaveIndex
 
-CACHES = {"dense": DenseCache, "wave": lambda capacity: WaveIndex(RetroConfig(**SMALL, **ALL), capacity)}
+CACHES = {"dense": DenseCache,
+          "wave": lambda capacity: WaveIndex(RetroConfig(**SMALL, **ALL), capacity)}
 
 
 @pytest.fixture(params=CACHES, ids=str)
@@ -15,7 +16,8 @@ def make(request):
     return CACHES[request.param]
 
 
-@pytest.mark.parametrize("chunks", [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]], ids=str)
+@pytest.mark.parametrize("chunks", [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]],
+                         ids=str)
 def test_chunks_attend_exactly_to_all_before(make, chunks):
     q, k, v = qkv(96, B=2)
     cache, outputs, start = make(96), [], 0

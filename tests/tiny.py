@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 
 transformers = pytest.importorskip("transformers")
+transformers.logging.disable_progress_bar()
 
 VOCAB = 320
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
