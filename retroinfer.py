@@ -42,7 +42,7 @@ class RetroConfig:
     update: int = 1024           # generated tokens kept exact until they are indexed together
     segment: int = 8192          # tokens clustered together
     cluster: int = 16            # mean tokens in a cluster
-    iterations: int = 3          # k-means passes over a segment; 10 are hardly better
+    iterations: int = 3          # k-means passes over a segment
     retrieve: float = 0.018      # share of the clusters attended exactly
     least: int = 16              # clusters attended exactly however short the text
     estimate: float = 0.232      # share of the clusters estimated by their centroids
@@ -332,7 +332,7 @@ def call(function, *args):
 
 
 # The one place where decoding is compiled: a layer once for all layers, and the output product.
-# Checking the sizes of every intermediate again in every layer would take an eighth of a step.
+# The sizes of every intermediate need no checking again in every layer: shapes never change.
 compiled_call = torch.compile(call, fullgraph=True, dynamic=False,
                               options={"size_asserts": False, "alignment_asserts": False})
 
