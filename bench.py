@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import DenseCache, default_model, load
-from retroinfer import RetroConfig, WaveIndex, call, compiled_call, decode, prefill, sampler
+from retroinfer import RetroConfig, WaveIndex, compiled_step, decode, eager_step, prefill, sampler
 
 
 def sample_ids(tokenizer, n):
@@ -30,8 +30,8 @@ def sample_ids(tokenizer, n):
 class Ours:
     """This repository with one kind of cache."""
 
-    def __init__(self, model, make_cache, run):
-        self.model, self.make_cache, self.run = model, make_cache, run
+    def __init__(self, model, make_cache, step):
+        self.model, self.make_cache, self.step = model, make_cache, step
 
     def measure(self, ids, n_steps):
         """(seconds of prefill, median seconds of a step)."""
@@ -39,7 +39,7 @@ class Ours:
         start = time.perf_counter()
         logits = prefill(self.model, caches, ids)
         seconds = time.perf_counter() - start
-        tokens = decode(self.model, caches, logits, ids.shape[1], n_steps, sampler(), self.run)
+        tokens = decode(self.model, caches, logits, n_steps, sampler(), self.step)
         return seconds, median_step(lambda: next(tokens), n_steps)
 
 
@@ -102,9 +102,9 @@ def main():
     ids = sample_ids(tokenizer, args.tokens)
     runners = {
         "transformers": Transformers(dtype),
-        "dense, eager": Ours(model, DenseCache, call),
-        "dense, compiled": Ours(model, DenseCache, compiled_call),
-        "wave index, compiled": Ours(model, lambda n: WaveIndex(RetroConfig(), n), compiled_call)}
+        "dense, eager": Ours(model, DenseCache, eager_step),
+        "dense, compiled": Ours(model, DenseCache, compiled_step),
+        "wave index, compiled": Ours(model, lambda n: WaveIndex(RetroConfig(), n), compiled_step)}
     results = {name: [] for name in runners}
     for _ in range(args.repeats):
         for name, runner in runners.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, call, compiled_call, decode, prefill, sampler
+from retroinfer import RetroConfig, WaveIndex, compiled_step, decode, eager_step, prefill, sampler
 
 
 def parse_args(argv):
@@ -81,13 +81,13 @@ def choose_backend(name, device):
     """(how to run a step, a line that says what was chosen and why)."""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if name == "eager":
-        return call, f"eager on {where}, asked for"
+        return eager_step, f"eager on {where}, asked for"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         if name == "compile":
             raise ValueError("torch.compile needs a C++ compiler on a CPU: install g++ or set CXX, "
                              "or pass --backend eager")
-        return call, f"eager on {where}: torch.compile finds no C++ compiler"
-    return compiled_call, f"torch.compile on {where}, " + ("asked for" if name else "the default")
+        return eager_step, f"eager on {where}: torch.compile finds no C++ compiler"
+    return compiled_step, f"torch.compile on {where}, " + ("asked for" if name else "the default")
 
 
 def limit_tokens(args, context, n_prompt):
@@ -115,7 +115,7 @@ class Session:
             self.logits = prefill(model, self.caches, ids, chunk)
         self.prefill_seconds = time.perf_counter() - start
 
-    def answer(self, n_tokens, pick, run, show=None):
+    def answer(self, n_tokens, pick, step, show=None):
         """Tokens behind the prompt; self.all_logits (one a token) and self.seconds (one a step)."""
         tokens, self.all_logits, self.seconds = [], [], []
 
@@ -124,8 +124,7 @@ class Session:
             return pick(logits)
 
         clock = time.perf_counter()
-        for token in decode(self.model, self.caches, self.logits, self.n_prompt, n_tokens,
-                            remember, run):
+        for token in decode(self.model, self.caches, self.logits, n_tokens, remember, step):
             tokens.append(token.item())
             self.seconds.append(time.perf_counter() - clock)
             if show:
@@ -166,16 +165,16 @@ def stream(tokenizer):
     return show
 
 
-def compare(args, session, tokens, model, ids, run, capacity):
+def compare(args, session, tokens, model, ids, step, capacity):
     """What dense attention says to the same prompt, and how far ours is from it, token by token."""
     dense = Session(model, ids, args.prefill_chunk, lambda: DenseCache(capacity))
     n_tokens = capacity - ids.shape[1]
-    said = dense.answer(n_tokens, sampler(args.temperature, args.top_p, args.seed), run)
+    said = dense.answer(n_tokens, sampler(args.temperature, args.top_p, args.seed), step)
     speed = dense.speed()
     for cache in dense.caches:
-        cache.length.fill_(ids.shape[1])           # rewind, then read our answer instead
+        cache.n_tokens.fill_(ids.shape[1])           # rewind, then read our answer instead
     ours = iter(tokens)
-    dense.answer(len(tokens), lambda _: ids.new_tensor([next(ours)]), run)
+    dense.answer(len(tokens), lambda _: ids.new_tensor([next(ours)]), step)
     p, q = (torch.cat(x.all_logits).double().log_softmax(-1) for x in (dense, session))     # (n, V)
     return {"dense_tokens": said, "dense_decode_tokens_per_s": speed,
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
@@ -187,20 +186,20 @@ def answer(args):
     text, pick = read_prompt(args.prompt_file), sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
-    run, backend = choose_backend(args.backend, device)
+    step, backend = choose_backend(args.backend, device)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     prompt = text if args.raw else tokenizer.chat([{"role": "user", "content": text}])
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)           # (1, T)
     n_tokens = limit_tokens(args, model.config.context, ids.shape[1])
     capacity = ids.shape[1] + n_tokens
     session = Session(model, ids, args.prefill_chunk, lambda: WaveIndex(config, capacity))
-    tokens = session.answer(n_tokens, pick, run, stream(tokenizer))
+    tokens = session.answer(n_tokens, pick, step, stream(tokenizer))
     print(flush=True)
     facts = {"answer": tokenizer.decode(tokens), "backend": backend,
              "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
              **measure(session, tokens)}
     if args.compare:
-        facts |= compare(args, session, tokens, model, ids, run, capacity)
+        facts |= compare(args, session, tokens, model, ids, step, capacity)
         facts["dense_answer"] = tokenizer.decode(facts.pop("dense_tokens"))
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
@@ -212,10 +211,11 @@ def measure(session, tokens):
     wave, n_layers = session.caches[0], len(session.caches)
     B, H, _, D = wave.k_store.shape
     row = B * H * D * wave.k_store.element_size() * n_layers                # bytes of one key
+    n_retrieve, n_ranked = (int(n[0]) for n in wave.config.budget(wave.n_indexed))
     return {
         "prompt_tokens": session.n_prompt, "generated_tokens": len(tokens),
-        "indexed_tokens": wave.n_indexed, "clusters": int((wave.index.sizes[0, 0] > 0).sum()),
-        "retrieved_clusters": wave.n_retrieve, "estimated_clusters": wave.n_estimate,
+        "indexed_tokens": int(wave.n_indexed[0]), "clusters": int((wave.index.sizes[0, 0] > 0).sum()),
+        "retrieved_clusters": n_retrieve, "estimated_clusters": n_ranked - n_retrieve,
         "bytes_a_step": wave.bytes_read() * n_layers,
         "dense_bytes_a_step": 2 * row * (session.n_prompt + len(tokens)),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),

@@ -7,14 +7,15 @@ loading is one loop without a renaming table; files and tokenizers are read in c
 
 A cache (one object a layer) does two things for the model, and a third between steps:
 
-    prefill(q, k, v)   q (B, H*G, T, D), k and v (B, H, T, D), RoPE applied  ->  (B, H*G, T, D)
-    decode(q, k, v)    the same with T = 1
-    update()           outside the compiled step: rearrange, and say how many steps may follow
+    prefill(q, k, v, row)   T tokens of sequence `row`, RoPE applied: q (1, H*G, T, D), k and v
+                            (1, H, T, D)  ->  (1, H*G, T, D)
+    decode(q, k, v)         one token of every sequence: q (B, H*G, 1, D)  ->  (B, H*G, 1, D)
+    update()                outside the compiled step: rearrange, and say how many steps may follow
 
-    model, tokenizer = load()                            # SmolLM2-135M-Instruct
+    model, tokenizer = load()                                       # SmolLM2-135M-Instruct
     caches = [DenseCache(capacity=4096) for _ in model.layers]
-    hidden = model(ids, positions, caches, "prefill")    # ids, positions (B, T) -> (B, T, hidden)
-    token = model.logits(hidden[:, -1]).argmax(-1)       # (B,)
+    hidden = model(ids, positions, [c.prefill for c in caches])     # ids, positions (1, T)
+    token = model.logits(hidden[:, -1]).argmax(-1)                  # (1,)
 
 Does not include: training, mixture of experts, sliding-window masks (a window becomes the limit of
 the context), products with quantised weights (GGUF weights are expanded when they are loaded).
@@ -137,13 +138,16 @@ def rotate(x, cos, sin):
 # ---------------------------------------------------------------- the model
 
 class Linear(nn.Linear):
-    """A product. One row on a CPU is written as a sum, which Inductor streams at memory speed."""
+    """A product. One row on a CPU is written as sums, which Inductor streams at memory speed."""
 
     def forward(self, x):
-        if x.numel() == x.shape[-1] and x.device.type == "cpu" and torch.compiler.is_compiling():
-            y = (x.reshape(-1).float() * self.weight.float()).sum(-1).to(x.dtype)
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return super().forward(x)
+        if x.numel() > x.shape[-1] or x.device.type != "cpu" or not torch.compiler.is_compiling():
+            return super().forward(x)
+        row = x.flatten().float().as_strided((x.shape[-1],), (1,))      # stored, not worked out anew
+        streams = self.weight.unflatten(0, (math.gcd(self.out_features, 4), -1)).unbind(0)
+        y = torch.cat([(row * w.float()).sum(-1) for w in streams])     # four in flight at once
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -200,16 +204,16 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, positions, caches, phase, run=nn.Module.__call__):
+    def forward(self, ids, positions, attends, run=nn.Module.__call__):
         """Hidden states (B, T, hidden) of ids (B, T) at their true positions (B, T).
 
-        caches: one a layer; phase: the method of theirs that attends, "prefill" or "decode".
-        run(layer, *arguments): calls a layer, perhaps compiled.
+        attends: one a layer, the method of its cache that attends, prefill or decode.
+        run(layer, *arguments): calls a layer, perhaps as a region compiled once.
         """
         x = self.embed_tokens(ids)                                          # (B, T, hidden)
         cos, sin = self.rope(positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = run(layer, x, cos, sin, getattr(cache, phase))
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x = run(layer, x, cos, sin, attend)
         return x
 
     def logits(self, hidden):
@@ -219,43 +223,47 @@ class Llama(nn.Module):
 
 # ---------------------------------------------------------------- dense attention
 
-class DenseCache:
-    """Full attention over `capacity` preallocated tokens: the baseline, and the truth."""
+class DenseCache(nn.Module):
+    """Full attention over up to `capacity` tokens a sequence: the baseline, and the truth."""
 
-    def __init__(self, capacity):
+    def __init__(self, capacity, batch=1):
+        super().__init__()
         self.capacity, self.k = capacity, None
+        self.n_tokens = torch.zeros(batch, dtype=torch.int64)
 
-    def prefill(self, q, k, v):
-        """Append T tokens; attend exactly and causally to all so far. ValueError when full."""
+    def prefill(self, q, k, v, row=0):
+        """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full."""
         if self.k is None:
-            B, H, _, D = k.shape
-            self.k = k.new_zeros(B, H, self.capacity, D)
-            self.v = torch.zeros_like(self.k)
-            self.length = torch.zeros(B, dtype=torch.int64, device=k.device)
-        start = int(self.length[0])
+            _, H, _, D = k.shape
+            self.k = k.new_zeros(len(self.n_tokens), H, self.capacity, D)
+            self.v, self.n_tokens = torch.zeros_like(self.k), self.n_tokens.to(k.device)
+        start = int(self.n_tokens[row])
         end = start + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-        self.length.fill_(end)
-        k, v, causal = self.k[:, :, :end], self.v[:, :, :end], causal_lower_right(q.shape[2], end)
-        return F.scaled_dot_product_attention(q, k, v, causal, enable_gqa=True)
+        k_all, v_all = (x[row:row + 1, :, :end] for x in (self.k, self.v))
+        k_all[:, :, start:], v_all[:, :, start:] = k, v
+        self.n_tokens[row] = end
+        causal = causal_lower_right(q.shape[2], end)
+        return F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
 
     def decode(self, q, k, v):
-        """Append one token, attend to all. Free slots are masked: shapes never change."""
+        """Append one token to each sequence, attend to all. Free slots are masked: one shape."""
         B, H, _, D = k.shape
         batch = torch.arange(B, device=k.device)
-        self.k[batch, :, self.length] = k[:, :, 0]
-        self.v[batch, :, self.length] = v[:, :, 0]
-        seen = torch.arange(self.capacity, device=k.device) <= self.length[:, None]     # (B, T)
-        self.length.add_(1)
+        self.k[batch, :, self.n_tokens] = k[:, :, 0]
+        self.v[batch, :, self.n_tokens] = v[:, :, 0]
+        seen = torch.arange(self.capacity, device=k.device) <= self.n_tokens[:, None]   # (B, T)
+        self.n_tokens.add_(1)
         grouped = q.view(B, H, -1, D)   # G queries a key: SDPA's own grouping is slow on a CPU
         o = F.scaled_dot_product_attention(grouped, self.k, self.v, seen[:, None, None])
         return o.view_as(q)
 
+    forward = decode                    # calling a cache is a step
+
     def update(self):
         """Steps until it is full; there is nothing to rearrange."""
-        return self.capacity - int(self.length[0])
+        return self.capacity - int(self.n_tokens.max())
 
     def bytes_read(self):
         """Bytes of K and V that one decode step reads."""

@@ -25,12 +25,14 @@ Where it differs from the published code: k-means seeds are normalised; the last
 within the segment; sums run over sorted tokens, so that two runs build one index; clusters above
 twice the mean size are split, so that none is skipped for want of room; ranking is in fp32.
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 
@@ -39,7 +41,7 @@ class RetroConfig:
     """The paper's settings (§5.1) but for iterations and least. A comment is its flag's help."""
     sink: int = 4                # first tokens, always exact
     local: int = 64              # latest tokens, always exact
-    update: int = 1024           # generated tokens kept exact until they are indexed together
+    update: int = 256            # generated tokens kept exact until they are indexed together
     segment: int = 8192          # tokens clustered together
     cluster: int = 16            # mean tokens in a cluster
     iterations: int = 3          # k-means passes over a segment
@@ -62,32 +64,53 @@ class RetroConfig:
         for name in ("retrieve", "estimate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
+        for name in ("segment", "update"):
+            if getattr(self, name) % self.cluster:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a multiple of cluster, "
+                                 f"{self.cluster}")
 
     @property
     def largest(self):
         """P, the most tokens a cluster may hold."""
         return 2 * self.cluster
 
+    @property
+    def steady(self):
+        """The most tokens of a sequence that are in no cluster while it generates."""
+        return self.sink + self.local + self.update
+
     def slots(self, tokens):
-        """Cluster slots for a segment: its clusters and an eighth more for those that are split."""
-        return tokens * 9 // (8 * self.cluster) + 1
+        """Cluster slots for so many tokens: an eighth more than clusters, for those split."""
+        return tokens // self.cluster + tokens // (8 * self.cluster)
+
+    def budget(self, tokens):
+        """Clusters to retrieve, and to retrieve or estimate, of the clusters of so many tokens."""
+        def best(share):                # of the clusters before any is split; all means all slots
+            clusters = tokens // self.cluster
+            return self.slots(tokens) if share >= 1 else (clusters * share).round().long()
+
+        n_retrieve = best(self.retrieve).clamp(min=self.least)
+        return n_retrieve, torch.maximum(best(self.retrieve + self.estimate), n_retrieve)
 
 
 class Index(NamedTuple):
     """What is known of C clusters. A cluster's tokens lie together in the store (CSR)."""
     centroids: torch.Tensor      # (B, H, C, D) mean of the member keys
     means: torch.Tensor          # (B, H, C, D) mean of the member values
-    sizes: torch.Tensor          # (B, H, C) members; 0 marks a free slot
+    sizes: torch.Tensor          # (B, H, C) members, fp32 as the logits they bias; 0: a free slot
     offsets: torch.Tensor        # (B, H, C) first row in the store
 
 
 # ---------------------------------------------------------------- building the index
 
 def cluster_segment(k, v, config):
-    """Cluster L tokens (§4.2): their Index, offsets from 0, and k, v (B, H, L, D) in its order."""
+    """Cluster L tokens, a multiple of the cluster size (§4.2).
+
+    Their Index, offsets from 0, and k, v (B, H, L, D) in its order.
+    """
     L, slots = k.shape[2], config.slots(k.shape[2])
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (B, H, L, D)
-    ids = spherical_kmeans(centred, math.ceil(L / config.cluster), config.iterations)
+    ids = spherical_kmeans(centred, L // config.cluster, config.iterations)
     order = ids.argsort(dim=-1, stable=True)                                # (B, H, L)
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
     sizes = count(pieces, slots)                                            # (B, H, slots)
@@ -166,30 +189,76 @@ def flat_rows(ids, T):
 
 # ---------------------------------------------------------------- tripartite attention
 
-def tripartite_attention(q, steady, index, n_retrieve, n_estimate, fetch):
+RUN = 64        # rows of v that mix() sums at a time: they stay in a core's first cache
+
+
+class Budget(NamedTuple):
+    """What a step may read of the index: caps, which are shapes, and each sequence's own share."""
+    tokens: int                  # N, exact tokens
+    retrieve: int                # R, clusters retrieved
+    ranked: int                  # R+E, clusters retrieved or estimated
+    n_retrieve: torch.Tensor     # (B,) at most R
+    n_ranked: torch.Tensor       # (B,) at most R+E
+
+
+def tripartite_attention(q, steady, index, budget, fetch):
     """Attention of q (B, H, G, D) to the steady zone, R clusters and E centroids: (B, H, G, D).
 
     steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is free.
-    fetch(ids): k, v (B, H, R*P, D) and bias (B, H, 1, R*P) of the clusters ids (B, H, R).
+    fetch(ids, ends): k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R), packed so
+    that cluster i ends at ends[..., i]. Those of the R best that do not fit N are estimated.
     A centroid with bias log(size) and the mean value weighs as much as its tokens would, were they
     all equal; by Jensen's inequality it never weighs more than they do (§4.2, eq. 2 to 4).
     """
+    q, R = keep(q.float() * q.shape[-1] ** -0.5), budget.retrieve
     k_s, v_s, bias_s = steady
     logits = scores(q, index.centroids)                                     # (B, H, G, C)
-    order = rank_clusters(logits, index.sizes, n_retrieve + n_estimate)     # (B, H, R+E)
-    retrieved, estimated = order.split([n_retrieve, n_estimate], -1)
-    k_r, v_r, bias_r = fetch(retrieved)                                     # (B, H, R*P, D)
-    exact = scores(q, torch.cat([k_s, k_r], 2)) + torch.cat([bias_s, bias_r], -1)
-    log_size = index.sizes.gather(-1, estimated).log()[:, :, None]          # (B, H, 1, E)
-    along = estimated[:, :, None].expand(*logits.shape[:3], -1)             # (B, H, G, E)
-    weights = torch.cat([exact, logits.gather(-1, along) + log_size], -1).softmax(-1)
-    v = torch.cat([v_s, v_r, take(index.means, estimated)], 2)              # (B, H, N, D)
-    return weights.to(v.dtype) @ v
+    order = rank_clusters(logits, index.sizes, budget.ranked)               # (B, H, R+E)
+    rank = torch.arange(budget.ranked, device=q.device)
+    near = rank < budget.n_ranked[:, None, None]                            # (B, 1, R+E)
+    sizes = index.sizes.gather(-1, order) * near                            # (B, H, R+E)
+    ends = (sizes * (rank < budget.n_retrieve[:, None, None]))[..., :R].long().cumsum(-1)
+    ends = ends.minimum(ends.masked_fill(ends > budget.tokens, 0).amax(-1, keepdim=True))
+    k_r, v_r, bias_r = fetch(order[..., :R], ends)                          # (B, H, N, D)
+    left = sizes - F.pad(ends - before(ends), (0, budget.ranked - R))       # (B, H, R+E)
+    along = order[:, :, None].expand(*logits.shape[:3], -1)                 # (B, H, G, R+E)
+    parts = (scores(q, k_s) + bias_s, scores(q, k_r) + bias_r,
+             logits.gather(-1, along) + left.log()[:, :, None])
+    weights = torch.cat(parts, -1).softmax(-1).split([x.shape[-1] for x in parts], -1)
+    o = mix(weights[0], v_s) + mix(weights[1], v_r) + mix(weights[2], take(index.means, order))
+    return o.to(v_s.dtype)
 
 
 def scores(q, k):
-    """Scaled inner products (B, H, G, N), fp32, of q (B, H, G, D) and k (B, H, N, D)."""
-    return q.float() @ k.float().mT * q.shape[-1] ** -0.5
+    """Inner products (B, H, G, N), fp32, of q (B, H, G, D), fp32, and k (B, H, N, D)."""
+    if streams(k):
+        return torch.stack([(x[:, :, None] * k.float()).sum(-1) for x in q.unbind(2)], 2)
+    return q @ k.float().mT
+
+
+def mix(weights, v):
+    """Sums (B, H, G, D), fp32, of v (B, H, N, D) weighted by weights (B, H, G, N), fp32."""
+    if not streams(v):
+        return weights @ v.float()
+    n = math.gcd(v.shape[2], RUN)
+    rows = v.unflatten(2, (-1, n)).float()                                  # (B, H, N/n, n, D)
+    parts = keep(torch.stack(weights.unbind(2), -1)).unflatten(2, (-1, n)).unbind(-1)
+    return torch.stack([(w[..., None] * rows).sum(3) for w in parts], 3).sum(2)
+
+
+def round_up(n):
+    """The next multiple of RUN."""
+    return max(-(-n // RUN), 1) * RUN
+
+
+def streams(x):
+    """Whether x is best read as one sum for all G: Inductor's loops beat a CPU's thin products."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def keep(x):
+    """x, stored: Inductor would work it out again wherever it is read."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def rank_clusters(logits, sizes, n):
@@ -198,187 +267,246 @@ def rank_clusters(logits, sizes, n):
     return logits.softmax(-1).sum(2).topk(n, sorted=True).indices
 
 
-def gather_clusters(index, k_store, v_store, P, ids):
-    """k, v (B, H, R*P, D) and bias (B, H, 1, R*P) of the members of clusters ids (B, H, R)."""
-    sizes, offsets = index.sizes.gather(-1, ids), index.offsets.gather(-1, ids)
-    slot = torch.arange(P, device=ids.device)
-    member = slot < sizes[..., None]                                        # (B, H, R, P)
-    rows = (offsets[..., None] + slot * member).flatten(2)                  # (B, H, R*P)
-    bias = torch.zeros_like(rows, dtype=torch.float32).masked_fill(~member.flatten(2), -math.inf)
-    return take(k_store, rows), take(v_store, rows), bias[:, :, None]
+def before(ends):
+    """Where each of consecutive runs (B, H, R) starts, given where it ends."""
+    return F.pad(ends[..., :-1], (1, 0))
+
+
+def gather_clusters(index, stores, ids, ends, N):
+    """k, v (B, H, N, D), bias (B, H, 1, N) of clusters ids (B, H, R) that end at ends (B, H, R)."""
+    slot, starts = torch.arange(N, device=ids.device), before(ends)
+    which = count(starts, N + 1)[..., :N].cumsum(-1) - 1                    # (B, H, N)
+    is_free = slot >= ends[..., -1:]
+    rows = (index.offsets.gather(-1, ids) - starts).gather(-1, which) + slot
+    rows = keep(rows.masked_fill(is_free, 0))
+    bias = torch.zeros_like(rows, dtype=torch.float32).masked_fill(is_free, -math.inf)
+    return *(take(store, rows) for store in stores), bias[:, :, None]
 
 
 # ---------------------------------------------------------------- the wave index
 
-class WaveIndex:
-    """The cache of one layer: steady zone, index and store, preallocated for `capacity` tokens.
+class WaveIndex(nn.Module):
+    """The cache of one layer for a batch of sequences, each of its own length up to `capacity`.
 
-    prefill attends exactly and indexes what it appended; decode is the compiled step and never
-    looks at the host; update, between steps, indexes what has left the local window.
+    The store holds a sequence as a dense cache would, but that its older part, once indexed, lies
+    in cluster order. So prefill reads the past where it is, and clusters a segment in place as
+    soon as it is full:
+
+        store    sink | clusters: n_indexed tokens | latest tokens, in text order
+        steady   sink | latest tokens, generated tokens | free
+
+    A step finds the latest tokens in the steady zone. update, between steps, brings them there
+    behind a prefill, and indexes the older of them when the zone is full. Nothing reallocates.
     """
 
-    def __init__(self, config, capacity):
+    def __init__(self, config, capacity, batch=1):
+        super().__init__()
         self.config, self.capacity, self.index = config, capacity, None
+        self.is_reading = [True] * batch        # the latest tokens are in the store
+        for name in ("n_tokens", "n_indexed", "n_clusters"):
+            setattr(self, name, torch.zeros(batch, dtype=torch.int64))
 
     def allocate(self, k):
-        """All state, for keys like k (B, H, T, D): nothing grows or moves afterwards."""
-        (B, H, T, D), c = k.shape, self.config
+        """All state, for keys like k (1, H, T, D)."""
+        B, H, D, c = len(self.n_tokens), k.shape[1], k.shape[3], self.config
 
-        def zeros(*shape, **kind):      # one storage each: a compiled region may not see aliases
-            return k.new_zeros(B, H, *shape, **kind)
+        def zeros(n, *shape, **kind):   # one storage each: a compiled region may not see aliases
+            return k.new_zeros(B, H, n, *shape, **kind)
 
-        ends = c.sink + c.local
-        settled = T if T - ends >= c.update else ends
-        W = ends + min(c.update, self.capacity - settled)
-        indexable = max(self.capacity - ends, 1)
-        C = c.slots(indexable) + indexable // max(min(c.update, c.segment * 3 // 4), 1)
-
-        def best(share):                # of the clusters before any is split; all means all slots
-            return C if share >= 1 else round(math.ceil(indexable / c.cluster) * share)
-
-        self.n_retrieve = min(max(best(c.retrieve), c.least), C)
-        self.n_estimate = max(best(c.retrieve + c.estimate) - self.n_retrieve, 0)
+        T, W, C = (round_up(n) for n in (self.capacity, c.steady, c.slots(self.capacity)))
+        R, ranked = (int(n) for n in c.budget(torch.tensor(self.capacity)))
+        self.caps = round_up(R * c.cluster), min(R, C), min(round_up(ranked), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
-        self.k_store, self.v_store = zeros(indexable, D), zeros(indexable, D)
-        integers = (zeros(C, dtype=torch.int64) for _ in range(2))
-        self.index = Index(zeros(C, D), zeros(C, D), *integers)
-        self.n_steady = torch.zeros(B, dtype=torch.int64, device=k.device)
-        self.n_indexed = self.n_clusters = 0    # on the host: only prefill and update move them
+        self.k_store, self.v_store = zeros(T, D), zeros(T, D)
+        self.index = Index(zeros(C, D), zeros(C, D), zeros(C, dtype=torch.float32),
+                           zeros(C, dtype=torch.int64))
+        for name in ("n_tokens", "n_indexed", "n_clusters"):
+            setattr(self, name, getattr(self, name).to(k.device))
 
-    def prefill(self, q, k, v):
-        """Append T tokens, attend exactly and causally to all so far, index. ValueError if full.
+    def prefill(self, q, k, v, row=0):
+        """Append T tokens, q (1, H*G, T, D), to sequence `row`: exactly and causally attended.
 
-        The past is read as it lies: RoPE is in the keys, and a softmax knows no order.
+        ValueError if they do not fit. Attention to the past does not mind its order: RoPE is in
+        the keys.
         """
-        total = self.n_tokens() + k.shape[2]
-        if total > self.capacity:
-            raise ValueError(f"{total} tokens do not fit an index of {self.capacity}")
         if self.index is None:
             self.allocate(k)
-        n = int(self.n_steady[0])
-        steady = self.k_steady[:, :, :n], self.v_steady[:, :, :n]
-        store = self.k_store[:, :, :self.n_indexed], self.v_store[:, :, :self.n_indexed]
-        tail = [torch.cat(pair, 2) for pair in zip(steady, (k, v), strict=True)]
-        every = [torch.cat(pair, 2) for pair in zip(store, tail, strict=True)]
-        causal = causal_lower_right(q.shape[2], every[0].shape[2])
-        o = F.scaled_dot_product_attention(q, *every, causal, enable_gqa=True)
-        self.settle(*tail)
+        self.reopen(row)
+        start = int(self.n_tokens[row])
+        end = start + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit an index of {self.capacity}")
+        k_all, v_all = (x[row:row + 1, :, :end] for x in (self.k_store, self.v_store))
+        k_all[:, :, start:], v_all[:, :, start:] = k, v
+        self.n_tokens[row] = end
+        causal = causal_lower_right(q.shape[2], end)
+        o = F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
+        self.index_segments(row)
         return o
 
     def decode(self, q, k, v):
-        """Append one token, attend to three zones. No host read, no shape that changes."""
+        """Append one token to each sequence, q (B, H*G, 1, D), and attend to three zones.
+
+        No host read, no shape that changes.
+        """
         B, H, _, D = k.shape
-        batch = torch.arange(B, device=k.device)
-        self.k_steady[batch, :, self.n_steady] = k[:, :, 0]
-        self.v_steady[batch, :, self.n_steady] = v[:, :, 0]
-        self.n_steady.add_(1)
-        free = torch.arange(self.k_steady.shape[2], device=k.device) >= self.n_steady[:, None]
-        bias = torch.zeros_like(free, dtype=torch.float32).masked_fill(free, -math.inf)  # (B, W)
+        batch, slot = (torch.arange(n, device=k.device) for n in (B, self.k_steady.shape[2]))
+        last = self.n_tokens - self.n_indexed                               # (B,)
+        self.k_steady[batch, :, last] = k[:, :, 0]
+        self.v_steady[batch, :, last] = v[:, :, 0]
+        self.n_tokens.add_(1)
+        is_free = slot > last[:, None]                                      # (B, W)
+        bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
         steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
-        o = tripartite_attention(q.reshape(B, H, -1, D), steady, self.index,
-                                 self.n_retrieve, self.n_estimate, self.fetch)
+        budget = Budget(*self.caps, *self.config.budget(self.n_indexed))
+        o = tripartite_attention(q.reshape(B, H, -1, D), steady, self.index, budget, self.fetch)
         return o.reshape(q.shape)
 
-    def fetch(self, ids):
-        """Keys, values and bias of clusters ids (B, H, R)."""
-        return gather_clusters(self.index, self.k_store, self.v_store, self.config.largest, ids)
+    forward = decode                            # calling a cache is a step
+
+    def fetch(self, ids, ends):
+        """Keys, values and bias of clusters ids (B, H, R), packed to end at ends (B, H, R)."""
+        return gather_clusters(self.index, (self.k_store, self.v_store), ids, ends, self.caps[0])
 
     def update(self):
-        """Index the middle of the steady zone if it is due; how many steps fit until the next."""
-        n = int(self.n_steady[0])
-        self.settle(self.k_steady[:, :, :n], self.v_steady[:, :, :n])
-        return self.k_steady.shape[2] - int(self.n_steady[0])
+        """Bring each sequence in order for decoding; how many steps fit until the next update."""
+        for row, is_reading in enumerate(self.is_reading):
+            if not is_reading and self.n_tokens[row] - self.n_indexed[row] == self.config.steady:
+                self.reopen(row)
+            if self.is_reading[row]:
+                self.close(row)
+        n_steady = int((self.n_tokens - self.n_indexed).max())
+        return min(self.config.steady - n_steady, self.capacity - int(self.n_tokens.max()))
 
-    def settle(self, k, v):
-        """Index the middle of k, v (B, H, T, D), all that is not indexed yet, if it is due."""
+    def reopen(self, row):
+        """Move a sequence's latest tokens from the steady zone back behind its clusters."""
+        if not self.is_reading[row]:
+            for steady, store in self.latest(row):
+                store.copy_(steady)
+            self.is_reading[row] = True
+
+    def close(self, row):
+        """Index what is long enough to be, and move what is left to the steady zone."""
+        self.index_segments(row)
+        rest = self.n_open(row) // self.config.cluster * self.config.cluster
+        if rest >= self.config.update:
+            self.append(row, rest)
+        for steady, store in self.latest(row):
+            steady.copy_(store)
+        self.is_reading[row] = False
+
+    def latest(self, row):
+        """Where a sequence's tokens in no cluster lie: pairs of views of steady zone and store."""
+        n, indexed = int(self.n_tokens[row]), int(self.n_indexed[row])
+        head = min(n, self.config.sink)
+        for steady, store in ((self.k_steady, self.k_store), (self.v_steady, self.v_store)):
+            yield steady[row, :, :head], store[row, :, :head]
+            yield steady[row, :, head:n - indexed], store[row, :, head + indexed:n]
+
+    def n_open(self, row):
+        """Tokens between what is indexed and the local window."""
         c = self.config
-        middle = k.shape[2] - c.sink - c.local
-        if middle >= c.update:
-            inner = slice(c.sink, c.sink + middle)
-            n_segments = max(round(middle / c.segment), 1)
-            segments = (x[:, :, inner].tensor_split(n_segments, 2) for x in (k, v))
-            for segment in zip(*segments, strict=True):
-                self.append(*cluster_segment(*segment, c))
-            k, v = (torch.cat([x[:, :, :c.sink], x[:, :, -c.local:]], 2) for x in (k, v))
-        n = k.shape[2]
-        self.k_steady[:, :, :n], self.v_steady[:, :, :n] = k, v
-        self.n_steady.fill_(n)
+        return int(self.n_tokens[row] - self.n_indexed[row]) - c.sink - c.local
 
-    def append(self, segment, k, v):
-        """Put a clustered segment behind what is indexed."""
-        t, c, L, slots = self.n_indexed, self.n_clusters, k.shape[2], segment.sizes.shape[2]
-        self.k_store[:, :, t:t + L], self.v_store[:, :, t:t + L] = k, v
-        segment = segment._replace(offsets=segment.offsets + t)
+    def index_segments(self, row):
+        """Index all segments that are full."""
+        while self.n_open(row) >= self.config.segment:
+            self.append(row, self.config.segment)
+
+    def append(self, row, L):
+        """Index the next L tokens behind what is indexed: in the store they change their order."""
+        start, c = self.config.sink + int(self.n_indexed[row]), int(self.n_clusters[row])
+        k, v = (x[row:row + 1, :, start:start + L] for x in (self.k_store, self.v_store))
+        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config)
+        k.copy_(k_sorted), v.copy_(v_sorted)
+        segment = segment._replace(offsets=segment.offsets + start)
+        slots = segment.sizes.shape[2]
         for whole, part in zip(self.index, segment, strict=True):
-            whole[:, :, c:c + slots] = part
-        self.n_indexed, self.n_clusters = t + L, c + slots
-
-    def n_tokens(self):
-        """Tokens held, in the index and in the steady zone."""
-        return 0 if self.index is None else self.n_indexed + int(self.n_steady[0])
+            whole[row, :, c:c + slots] = part[0]
+        self.n_indexed[row] += L
+        self.n_clusters[row] += slots
 
     def bytes_read(self):
-        """Bytes of K, V and index that one decode step reads."""
+        """Bytes of K, V and index that one decode step reads at most."""
         B, H, C, D = self.index.centroids.shape
-        exact = self.k_steady.shape[2] + self.n_retrieve * self.config.largest
-        rows = 2 * exact + C + self.n_estimate
-        return B * H * (rows * D * self.k_steady.element_size() + 8 * (C + self.n_retrieve))
+        tokens, R, ranked = self.caps
+        rows = 2 * (self.k_steady.shape[2] + tokens) + C + ranked
+        return B * H * (rows * D * self.k_steady.element_size() + 4 * C + 8 * R)
 
 
 # ---------------------------------------------------------------- generation
+
+def step(model, caches, tokens, run):
+    """Logits (B, V) behind tokens (B,), which are appended to the caches."""
+    positions = caches[0].n_tokens[:, None].clone()                         # (B, 1)
+    hidden = model(tokens[:, None], positions, caches, run)
+    return model.logits(hidden[:, -1])
+
 
 def call(function, *args):
     return function(*args)
 
 
-# The one place where decoding is compiled: a layer once for all layers, and the output product.
-# The sizes of every intermediate need no checking again in every layer: shapes never change.
-compiled_call = torch.compile(call, fullgraph=True, dynamic=False,
-                              options={"size_asserts": False, "alignment_asserts": False})
+# The one place where decoding is compiled: a step is one graph, in which all layers share one body.
+# Shapes never change, so the sizes of intermediates are not checked again in every layer.
+compiled_step = torch.compile(
+    functools.partial(step, run=torch.compiler.nested_compile_region(
+        call, reuse_hash_fn=lambda *args: 0)),
+    fullgraph=True, dynamic=False, options={
+        "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
+        "cpp.enable_floating_point_contract_flag": "fast"})
+eager_step = functools.partial(step, run=call)
 
 
-def prefill(model, caches, ids, chunk=None):
-    """Logits (B, V) behind the prompt ids (B, T), which is read `chunk` tokens at a time."""
-    start = 0
-    for part in ids.split(chunk or ids.shape[1], 1):
-        positions = torch.arange(start, start + part.shape[1], device=ids.device).expand_as(part)
-        hidden = model(part, positions, caches, "prefill")                  # (B, chunk, hidden)
-        start += part.shape[1]
-    return model.logits(hidden[:, -1])
+def prefill(model, caches, prompts, chunk=None):
+    """Logits (B, V) behind each of B prompts (T,), which are read `chunk` tokens at a time.
+
+    A prompt is read alone, to its own length; it goes on where its sequence in the caches stands.
+    """
+    logits = []
+    for row, ids in enumerate(prompts):
+        for part in ids.split(chunk or len(ids)):
+            start = int(caches[0].n_tokens[row])
+            positions = torch.arange(start, start + len(part), device=ids.device)
+            attend = [functools.partial(cache.prefill, row=row) for cache in caches]
+            hidden = model(part[None], positions[None], attend)             # (1, chunk, hidden)
+        logits.append(model.logits(hidden[:, -1]))
+    return torch.cat(logits)
 
 
-def decode(model, caches, logits, position, n_tokens, pick, run=compiled_call):
-    """Yield up to n_tokens tokens (B,) behind logits (B, V), until the model ends its text.
+def decode(model, caches, logits, n_tokens, pick, step=compiled_step):
+    """Yield up to n_tokens tokens (B,) behind logits (B, V), until all texts have ended.
 
-    pick(logits) chooses a token (B,). Between steps the caches may index what they gathered.
-    ValueError when the logits are not numbers.
+    pick(logits) chooses a token (B,). Behind its end token a sequence yields that token again.
+    Between steps the caches may index what they gathered. ValueError when the logits are not
+    numbers, or the caches are full.
     """
     ends = torch.tensor(sorted(model.config.eos_ids), device=logits.device)
-    positions = torch.full((len(logits), 1), position, device=logits.device)
+    token, has_ended = None, torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     room = 0                                      # steps until the caches must be updated
     for n in range(n_tokens):
         if not logits.amax().isfinite():
             raise ValueError(f"the logits of token {n + 1} are not finite: damaged weights, or "
                              "a dtype too narrow for this model")
-        token = pick(logits)                                                # (B,)
+        picked = pick(logits)                                               # (B,)
+        token = picked if token is None else torch.where(has_ended, token, picked)
         yield token
-        if torch.isin(token, ends).all() or n + 1 == n_tokens:
+        has_ended |= torch.isin(token, ends)
+        if has_ended.all() or n + 1 == n_tokens:
             return
         room = room or min(cache.update() for cache in caches)
         if not room:
             raise ValueError(f"the caches are full after {n} tokens: raise their capacity")
-        hidden = model(token[:, None], positions, caches, "decode", run)    # (B, 1, hidden)
-        logits = run(model.logits, hidden[:, -1])
-        positions, room = positions + 1, room - 1
+        logits, room = step(model, caches, token), room - 1
 
 
-def generate(model, caches, ids, n_tokens, pick=None, run=compiled_call):
-    """Yield up to n_tokens tokens (B,) behind the prompt ids (B, T); greedy unless pick is given.
+def generate(model, caches, prompts, n_tokens, pick=None, step=compiled_step):
+    """Yield up to n_tokens tokens (B,) behind B prompts (T,); greedy unless pick is given.
 
-    run=call decodes without compiling.
+    step=eager_step decodes without compiling.
     """
-    logits = prefill(model, caches, ids)
-    yield from decode(model, caches, logits, ids.shape[1], n_tokens, pick or sampler(), run)
+    logits = prefill(model, caches, prompts)
+    yield from decode(model, caches, logits, n_tokens, pick or sampler(), step)
 
 
 def sampler(temperature=0.0, top_p=1.0, seed=0):

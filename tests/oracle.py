@@ -19,25 +19,29 @@ def dense(q, k, v):
     return o
 
 
-def tripartite(q, steady, clusters, n_retrieve, n_estimate):
+def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens):
     """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
 
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
     each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and
-    clusters are ranked by probability over the centroids, summed over the queries.
+    clusters are ranked by probability over the centroids, summed over the queries. Of the
+    n_retrieve best those are exact that fit n_tokens together; the others are estimated.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
     centroids = torch.stack([k.double().mean(0) for k, _ in clusters])
     rank = (q @ centroids.T * scale).softmax(-1).sum(0).argsort(descending=True).tolist()
+    fit, room = 0, n_tokens
+    while fit < min(n_retrieve, len(rank)) and len(clusters[rank[fit]][0]) <= room:
+        room, fit = room - len(clusters[rank[fit]][0]), fit + 1
     o, mass = [], []
     for query in q:
         numerator, denominator, estimated = 0, 0, 0
-        exact = [steady] + [clusters[i] for i in rank[:n_retrieve]]
+        exact = [steady] + [clusters[i] for i in rank[:fit]]
         for k, v in exact:
             for key, value in zip(k.double(), v.double(), strict=True):
                 weight = math.exp(query @ key * scale)
                 numerator, denominator = numerator + weight * value, denominator + weight
-        for i in rank[n_retrieve:n_retrieve + n_estimate]:
+        for i in rank[fit:n_retrieve + n_estimate]:
             weight = math.exp(query @ centroids[i] * scale)
             numerator = numerator + weight * clusters[i][1].double().sum(0)
             estimated += weight * len(clusters[i][0])

@@ -2,13 +2,13 @@
 import oracle
 import pytest
 import torch
-from test_wave_index import ALL, SMALL, qkv
+from test_wave_index import ALL, SMALL, qkv, read
 
 from model import DenseCache
 from retroinfer import RetroConfig, WaveIndex
 
 CACHES = {"dense": DenseCache,
-          "wave": lambda capacity: WaveIndex(RetroConfig(**SMALL, **ALL), capacity)}
+          "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape)}
 
 
 @pytest.fixture(params=CACHES, ids=str)
@@ -20,9 +20,9 @@ def make(request):
                          ids=str)
 def test_chunks_attend_exactly_to_all_before(make, chunks):
     q, k, v = qkv(96, B=2)
-    cache, outputs, start = make(96), [], 0
+    cache, outputs, start = make(96, 2), [], 0
     for n in chunks:
-        outputs.append(cache.prefill(*(x[:, :, start:start + n] for x in (q, k, v))))
+        outputs.append(read(cache, *(x[:, :, start:start + n] for x in (q, k, v))))
         start += n
     for t in range(start, 96):
         cache.update()
@@ -57,8 +57,8 @@ def test_update_tells_how_many_steps_fit(make):
 
 def test_rows_of_a_batch_do_not_mix(make):
     q, k, v = qkv(80, B=3)
-    together, alone = make(80), make(80)
-    o = together.prefill(q, k, v)
+    together, alone = make(80, 3), make(80)
+    o = read(together, q, k, v)
     torch.testing.assert_close(alone.prefill(q[1:2], k[1:2], v[1:2]), o[1:2])
 
 
@@ -68,7 +68,7 @@ def test_bytes_read_are_those_of_the_tensors():
     for cache in (dense, wave):
         cache.prefill(q, k, v)
     assert dense.bytes_read() == 2 * 2 * 500 * 16 * 4               # K and V, 2 heads, fp32
-    W, C, R, E = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.n_retrieve, wave.n_estimate
-    rows = 2 * W + C + 2 * R * 8 + E
-    assert wave.bytes_read() == 2 * (rows * 16 * 4 + (C + R) * 8)
+    W, C, (N, R, ranked) = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.caps
+    rows = 2 * W + C + 2 * N + ranked
+    assert wave.bytes_read() == 2 * (rows * 16 * 4 + 4 * C + 8 * R)
     assert wave.bytes_read() < dense.bytes_read() / 2

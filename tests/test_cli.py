@@ -12,7 +12,7 @@ import torch
 
 import cli
 from model import DenseCache
-from retroinfer import RetroConfig, call, generate
+from retroinfer import RetroConfig, eager_step, generate
 
 ROOT = Path(__file__).parent.parent
 LONG = {"max_position_embeddings": 4096}
@@ -65,7 +65,7 @@ def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt)
     model, tokenizer = load(checkpoint(**LONG), device="cpu")
     ids = torch.tensor([tokenizer.encode(prompt.read_text())])
     caches = [DenseCache(ids.shape[1] + 20) for _ in model.layers]
-    tokens = [t.item() for t in generate(model, caches, ids, 20, run=call)]
+    tokens = [t.item() for t in generate(model, caches, ids, 20, step=eager_step)]
     assert last_json(out)["answer"] == tokenizer.decode(tokens)
 
 

@@ -1,10 +1,23 @@
 """Generation: what is yielded, when it ends, and that a step compiles once for all layers."""
+import functools
+
 import pytest
 import torch
 from test_wave_index import ALL, SMALL
 
 from model import DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, call, decode, generate, prefill, sampler
+from retroinfer import (
+    RetroConfig,
+    WaveIndex,
+    call,
+    compiled_step,
+    decode,
+    eager_step,
+    generate,
+    prefill,
+    sampler,
+    step,
+)
 
 LONG = {"max_position_embeddings": 4096}
 
@@ -38,60 +51,84 @@ def test_all_retrieved_gives_dense_logits_through_many_updates(model, ids):
         said[name] = []
         pick = lambda logits, into=said[name]: record(logits, into)  # noqa: E731
         held = caches(model, make)
-        assert len(list(generate(model, held, ids, 200, pick, call))) == 200
-    assert held[0].n_clusters and held[0].n_indexed > 6 * 32
+        assert len(list(generate(model, held, ids, 200, pick, eager_step))) == 200
+    assert held[0].n_clusters[0] and held[0].n_indexed[0] > 6 * 32
     torch.testing.assert_close(torch.cat(said["wave"]), torch.cat(said["dense"]),
                                rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_gives_each_what_it_gives_alone(model):
-    ids = torch.randint(3, 320, (3, 70), generator=torch.Generator().manual_seed(5))
-    batch, alone = [], []
-    for into, rows in ((batch, ids), (alone, ids[1:2])):
-        def pick(logits, into=into):
-            into.append(logits)
-            return torch.full((len(logits),), 7)
-        list(generate(model, caches(model, wave(retrieve=0.2, estimate=0.3)), rows, 50, pick, call))
-    torch.testing.assert_close(torch.cat([x[1:2] for x in batch]), torch.cat(alone),
-                               rtol=1e-4, atol=1e-4)
+def test_unequal_prompts_get_the_logits_they_get_alone(model):
+    lengths, more = (1, 70, 300), wave(500, retrieve=0.2, estimate=0.3)
+    prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
+               for n in lengths]
+    said = []
+    for texts in (prompts, *([one] for one in prompts)):
+        held = [WaveIndex(c.config, 500, len(texts)) for c in caches(model, more)]
+        got = []
+        list(generate(model, held, texts, 80, lambda x, got=got: fixed(x, got), eager_step))
+        said.append(torch.stack(got, 1))                                # (B, 80, V)
+    torch.testing.assert_close(said[0], torch.cat(said[1:]), rtol=1e-4, atol=1e-4)
+
+
+def fixed(logits, into):
+    into.append(logits)
+    return torch.full((len(logits),), len(into) % 300 + 3)
+
+
+def test_sequences_end_on_their_own(model, ids):
+    prompts, wanted = [ids[0, :40], ids[0]], iter([[5, 6], [2, 7], [9, 8], [9, 2], [9, 9]])
+    held = [WaveIndex(RetroConfig(**SMALL), 200, 2) for _ in model.layers]
+    pick = lambda _: torch.tensor(next(wanted))  # noqa: E731
+    out = torch.stack(list(generate(model, held, prompts, 10, pick, eager_step)), 1)
+    assert out.tolist() == [[5, 2, 2, 2], [6, 7, 8, 2]]         # 2 is the model's end
 
 
 def test_an_end_token_ends_the_text(model, ids):
     tokens = iter([5, 6, 2, 7])                         # 2 is the model's end
     pick = lambda _: torch.tensor([next(tokens)])  # noqa: E731
-    out = [t.item() for t in generate(model, caches(model, wave()), ids, 10, pick, call)]
+    out = [t.item() for t in generate(model, caches(model, wave()), ids, 10, pick, eager_step)]
     assert out == [5, 6, 2]
 
 
 def test_full_caches_are_reported(model, ids):
     pick = lambda _: torch.tensor([7])  # noqa: E731
     with pytest.raises(ValueError, match="caches are full after 5 tokens"):
-        list(generate(model, caches(model, wave(capacity=95)), ids, 10, pick, call))
+        list(generate(model, caches(model, wave(capacity=95)), ids, 10, pick, eager_step))
 
 
-def test_a_step_compiles_once_for_all_layers_and_never_again(model, ids):
+@pytest.mark.parametrize("lengths", [(90,), (1, 30, 90, 250)], ids=str)
+def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
+    """Over thousands of tokens and dozens of updates; layers share one region."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    run = torch.compile(call, backend=counter, fullgraph=True, dynamic=False)
-    held, logits = caches(model, wave(retrieve=0.1, estimate=0.2)), []
-    pick = lambda x: record(x, logits)  # noqa: E731
-    list(generate(model, held, ids, 120, pick, run))
-    assert counter.frame_count == 2                     # a layer, the output product
-    eager = []
-    pick = lambda x: record(x, eager)  # noqa: E731
-    list(generate(model, caches(model, wave(retrieve=0.1, estimate=0.2)), ids, 120, pick, call))
-    torch.testing.assert_close(torch.cat(logits), torch.cat(eager), rtol=1e-4, atol=1e-4)
+    region = functools.partial(step, run=torch.compiler.nested_compile_region(call))
+    fast = torch.compile(region, backend=counter, fullgraph=True, dynamic=False)
+    prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
+               for n in lengths]
+    said = []
+    for one_step, n in ((fast, N_LONG), (eager_step, 60)):
+        held = [WaveIndex(RetroConfig(**SMALL, retrieve=0.1, estimate=0.2), N_LONG + 260,
+                          len(lengths)) for _ in model.layers]
+        got = []
+        list(generate(model, held, prompts, n, lambda x, got=got: fixed(x, got), one_step))
+        said.append(torch.stack(got[:60]))
+    assert counter.frame_count == 1
+    assert (held[0].n_tokens > 0).all()
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 
 
-def test_one_row_as_a_sum_is_the_product(model, ids):
-    """Inductor's decode, with products written as sums, against eager matrix products."""
+N_LONG = 1000
+
+
+def test_inductor_gives_what_eager_gives(model, ids):
+    """The shipped step, with products written as sums, against eager matrix products."""
     torch._dynamo.reset()
     said = []
-    for run in (torch.compile(call, fullgraph=True, dynamic=False), call):
+    for one_step in (compiled_step, eager_step):
         held = caches(model, wave(retrieve=0.1, estimate=0.2))
         first, got = prefill(model, held, ids), []
         pick = lambda x, got=got: record(x, got)  # noqa: E731
-        list(decode(model, held, first, 90, 6, pick, run))
+        list(decode(model, held, first, 6, pick, one_step))
         said.append(torch.cat(got))
     torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,5 @@
 """The model computes what transformers computes, from every kind of checkpoint, or says why not."""
+import functools
 import json
 import shutil
 import sys
@@ -46,9 +47,17 @@ def logits(model, ids, feed, positions=None):
     """Logits (B, T, V) of ids (B, T), fed to the model as `feed` says."""
     if positions is None:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-    caches = [DenseCache(ids.shape[1] + 3) for _ in range(model.config.num_hidden_layers)]
-    hidden = [model(ids[:, span], positions[:, span], caches, phase)
-              for (phase, _), span in zip(feed, spans(feed), strict=True)]
+    caches = [DenseCache(ids.shape[1] + 3, len(ids)) for _ in model.layers]
+
+    def read(part, where, row):
+        attend = [functools.partial(cache.prefill, row=row) for cache in caches]
+        return model(part[row:row + 1], where[row:row + 1], attend)
+
+    hidden = []
+    for (phase, _), span in zip(feed, spans(feed), strict=True):
+        part, where = ids[:, span], positions[:, span]
+        hidden.append(model(part, where, caches) if phase == "decode" else
+                      torch.cat([read(part, where, row) for row in range(len(ids))]))
     return model.logits(torch.cat(hidden, 1))
 
 
@@ -345,7 +354,7 @@ def test_default_model_continues_as_transformers_does(smollm2, one_thread):
 
     def step(new, start):
         positions = torch.arange(start, start + new.shape[1])[None]
-        hidden = model(new, positions, caches, "prefill" if start == 0 else "decode")
+        hidden = model(new, positions, caches if start else [c.prefill for c in caches])
         return model.logits(hidden[:, -1])
 
     def their_step(new, _):
