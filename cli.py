@@ -214,7 +214,8 @@ def measure(session, tokens):
     n_retrieve, n_ranked = (int(n[0]) for n in wave.config.budget(wave.n_indexed))
     return {
         "prompt_tokens": session.n_prompt, "generated_tokens": len(tokens),
-        "indexed_tokens": int(wave.n_indexed[0]), "clusters": int((wave.index.sizes[0, 0] > 0).sum()),
+        "indexed_tokens": int(wave.n_indexed[0]),
+        "clusters": int((wave.index.sizes[0, 0] > 0).sum()),
         "retrieved_clusters": n_retrieve, "estimated_clusters": n_ranked - n_retrieve,
         "bytes_a_step": wave.bytes_read() * n_layers,
         "dense_bytes_a_step": 2 * row * (session.n_prompt + len(tokens)),

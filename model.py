@@ -143,7 +143,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if x.numel() > x.shape[-1] or x.device.type != "cpu" or not torch.compiler.is_compiling():
             return super().forward(x)
-        row = x.flatten().float().as_strided((x.shape[-1],), (1,))      # stored, not worked out anew
+        row = x.flatten().float().as_strided((x.shape[-1],), (1,))   # stored, not worked out anew
         streams = self.weight.unflatten(0, (math.gcd(self.out_features, 4), -1)).unbind(0)
         y = torch.cat([(row * w.float()).sum(-1) for w in streams])     # four in flight at once
         y = y if self.bias is None else y + self.bias

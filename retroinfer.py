@@ -38,7 +38,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 @dataclass(frozen=True)
 class RetroConfig:
-    """The paper's settings (§5.1) but for iterations and least. A comment is its flag's help."""
+    """The paper's settings (§5.1) but update, iterations, least. A comment is a flag's help."""
     sink: int = 4                # first tokens, always exact
     local: int = 64              # latest tokens, always exact
     update: int = 256            # generated tokens kept exact until they are indexed together
@@ -347,8 +347,10 @@ class WaveIndex(nn.Module):
     def decode(self, q, k, v):
         """Append one token to each sequence, q (B, H*G, 1, D), and attend to three zones.
 
-        No host read, no shape that changes.
+        No host read, no shape that changes. ValueError unless update was called behind a prefill.
         """
+        if any(self.is_reading):
+            raise ValueError("call update() between prefill and decode: it builds the index")
         B, H, _, D = k.shape
         batch, slot = (torch.arange(n, device=k.device) for n in (B, self.k_steady.shape[2]))
         last = self.n_tokens - self.n_indexed                               # (B,)
@@ -447,12 +449,19 @@ def call(function, *args):
     return function(*args)
 
 
+def region():
+    """call, as a part of a graph that is compiled once however often it is called."""
+    mark = torch.compiler.nested_compile_region
+    try:
+        return mark(call, reuse_hash_fn=lambda *args: 0)    # all layers are alike: trace one
+    except TypeError:                                       # torch before 2.13 traces each of them
+        return mark(call)
+
+
 # The one place where decoding is compiled: a step is one graph, in which all layers share one body.
 # Shapes never change, so the sizes of intermediates are not checked again in every layer.
 compiled_step = torch.compile(
-    functools.partial(step, run=torch.compiler.nested_compile_region(
-        call, reuse_hash_fn=lambda *args: 0)),
-    fullgraph=True, dynamic=False, options={
+    functools.partial(step, run=region()), fullgraph=True, dynamic=False, options={
         "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
         "cpp.enable_floating_point_contract_flag": "fast"})
 eager_step = functools.partial(step, run=call)

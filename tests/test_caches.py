@@ -63,11 +63,12 @@ def test_rows_of_a_batch_do_not_mix(make):
 
 
 def test_bytes_read_are_those_of_the_tensors():
-    q, k, v = qkv(500)
-    dense, wave = DenseCache(500), WaveIndex(RetroConfig(**SMALL, retrieve=0.02, estimate=0.2), 500)
+    q, k, v = qkv(2000)
+    config = RetroConfig(**SMALL, retrieve=0.02, estimate=0.2)
+    dense, wave = DenseCache(2000), WaveIndex(config, 2000)
     for cache in (dense, wave):
         cache.prefill(q, k, v)
-    assert dense.bytes_read() == 2 * 2 * 500 * 16 * 4               # K and V, 2 heads, fp32
+    assert dense.bytes_read() == 2 * 2 * 2000 * 16 * 4              # K and V, 2 heads, fp32
     W, C, (N, R, ranked) = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.caps
     rows = 2 * W + C + 2 * N + ranked
     assert wave.bytes_read() == 2 * (rows * 16 * 4 + 4 * C + 8 * R)

@@ -79,7 +79,7 @@ def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
 
 def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
     _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--sink", 0,
-                    "--local", 1, "--retrieve", 0, "--estimate", 0, "--update", 8, "--json")
+                    "--local", 1, "--retrieve", 0, "--estimate", 0, "--update", 16, "--json")
     facts = last_json(out)
     assert facts["kl"] > 1e-3 and facts["dense_bytes_a_step"] > facts["bytes_a_step"]
 

@@ -232,9 +232,11 @@ def test_dense_cache_is_exact_and_causal_however_it_is_fed(group, spare, seed, f
     B, H, D, T = 2, 2, 8, sum(n for _, n in feed)
     torch.manual_seed(seed)
     q, k, v = torch.randn(B, H * group, T, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
-    dense = DenseCache(T + spare)
-    out = [getattr(dense, phase)(q[:, :, span], k[:, :, span], v[:, :, span])
-           for (phase, _), span in zip(feed, spans(feed), strict=True)]
+    dense, out = DenseCache(T + spare, B), []
+    for (phase, _), span in zip(feed, spans(feed), strict=True):
+        now = [x[:, :, span] for x in (q, k, v)]
+        out.append(dense.decode(*now) if phase == "decode" else
+                   torch.cat([dense.prefill(*(x[b:b + 1] for x in now), b) for b in range(B)]))
     torch.testing.assert_close(torch.cat(out, 2), attention(q, k, v).float(), atol=1e-5, rtol=0)
 
 
