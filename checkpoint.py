@@ -223,6 +223,13 @@ class Tokenizer:
     def ids(self, text, add_special_tokens):
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def definition(self):
+        """Bytes that two tokenizers share only if they cut and write prompts alike."""
+        return f"{self.backend_state()}{self.template}{self.bos}".encode()
+
+    def backend_state(self):
+        return self.backend.to_str()
+
     def decode(self, ids):
         """Text of token ids, special tokens left out."""
         return self.backend.decode(list(ids))
@@ -262,6 +269,9 @@ class PieceTokenizer(Tokenizer):
         for part in re.split(f"({'|'.join(map(re.escape, control))})", text) if control else [text]:
             ids += [control[part]] if part in control else sp.encode(part)
         return ids
+
+    def backend_state(self):
+        return self.backend.serialized_model_proto()
 
 
 def directory_tokenizer(path, eos_ids):

@@ -1,8 +1,12 @@
-"""The command line of retroinfer.py: read a prompt, stream the answer, say what it took.
+"""The command line of retroinfer.py: read prompts, stream the answer, say what it took.
 
-    python retroinfer.py --prompt-file x
+    python retroinfer.py --prompt-file x                                    # or -: standard input
+    python retroinfer.py --prompt-file x --prompt-file y                    # a batch
+    python retroinfer.py --prompt-file x --chat                             # a line is a turn
+    python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
+    python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
 
-The answer goes to standard output, the progress bar and the card to standard error; --json ends
+Answers go to standard output, the progress bar and the card to standard error; --json ends
 standard output with one line for machines. What a person can get wrong is one line and status 2.
 """
 import argparse
@@ -13,21 +17,26 @@ import os
 import re
 import shutil
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, compiled_step, decode, eager_step, prefill, sampler
+from retroinfer import RetroConfig, WaveIndex, compiled_step, eager_step, sampler
+from session import Session, Writer, stream, turns
+from snapshot import Snapshot, check_place, save
 
 
 def parse_args(argv):
     parser = Parser(description="Answer a prompt, decoding through a wave index.")
     add = parser.add_argument
-    add("--prompt-file", required=True, help="the prompt, UTF-8 text; - reads standard input")
+    add("--prompt-file", action="append", default=[], help="the prompt, UTF-8 text; - reads "
+        "standard input; given again, the prompts are answered as a batch")
+    add("--question", help="asked behind the prompt or the loaded index")
+    add("--chat", action="store_true", help="go on: each line of standard input is a turn")
+    add("--save-index", metavar="FILE", help="save the index of the prompt (without the question)")
+    add("--load-index", metavar="FILE", help="take the prompt, or its beginning, from this file")
     add("--model", default=DEFAULT_NAME, help="directory, .gguf file, or the name of the default: "
         f"{DEFAULT_NAME}, which make setup installs")
     add("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
@@ -39,6 +48,8 @@ def parse_args(argv):
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--backend", choices=["compile", "eager"], help="default: compile")
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
+    add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
+        "with --chat the model's context")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
@@ -48,12 +59,34 @@ def parse_args(argv):
         text = re.search(rf"{field.name}: .*# +(.*)", source)[1]
         add(f"--{field.name}", type=type(field.default), default=field.default,
             help=f"{text} (default {field.default})")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_flags(args)
+    return args
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
+
+
+def check_flags(args):
+    """ValueError for what no model is needed to refuse."""
+    for name in ("max_new_tokens", "prefill_chunk", "capacity"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
+    if not (args.prompt_file or args.load_index or args.chat):
+        raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
+    for name in ("chat", "compare", "save_index", "load_index"):
+        if getattr(args, name) and len(args.prompt_file) > 1:
+            raise ValueError(f"--{name.replace('_', '-')} takes one --prompt-file, "
+                             f"{len(args.prompt_file)} are given")
+    if args.prompt_file.count("-") > (0 if args.chat else 1):
+        raise ValueError("--prompt-file - reads all of standard input: it goes with one prompt, "
+                         "and without --chat")
+    if args.compare and args.chat:
+        raise ValueError("--compare takes one answer: leave out --chat")
+    if args.save_index:
+        check_place(args.save_index)
 
 
 def read_prompt(path):
@@ -90,151 +123,170 @@ def choose_backend(name, device):
     return compiled_step, f"torch.compile on {where}, " + ("asked for" if name else "the default")
 
 
-def limit_tokens(args, context, n_prompt):
-    """Tokens to generate: what was asked for, or what the model's context leaves."""
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: at least 1 is needed")
-    if args.prefill_chunk is not None and args.prefill_chunk < 1:
-        raise ValueError(f"--prefill-chunk is {args.prefill_chunk}: at least 1 is needed")
-    if args.beyond_context or n_prompt + args.max_new_tokens <= context:
-        return args.max_new_tokens
-    if n_prompt >= context:
+def room_for(args, context, n_prompt):
+    """(capacity, tokens to generate) behind the longest prompt."""
+    limit = math.inf if args.beyond_context else context
+    if n_prompt >= limit:
         raise ValueError(f"the prompt has {n_prompt:,} tokens, the model's context is {context:,}: "
                          "shorten it, or pass --beyond-context")
-    return context - n_prompt
+    wanted = max(context, n_prompt) if args.chat else n_prompt + args.max_new_tokens
+    capacity = args.capacity or min(wanted, limit)
+    if not n_prompt < capacity <= limit:
+        raise ValueError(f"--capacity is {capacity:,}: the prompt has {n_prompt:,} tokens, the "
+                         f"model's context is {context:,} (--beyond-context allows more)")
+    return capacity, min(args.max_new_tokens, capacity - n_prompt)
 
 
-class Session:
-    """A prompt being answered, with its clock."""
-
-    def __init__(self, model, ids, chunk, make_cache):
-        self.model, self.n_prompt = model, ids.shape[1]
-        self.caches = [make_cache() for _ in model.layers]
-        start = time.perf_counter()
-        with progress(model, -(-ids.shape[1] // (chunk or ids.shape[1]))):
-            self.logits = prefill(model, self.caches, ids, chunk)
-        self.prefill_seconds = time.perf_counter() - start
-
-    def answer(self, n_tokens, pick, step, show=None):
-        """Tokens behind the prompt; self.all_logits (one a token) and self.seconds (one a step)."""
-        tokens, self.all_logits, self.seconds = [], [], []
-
-        def remember(logits):
-            self.all_logits.append(logits)
-            return pick(logits)
-
-        clock = time.perf_counter()
-        for token in decode(self.model, self.caches, self.logits, n_tokens, remember, step):
-            tokens.append(token.item())
-            self.seconds.append(time.perf_counter() - clock)
-            if show:
-                show(tokens)
-            clock = time.perf_counter()
-        return tokens
-
-    def speed(self):
-        """Tokens a second, without the first two (no step yet, and the one that compiles)."""
-        steady = self.seconds[2:]
-        return len(steady) / sum(steady) if steady else 0.0
-
-
-@contextmanager
-def progress(model, n_chunks):
-    """A bar on standard error that moves with every layer of the prefill."""
-    from tqdm import tqdm
-    with tqdm(total=len(model.layers) * n_chunks, desc="prefill", unit="layer", leave=False) as bar:
-        hooks = [layer.register_forward_hook(lambda *_: bar.update() and None)
-                 for layer in model.layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def stream(tokenizer):
-    """A function that prints what each new token adds, once its characters are whole."""
-    shown = ""
-
-    def show(tokens):
-        nonlocal shown
-        text = tokenizer.decode(tokens)
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    return show
-
-
-def compare(args, session, tokens, model, ids, step, capacity):
-    """What dense attention says to the same prompt, and how far ours is from it, token by token."""
-    dense = Session(model, ids, args.prefill_chunk, lambda: DenseCache(capacity))
-    n_tokens = capacity - ids.shape[1]
-    said = dense.answer(n_tokens, sampler(args.temperature, args.top_p, args.seed), step)
-    speed = dense.speed()
-    for cache in dense.caches:
-        cache.n_tokens.fill_(ids.shape[1])           # rewind, then read our answer instead
-    ours = iter(tokens)
-    dense.answer(len(tokens), lambda _: ids.new_tensor([next(ours)]), step)
-    p, q = (torch.cat(x.all_logits).double().log_softmax(-1) for x in (dense, session))     # (n, V)
-    return {"dense_tokens": said, "dense_decode_tokens_per_s": speed,
-            "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
-            "kl": (p.exp() * (p - q)).sum(-1).mean().item()}
-
+# ---------------------------------------------------------------- reading and answering
 
 def answer(args):
-    """Run the command line: stream the answer, then say what it took."""
-    text, pick = read_prompt(args.prompt_file), sampler(args.temperature, args.top_p, args.seed)
+    """Run the command line: read, answer, say what it took. The exit status."""
+    texts, lines = [read_prompt(path) for path in args.prompt_file], turns()
+    pick = sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
     step, backend = choose_backend(args.backend, device)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
-    prompt = text if args.raw else tokenizer.chat([{"role": "user", "content": text}])
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)           # (1, T)
-    n_tokens = limit_tokens(args, model.config.context, ids.shape[1])
-    capacity = ids.shape[1] + n_tokens
-    session = Session(model, ids, args.prefill_chunk, lambda: WaveIndex(config, capacity))
-    tokens = session.answer(n_tokens, pick, step, stream(tokenizer))
+    snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
+    writer = Writer(tokenizer, args.raw, device)
+    prompts = write_prompts(args, texts, writer, snapshot, lines)
+    longest = max(len(head) + len(tail) for head, tail in prompts)
+    capacity, n_tokens = room_for(args, model.config.context, longest)
+    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts)), pick, step,
+                      args.prefill_chunk)
+    status = read(args, session, prompts, tokenizer, snapshot)
+    logits = session.record() if args.compare else None
+    said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
+    if len(prompts) > 1:
+        for path, tokens in zip(args.prompt_file, said, strict=True):
+            print(f"== {path}\n{tokenizer.decode(tokens)}")
     print(flush=True)
-    facts = {"answer": tokenizer.decode(tokens), "backend": backend,
-             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-             **measure(session, tokens)}
+    if args.chat:
+        said += chat(session, writer, said[0], lines, args.max_new_tokens)
+    facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
+             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
     if args.compare:
-        facts |= compare(args, session, tokens, model, ids, step, capacity)
-        facts["dense_answer"] = tokenizer.decode(facts.pop("dense_tokens"))
+        facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
+    return status
 
 
-def measure(session, tokens):
-    """What a run took, as numbers: the card and the JSON line are made of these."""
+def write_prompts(args, texts, writer, snapshot, lines):
+    """Token ids (head, tail) of each prompt; an index is saved and loaded between the two."""
+    if texts:
+        return [writer.prompt(text, args.question) for text in texts]
+    asked = args.question or (next(lines, None) if args.chat else None)
+    if snapshot:
+        return [(snapshot.ids.to(writer.device), writer.prompt("", asked)[1])]
+    if not asked:
+        raise ValueError("there is nothing to answer on standard input")
+    return [writer.prompt(asked, None)]
+
+
+def read(args, session, prompts, tokenizer, snapshot):
+    """Prefill what no snapshot knows, and save the index where the heads end. The exit status.
+
+    What cannot be saved does not cost the answer: it is said, and the status is 2 in the end.
+    """
+    heads, tails = zip(*prompts, strict=True)
+    status, parts = 0, [torch.cat(p) for p in prompts]
+    if snapshot:
+        parts = [torch.cat([snapshot.unread(heads[0]), tails[0]])]
+        snapshot.restore(session.caches)
+    if not all(map(len, parts)):
+        raise ValueError(f"{args.load_index} holds all of the prompt: add a --question")
+    if args.save_index:
+        new = parts[0][:len(parts[0]) - len(tails[0])]
+        if len(new):
+            session.read([new])
+        try:
+            save(args.save_index, session.model, tokenizer, session.caches, heads[0])
+        except ValueError as e:
+            print(f"retroinfer: {e}", file=sys.stderr)
+            status = 2
+        parts = [tails[0]] if len(tails[0]) else []
+    if parts:
+        session.read(parts)
+    return status
+
+
+def chat(session, writer, said, lines, n_tokens):
+    """Answer the turns that follow an answer of tokens `said`: a list of tokens of each."""
+    answers = []
+    for line in lines:
+        turn = writer.turn(line, said)
+        room = session.room() - len(turn)
+        if room < 1:
+            print(f"retroinfer: this turn has {len(turn):,} tokens, {session.room():,} fit: make "
+                  "it shorter, or begin anew with a larger --capacity", file=sys.stderr)
+            continue
+        session.read([turn])
+        said, = session.answer(min(n_tokens, room), stream(writer.tokenizer))
+        print(flush=True)
+        answers.append(said)
+    return answers
+
+
+def compare(session, ids, said, logits, tokenizer):
+    """What dense attention says behind ids (T,), and how far our logits (n, V) are from its.
+
+    The distance is that of two models that read the same words: ours.
+    """
+    capacity = session.caches[0].capacity
+    dense = Session(session.model, lambda: DenseCache(capacity), session.pick, session.step,
+                    session.chunk)
+    dense.read([ids])
+    answer, = dense.answer(capacity - len(ids))
+    speed = dense.speed()
+    for cache in dense.caches:
+        cache.n_tokens.fill_(len(ids))
+    ours = iter(said)
+    dense.pick = lambda _: ids.new_tensor([next(ours)])
+    theirs = dense.record()
+    dense.answer(len(said))
+    p, q = (x.double().log_softmax(-1) for x in (torch.cat(theirs), logits))    # (n, V)
+    return {"dense_answer": tokenizer.decode(answer), "dense_decode_tokens_per_s": speed,
+            "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+            "kl": (p.exp() * (p - q)).sum(-1).mean().item()}
+
+
+def measure(session):
+    """What a run took, as numbers, a list where sequences differ: the card is made of these."""
     wave, n_layers = session.caches[0], len(session.caches)
-    B, H, _, D = wave.k_store.shape
-    row = B * H * D * wave.k_store.element_size() * n_layers                # bytes of one key
-    n_retrieve, n_ranked = (int(n[0]) for n in wave.config.budget(wave.n_indexed))
+    _, H, _, D = wave.k_store.shape
+    key = H * D * wave.k_store.element_size() * n_layers                        # bytes of one key
+    n_retrieve, n_ranked = wave.config.budget(wave.n_indexed)                   # (B,)
     return {
-        "prompt_tokens": session.n_prompt, "generated_tokens": len(tokens),
-        "indexed_tokens": int(wave.n_indexed[0]),
-        "clusters": int((wave.index.sizes[0, 0] > 0).sum()),
-        "retrieved_clusters": n_retrieve, "estimated_clusters": n_ranked - n_retrieve,
+        "context_tokens": wave.n_tokens.tolist(), "read_tokens": session.n_read,
+        "generated_tokens": session.n_said, "indexed_tokens": wave.n_indexed.tolist(),
+        "clusters": (wave.index.sizes[:, 0] > 0).sum(-1).tolist(),
+        "retrieved_clusters": n_retrieve.tolist(),
+        "estimated_clusters": (n_ranked - n_retrieve).tolist(),
         "bytes_a_step": wave.bytes_read() * n_layers,
-        "dense_bytes_a_step": 2 * row * (session.n_prompt + len(tokens)),
+        "dense_bytes_a_step": 2 * key * int(wave.n_tokens.sum()),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
-        "first_step_s": session.seconds[1] if len(session.seconds) > 1 else 0.0}
+        "first_step_s": session.steps[0][1] if session.steps else 0.0}
 
 
 def card(f, context):
     """The facts of a run in a few lines for a person."""
-    steady = f["prompt_tokens"] + f["generated_tokens"] - f["indexed_tokens"]
-    zones = (f"{steady:,} tokens exact; of {f['clusters']:,} clusters {f['retrieved_clusters']:,} "
-             f"retrieved, {f['estimated_clusters']:,} estimated")
-    if not f["indexed_tokens"]:
-        zones = f"all {steady:,} tokens exact: the text is too short to index"
+    def each(name):
+        return " + ".join(f"{n:,}" for n in f[name])
+
+    lines = [f"context    {each('context_tokens')} tokens, of which {each('read_tokens')} read and "
+             f"{each('generated_tokens')} generated in this run (the model's limit is {context:,})"]
+    names = "context_tokens", "indexed_tokens", "clusters", "retrieved_clusters", \
+        "estimated_clusters"
+    for tokens, indexed, clusters, retrieved, estimated in zip(*map(f.get, names), strict=True):
+        zones = (f"{tokens - indexed:,} tokens exact; of {clusters:,} clusters {retrieved:,} "
+                 f"retrieved, {estimated:,} estimated")
+        if not indexed:
+            zones = f"all {tokens:,} tokens exact: the text is too short to index"
+        lines.append(f"zones      {zones}")
     share = f["bytes_a_step"] / f["dense_bytes_a_step"]
-    lines = [
-        f"context    {f['prompt_tokens']:,} tokens read, {f['generated_tokens']:,} generated "
-        f"(the model's limit is {context:,})",
-        f"zones      {zones}",
+    lines += [
         f"reads      {f['bytes_a_step'] / 2**20:.1f} MiB of KV a step, dense "
         f"{f['dense_bytes_a_step'] / 2**20:.1f} MiB: {share:.1%}",
         f"backend    {f['backend']}; {f['dtype']}",
@@ -253,10 +305,9 @@ def card(f, context):
 def main(argv=None):
     """Exit status: 0, or 2 behind one line that says what was given and what to do."""
     try:
-        answer(parse_args(argv))
+        return answer(parse_args(argv))
     except (ValueError, ImportError) as e:
         print(f"retroinfer: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

@@ -405,6 +405,13 @@ class WaveIndex(nn.Module):
             yield steady[row, :, :head], store[row, :, :head]
             yield steady[row, :, head:n - indexed], store[row, :, head + indexed:n]
 
+    def live(self, row):
+        """Views, by name, of all that is in use of a sequence: (H, n_tokens | n_clusters, ...)."""
+        self.reopen(row)
+        n, c = int(self.n_tokens[row]), int(self.n_clusters[row])
+        return ({name: getattr(self, name)[row, :, :n] for name in ("k_store", "v_store")}
+                | {name: x[row, :, :c] for name, x in self.index._asdict().items()})
+
     def n_open(self, row):
         """Tokens between what is indexed and the local window."""
         c = self.config

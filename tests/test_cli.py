@@ -53,9 +53,9 @@ def test_answer_then_card(run, checkpoint):
 def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
     status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 5, "--json")
     facts = last_json(out)
-    assert status == 0 and facts["generated_tokens"] == 5
-    assert f"{facts['prompt_tokens']:,} tokens read" in err
-    assert facts["answer"] in out
+    assert status == 0 and facts["generated_tokens"] == [5]
+    assert f"{facts['read_tokens'][0]:,} read" in err
+    assert facts["answers"][0] in out
 
 
 def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt):
@@ -66,14 +66,14 @@ def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt)
     ids = torch.tensor([tokenizer.encode(prompt.read_text())])
     caches = [DenseCache(ids.shape[1] + 20) for _ in model.layers]
     tokens = [t.item() for t in generate(model, caches, ids, 20, step=eager_step)]
-    assert last_json(out)["answer"] == tokenizer.decode(tokens)
+    assert last_json(out)["answers"][0] == tokenizer.decode(tokens)
 
 
 def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare",
                            "--retrieve", 1, "--update", 64, "--json")
     facts = last_json(out)
-    assert status == 0 and facts["agreement"] == 1 and facts["dense_answer"] == facts["answer"]
+    assert status == 0 and facts["agreement"] == 1 and facts["dense_answer"] == facts["answers"][0]
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
 
 
@@ -87,12 +87,12 @@ def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
 def test_chunks_change_nothing(run, checkpoint):
     flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1, "--json")
     whole, chunks = (last_json(run(*flags, *more)[1]) for more in ((), ("--prefill-chunk", 100)))
-    assert whole["answer"] == chunks["answer"]
+    assert whole["answers"][0] == chunks["answers"][0]
 
 
 def test_sampling_follows_the_seed(run, checkpoint):
     flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 16, "--temperature", 1.5, "--json")
-    said = [last_json(run(*flags, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
+    said = [last_json(run(*flags, "--seed", seed)[1])["answers"][0] for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 
@@ -108,7 +108,7 @@ def test_the_context_ends_the_answer(run, checkpoint, tmp_path):
     short.write_text("the cat sat on the mat and the dog " * 3, "utf-8")
     _, out, _ = run("--model", checkpoint(), "--max-new-tokens", 200, "--json", file=short)
     facts = last_json(out)
-    assert facts["prompt_tokens"] + facts["generated_tokens"] <= 64
+    assert facts["read_tokens"][0] + facts["generated_tokens"][0] <= 64
 
 
 def test_standard_input_is_a_prompt(checkpoint):
@@ -117,7 +117,7 @@ def test_standard_input_is_a_prompt(checkpoint):
          "cpu", "--model", checkpoint(), "--max-new-tokens", "3", "--json"],
         cwd=ROOT, input=b"the cat sat", capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout.decode())["generated_tokens"] == 3
+    assert last_json(done.stdout.decode())["generated_tokens"] == [3]
 
 
 def test_every_field_of_the_config_is_a_flag_with_help(capsys):

@@ -1,0 +1,142 @@
+"""A conversation: prompts and turns as tokens, and the caches that read and answer them.
+
+    writer = Writer(tokenizer, raw=False, device="cpu")
+    head, tail = writer.prompt(text, "Who keeps the light?")        # token ids (T,), read in a row
+    session = Session(model, lambda: WaveIndex(RetroConfig(), 8192), sampler(), compiled_step)
+    session.read([torch.cat([head, tail])])
+    said, = session.answer(100, stream(tokenizer))
+    session.read([writer.turn("Since when?", said)])                # nothing is read again
+"""
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+from retroinfer import decode, prefill
+
+MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut; it is never tokenised
+
+
+class Writer:
+    """Prompts and turns as token ids (T,), the way the model's chat template writes them."""
+
+    def __init__(self, tokenizer, raw, device):
+        self.tokenizer, self.raw, self.device = tokenizer, raw, device
+
+    def prompt(self, text, question):
+        """(text and all before it, all behind it): an index is saved in between."""
+        question = f"\n\n{question}" if question else ""
+        text = text if self.raw else text.rstrip()
+        head, _, tail = self.render(("user", text + MARK + question)).partition(MARK)
+        return self.tensor(self.tokenizer.encode(head)), self.continued(tail)
+
+    def turn(self, text, said):
+        """What follows an answer of tokens `said`: its last one, which no cache holds, and text."""
+        last = [token for token in said[-1:] if token not in self.tokenizer.eos_ids]
+        tail = self.render(("user", ""), ("assistant", MARK), ("user", text)).rpartition(MARK)[2]
+        return torch.cat([self.tensor(last), self.continued(tail)])
+
+    def render(self, *messages):
+        if self.raw:
+            return messages[-1][1]
+        return self.tokenizer.chat([{"role": role, "content": text} for role, text in messages])
+
+    def continued(self, text):
+        return self.tensor(self.tokenizer.ids(text, add_special_tokens=False))
+
+    def tensor(self, ids):
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+class Session:
+    """Sequences in one set of caches, read and answered turn by turn, and the clock."""
+
+    def __init__(self, model, make_cache, pick, step, chunk=None):
+        self.model, self.caches = model, [make_cache() for _ in model.layers]
+        self.pick, self.step, self.chunk = pick, step, chunk
+        self.n_read = self.n_said = [0] * self.caches[0].n_tokens.numel()
+        self.prefill_seconds, self.steps = 0.0, []          # (tokens, seconds) of each step
+
+    def read(self, prompts):
+        """Append a prompt (T,) to each sequence."""
+        start = time.perf_counter()
+        with progress(self.model, sum(-(-len(p) // (self.chunk or len(p))) for p in prompts)):
+            self.logits = prefill(self.model, self.caches, prompts, self.chunk)
+        self.prefill_seconds += time.perf_counter() - start
+        self.n_read = [n + len(p) for n, p in zip(self.n_read, prompts, strict=True)]
+
+    def answer(self, n_tokens, show=lambda tokens: None):
+        """Up to n_tokens tokens behind each sequence, its end token included: a list of each.
+
+        show is called with the first sequence's tokens whenever there is one more.
+        """
+        said, n, clock = [[] for _ in self.logits], 0, time.perf_counter()
+        for token in decode(self.model, self.caches, self.logits, n_tokens, self.pick, self.step):
+            for tokens, t in zip(said, token.tolist(), strict=True):
+                if not tokens or tokens[-1] not in self.model.config.eos_ids:
+                    tokens.append(t)
+            before, n = n, sum(map(len, said))
+            if before:                                      # the first token takes no step
+                self.steps.append((n - before, time.perf_counter() - clock))
+            show(said[0])
+            clock = time.perf_counter()
+        self.n_said = [n + len(tokens) for n, tokens in zip(self.n_said, said, strict=True)]
+        return said
+
+    def record(self):
+        """A list that will hold the logits (B, V) of every token picked from here on."""
+        logits, pick = [], self.pick
+
+        def remember(x):
+            logits.append(x)
+            return pick(x)
+        self.pick = remember
+        return logits
+
+    def room(self):
+        """Tokens that every sequence has room for."""
+        return self.caches[0].capacity - int(self.caches[0].n_tokens.max())
+
+    def speed(self):
+        """Tokens a second, without the first step, which compiles."""
+        tokens, seconds = (sum(x) for x in zip((0, 0.0), *self.steps[1:], strict=True))
+        return tokens / seconds if seconds else 0.0
+
+
+@contextmanager
+def progress(model, n_chunks):
+    """A bar on standard error that moves with every layer of the prefill."""
+    from tqdm import tqdm
+    with tqdm(total=len(model.layers) * n_chunks, desc="prefill", unit="layer", leave=False) as bar:
+        hooks = [layer.register_forward_hook(lambda *_: bar.update() and None)
+                 for layer in model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def stream(tokenizer):
+    """A function that prints what each new token adds, once its characters are whole."""
+    shown = ""
+
+    def show(tokens):
+        nonlocal shown
+        text = tokenizer.decode(tokens)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    return show
+
+
+def turns():
+    """Lines of standard input that say something; a person is shown where to type."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.strip()
