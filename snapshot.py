@@ -84,8 +84,12 @@ class Snapshot:
         if (found := header.get("format")) != FORMAT:
             raise ValueError(f"{path} is {f'of format {found!r}' if found else 'no index'}; this "
                              f"program reads {FORMAT!r}: make it anew with --save-index")
-        self.check(json.loads(header["fingerprint"]), fingerprint(model, tokenizer, config))
-        self.crc32, self.names = json.loads(header["crc32"]), set(self.file.keys())
+        try:
+            theirs, self.crc32 = (json.loads(header[name]) for name in ("fingerprint", "crc32"))
+        except (KeyError, json.JSONDecodeError):
+            raise ValueError(f"the index {path} is damaged: its header cannot be read") from None
+        self.names = set(self.file.keys())
+        self.check(theirs, fingerprint(model, tokenizer, config))
         self.ids = self.tensor("token_ids")
 
     def check(self, theirs, ours):

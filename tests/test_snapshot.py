@@ -1,0 +1,249 @@
+"""A saved index: it comes back bit for bit, and what is not it is refused in one line."""
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_wave_index import SMALL
+
+from model import load
+from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
+from snapshot import SHAPES, Snapshot, check_place, save
+
+ROOT = Path(__file__).parent.parent
+CONFIG = RetroConfig(**SMALL, retrieve=0.2, estimate=0.3)
+PER_FUNCTION = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    """(model, tokenizer), tiny."""
+    return load(checkpoint(max_position_embeddings=4096), device="cpu")
+
+
+def words(n, seed=0):
+    return torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def read(model, ids, capacity, config=CONFIG):
+    """Caches behind a prefill of ids (T,), and its logits (1, V)."""
+    caches = [WaveIndex(config, capacity) for _ in model.layers]
+    return caches, prefill(model, caches, [ids])
+
+
+def go_on(model, caches, question, n):
+    """The n greedy tokens behind a question (T,)."""
+    logits = prefill(model, caches, [question])
+    return [t.item() for t in decode(model, caches, logits, n, sampler(), eager_step)]
+
+
+@pytest.fixture
+def saved(loaded, tmp_path):
+    """(path, ids) of the index of 300 tokens."""
+    path, ids = tmp_path / "text.safetensors", words(300)
+    save(path, *loaded, read(loaded[0], ids, 300)[0], ids)
+    return path, ids
+
+
+# ---------------------------------------------------------------- what comes back
+
+@settings(max_examples=12, deadline=None, suppress_health_check=PER_FUNCTION)
+@given(st.data())
+def test_a_restored_index_goes_on_as_if_never_saved(loaded, tmp_path, data):
+    model, _ = loaded
+    n, asked = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 20))
+    capacity = n + asked + 60
+    config = RetroConfig(**SMALL | {"segment": data.draw(st.sampled_from([32, 64, 512]))},
+                         retrieve=data.draw(st.floats(0, 1)), estimate=0.2)
+    ids, question = words(n, seed=n), words(asked, seed=asked)
+    path = tmp_path / "text.safetensors"
+    caches, _ = read(model, ids, data.draw(st.integers(n, capacity)), config)
+    save(path, *loaded, caches, ids)
+    snapshot = Snapshot(path, *loaded, config)
+    assert snapshot.ids.equal(ids)
+    restored = [WaveIndex(config, capacity) for _ in model.layers]
+    snapshot.restore(restored)
+    for a, b in zip(caches, restored, strict=True):
+        for x, y in zip(a.live(0).values(), b.live(0).values(), strict=True):
+            assert x.equal(y)
+    unsaved, _ = read(model, ids, capacity, config)
+    assert go_on(model, restored, question, 40) == go_on(model, unsaved, question, 40)
+
+
+def test_an_index_is_saved_behind_generated_tokens_too(loaded, tmp_path):
+    model, _ = loaded
+    caches, logits = read(model, words(100), 400)
+    said = [t.item() for t in decode(model, caches, logits, 90, lambda _: torch.tensor([7]),
+                                     eager_step)]
+    ids = torch.cat([words(100), torch.tensor(said[:-1])])          # the last is in no cache yet
+    save(tmp_path / "x", *loaded, caches, ids)
+    restored = [WaveIndex(CONFIG, 400) for _ in model.layers]
+    Snapshot(tmp_path / "x", *loaded, CONFIG).restore(restored)
+    assert go_on(model, restored, words(5), 20) == go_on(model, caches, words(5), 20)
+
+
+def test_what_a_step_reads_may_change_between_save_and_load(loaded, saved):
+    other = RetroConfig(**SMALL | {"least": 3}, retrieve=0.5, estimate=0.1)
+    restored = [WaveIndex(other, 400) for _ in loaded[0].layers]
+    Snapshot(saved[0], *loaded, other).restore(restored)
+    assert restored[0].n_indexed[0] > 200
+
+
+def test_a_longer_prompt_is_read_from_where_the_index_ends(loaded, saved):
+    path, ids = saved
+    longer = torch.cat([ids, words(30, seed=9)])
+    snapshot = Snapshot(path, *loaded, CONFIG)
+    assert snapshot.unread(longer).equal(longer[300:]) and not len(snapshot.unread(ids))
+
+
+# ---------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("change, same", [(0, 0), (17, 17), (299, 299)])
+def test_a_changed_prompt_is_refused(loaded, saved, change, same):
+    path, ids = saved
+    ids[change] += 1
+    with pytest.raises(ValueError, match=rf"300 tokens only the first {same} are the same"):
+        Snapshot(path, *loaded, CONFIG).unread(torch.cat([ids, ids]))
+    with pytest.raises(ValueError, match="only the first"):
+        Snapshot(path, *loaded, CONFIG).unread(ids[:200])
+
+
+@pytest.mark.parametrize("field", SHAPES)
+def test_each_setting_that_builds_an_index_must_be_the_same(loaded, saved, field):
+    given = {name: getattr(CONFIG, name) for name in SHAPES}
+    other = RetroConfig(**given | {field: 2 * given[field]})
+    with pytest.raises(ValueError, match=f"--{field} {given[field]}, here it is"):
+        Snapshot(saved[0], *loaded, other)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    ({"rope": "linear"}, "RoPE"), ({"intermediate_size": 128}, "intermediate_size 96"),
+    ({"max_position_embeddings": 512}, "512")], ids=str)
+def test_another_model_is_refused(checkpoint, saved, overrides, words):
+    other = load(checkpoint(**{"max_position_embeddings": 4096} | overrides), device="cpu")
+    with pytest.raises(ValueError, match=words):
+        Snapshot(saved[0], *other, CONFIG)
+
+
+def test_other_weights_tokenizers_and_dtypes_are_refused(loaded, saved):
+    model, tokenizer = copy.deepcopy(loaded)
+    model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="weights of CRC-32"):
+        Snapshot(saved[0], model, loaded[1], CONFIG)
+    tokenizer.template = "{{ messages }}"
+    with pytest.raises(ValueError, match="a tokenizer of CRC-32"):
+        Snapshot(saved[0], loaded[0], tokenizer, CONFIG)
+    with pytest.raises(ValueError, match="dtype float32, here it is bfloat16"):
+        Snapshot(saved[0], model.bfloat16(), loaded[1], CONFIG)
+
+
+def test_another_format_and_foreign_files_are_refused(loaded, saved, tmp_path):
+    path, _ = saved
+    with safe_open(path, "pt") as f:
+        header = f.metadata()
+    save_file(load_file(path), path, header | {"format": "retroinfer index 0"})
+    with pytest.raises(ValueError, match=r"of format 'retroinfer index 0'.*make it anew"):
+        Snapshot(path, *loaded, CONFIG)
+    save_file({"x": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="is no index"):
+        Snapshot(path, *loaded, CONFIG)
+    with pytest.raises(ValueError, match=r"cannot read the index .*nowhere"):
+        Snapshot(tmp_path / "nowhere", *loaded, CONFIG)
+
+
+def restored_state(path, loaded):
+    snapshot = Snapshot(path, *loaded, CONFIG)
+    caches = [WaveIndex(CONFIG, 400) for _ in loaded[0].layers]
+    snapshot.restore(caches)
+    return [snapshot.ids, *(x for cache in caches for x in cache.live(0).values())]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=PER_FUNCTION)
+@given(st.data())
+def test_a_damaged_file_is_refused_or_means_the_same(loaded, saved, tmp_path, data):
+    """One byte changed anywhere, header included, or the end cut off; the file stays as it is."""
+    path, damaged = saved[0], tmp_path / "damaged"
+    whole = path.read_bytes()
+    size = data.draw(st.sampled_from([len(whole), 12_000]))                 # most often the header
+    at, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7))
+    raw = whole[:at] if data.draw(st.booleans()) and at else \
+        whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:]
+    damaged.write_bytes(raw)
+    try:
+        found = restored_state(damaged, loaded)
+    except ValueError as e:
+        assert str(e).count("\n") == 0
+    else:
+        assert len(raw) == len(whole)
+        assert all(map(torch.equal, found, restored_state(path, loaded)))
+    assert damaged.read_bytes() == raw
+
+
+def test_a_text_that_does_not_fit_is_refused(loaded, saved):
+    with pytest.raises(ValueError, match=r"300 tokens .* do not fit caches of 299"):
+        Snapshot(saved[0], *loaded, CONFIG).restore([WaveIndex(CONFIG, 299)])
+
+
+# ---------------------------------------------------------------- writing is atomic
+
+PROGRAM = """
+import json, os, random, resource, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from test_snapshot import CONFIG, Snapshot, load, read, restored_state, save, words
+path, loaded = {path!r}, load({model!r}, device="cpu")
+texts = [words(300, seed) for seed in (1, 2)]
+states = [read(loaded[0], ids, 300)[0] for ids in texts]
+save(path, *loaded, states[0], texts[0])
+random.seed(0)
+for n in range(12):
+    child = os.fork()
+    if not child:
+        while True:
+            for caches, ids in zip(states, texts):
+                save(path, *loaded, caches, ids)
+    time.sleep(random.uniform(0.0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    ids, *state = restored_state(path, loaded)
+    which = [i for i in (0, 1) if ids.equal(texts[i])][0]
+    assert all(a.equal(b) for a, b in zip(
+        state, (x for cache in states[which] for x in cache.live(0).values())))
+for name in os.listdir(os.path.dirname(path)):
+    if name.endswith(".part"): os.remove(os.path.join(os.path.dirname(path), name))
+before = open(path, "rb").read()
+resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, -1))            # a disk that is full
+try:
+    save(path, *loaded, states[0], texts[0])
+except ValueError as e:
+    assert "cannot write" in str(e) and "\\n" not in str(e), e
+else:
+    raise AssertionError("saved beyond the limit")
+assert open(path, "rb").read() == before
+print(json.dumps(os.listdir(os.path.dirname(path))))
+"""
+
+
+def test_a_killed_save_and_a_full_disk_leave_a_whole_file(checkpoint, tmp_path):
+    model = checkpoint(max_position_embeddings=4096)
+    program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), model=str(model),
+                             path=str(tmp_path / "text.safetensors"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["text.safetensors"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_the_door(tmp_path):
+    for path in (tmp_path / "nowhere" / "x", tmp_path):
+        with pytest.raises(ValueError, match="its folder must exist"):
+            check_place(path)
+    check_place(tmp_path / "x")
