@@ -1,4 +1,5 @@
 """The command line as a person meets it: an answer and a card, or one line and status 2."""
+import io
 import json
 import re
 import subprocess
@@ -126,6 +127,131 @@ def test_every_field_of_the_config_is_a_flag_with_help(capsys):
     text = capsys.readouterr().out
     for field in fields(RetroConfig):
         assert re.search(rf"--{field.name} .*\n? +\S.*", text), field.name
+
+
+# ---------------------------------------------------------------- batches, turns, saved indexes
+
+def talk(monkeypatch, *turns):
+    """Standard input that holds these turns, with empty lines between."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{turn}\n\n" for turn in turns)))
+
+
+def test_a_batch_says_what_each_prompt_says_alone(run, checkpoint, prompt, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("the dog sat on the log and the cat thought. " * 11, "utf-8")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 30, "--update", 32, "--json")
+    alone = [last_json(run(*flags, file=path)[1])["answers"][0] for path in (prompt, other)]
+    status, out, err = run(*flags, "--prompt-file", other)
+    facts = last_json(out)
+    assert status == 0 and facts["answers"] == alone
+    assert out.startswith(f"== {prompt}\n{alone[0]}\n== {other}\n{alone[1]}\n")
+    assert len(facts["read_tokens"]) == 2 and err.count("\nzones ") == 2
+
+
+def test_turns_go_on_from_what_was_said(run, checkpoint, monkeypatch, prompt, tmp_path):
+    """The second answer is that to one raw prompt which holds the first turn and its answer."""
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1, "--raw",
+             "--json")
+    talk(monkeypatch, "the dog sat")
+    status, out, _ = run(*flags, "--chat", "--update", 32)
+    facts = last_json(out)
+    assert status == 0 and len(facts["answers"]) == 2 and facts["generated_tokens"] == [24]
+    from model import load
+    from session import Writer
+    model, tokenizer = load(checkpoint(**LONG), device="cpu")
+    writer = Writer(tokenizer, raw=True, device="cpu")
+    ids, said = writer.prompt(prompt.read_text(), None)[0], []
+    for turn in (None, "the dog sat"):
+        ids = ids if turn is None else torch.cat([ids, torch.tensor(said[:-1]),
+                                                  writer.turn(turn, said)])
+        caches = [DenseCache(len(ids) + 12) for _ in model.layers]
+        said = [t.item() for t in generate(model, caches, [ids], 12, step=eager_step)]
+    assert facts["answers"][1] == tokenizer.decode(said)
+    assert facts["context_tokens"] == [len(ids) + 11]
+
+
+def test_a_turn_that_does_not_fit_is_refused_and_the_next_is_answered(run, checkpoint, monkeypatch):
+    talk(monkeypatch, "the cat sat " * 400, "the cat")
+    status, out, err = run("--model", checkpoint(**LONG), "--chat", "--max-new-tokens", 5, "--json",
+                           "--capacity", 700)
+    assert status == 0 and len(last_json(out)["answers"]) == 2
+    assert "this turn has" in err and "larger --capacity" in err
+
+
+def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
+    talk(monkeypatch, "the cat", "the dog")
+    flags = ["--chat", "--model", str(checkpoint(**LONG)), "--backend", "eager", "--device", "cpu",
+             "--max-new-tokens", "4", "--json"]
+    assert cli.main(flags) == 0
+    assert len(last_json(capsys.readouterr().out)["answers"]) == 2
+    talk(monkeypatch)
+    refused((cli.main(flags), *capsys.readouterr()), "nothing to answer on standard input")
+
+
+@pytest.fixture
+def flags(checkpoint, tmp_path):
+    return ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--json")
+
+
+def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, capsys):
+    path = tmp_path / "text.safetensors"
+    plain, asked = (last_json(run(*flags, *more)[1])
+                    for more in ((), ("--question", "the cat sat")))
+    status, out, _ = run(*flags, "--save-index", path)
+    assert status == 0 and last_json(out)["answers"] == plain["answers"]
+    loaded = ["--load-index", str(path), "--backend", "eager", "--device", "cpu", *map(str, flags)]
+    assert cli.main([*loaded, "--question", "the cat sat"]) == 0
+    facts = last_json(capsys.readouterr().out)
+    assert facts["answers"] == asked["answers"] and facts["read_tokens"][0] < 12
+    assert facts["context_tokens"] == asked["context_tokens"]
+    status, out, _ = run(*flags, "--load-index", path, "--compare", "--retrieve", 1,
+                         "--question", "the cat sat")
+    assert status == 0 and last_json(out)["agreement"] == 1
+
+
+def test_an_index_grows_with_its_text(run, flags, tmp_path, prompt):
+    path, longer = tmp_path / "text.safetensors", tmp_path / "longer.txt"
+    longer.write_text(prompt.read_text() + " the dog thought that the theory sat on the log.")
+    run(*flags, "--raw", "--save-index", path)
+    plain = last_json(run(*flags, "--raw", file=longer)[1])
+    before = path.read_bytes()
+    status, out, _ = run(*flags, "--raw", "--load-index", path, "--save-index", path, file=longer)
+    facts = last_json(out)
+    assert status == 0 and facts["answers"] == plain["answers"] and path.read_bytes() != before
+    assert facts["read_tokens"][0] < plain["read_tokens"][0] // 4
+    refused(run(*flags, "--raw", "--load-index", path), "is not the text of", "text.safetensors")
+    refused(run(*flags, "--raw", "--load-index", path, file=longer), "add a --question")
+
+
+def test_an_index_that_cannot_be_saved_does_not_cost_the_answer(run, flags, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    status, out, err = run(*flags, "--save-index", tmp_path / "x")
+    assert status == 2 and last_json(out)["answers"] and "cannot write" in err
+    assert "No space left" in err and not list(tmp_path.glob("x*"))
+
+
+def test_a_damaged_index_is_refused(run, flags, tmp_path):
+    path = tmp_path / "text.safetensors"
+    run(*flags, "--save-index", path)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(run(*flags, "--load-index", path), "truncated or damaged")
+    refused(run(*flags, "--load-index", tmp_path / "nowhere"), "cannot read the index")
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--compare", "--chat"], ["--compare takes one answer"]),
+    (["--chat", "--prompt-file", "x"], ["--chat takes one --prompt-file, 2 are given"]),
+    (["--save-index", "i", "--prompt-file", "x"], ["--save-index takes one"]),
+    (["--compare", "--prompt-file", "x"], ["--compare takes one"]),
+    (["--prompt-file", "-", "--prompt-file", "-"], ["standard input"]),
+    (["--save-index", "nowhere/i"], ["nowhere/i", "must exist and be writable"]),
+    (["--capacity", "10"], ["--capacity is 10", "the prompt has"]),
+    (["--capacity", "5000"], ["--capacity is 5,000", "context is 4,096"])],
+    ids=" ".join)
+def test_flags_that_do_not_go_together(run, flags, more, words):
+    refused(run(*flags, *more), *words)
 
 
 # ---------------------------------------------------------------- what a person can get wrong

@@ -1,8 +1,11 @@
 """Generation: what is yielded, when it ends, and that a step compiles once for all layers."""
 import functools
+from itertools import count
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from test_wave_index import ALL, SMALL
 
 from model import DenseCache, load
@@ -19,6 +22,7 @@ from retroinfer import (
     step,
 )
 
+PER_FUNCTION = [HealthCheck.function_scoped_fixture]
 LONG = {"max_position_embeddings": 4096}
 
 
@@ -57,17 +61,38 @@ def test_all_retrieved_gives_dense_logits_through_many_updates(model, ids):
                                rtol=1e-4, atol=1e-4)
 
 
-def test_unequal_prompts_get_the_logits_they_get_alone(model):
-    lengths, more = (1, 70, 300), wave(500, retrieve=0.2, estimate=0.3)
+@settings(max_examples=8, deadline=None, suppress_health_check=PER_FUNCTION)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4))
+@example(lengths=[1, 70, 300])
+def test_unequal_prompts_get_the_logits_they_get_alone(model, lengths):
+    more = wave(400, retrieve=0.2, estimate=0.3)
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in lengths]
     said = []
     for texts in (prompts, *([one] for one in prompts)):
-        held = [WaveIndex(c.config, 500, len(texts)) for c in caches(model, more)]
+        held = [WaveIndex(c.config, 400, len(texts)) for c in caches(model, more)]
         got = []
-        list(generate(model, held, texts, 80, lambda x, got=got: fixed(x, got), eager_step))
-        said.append(torch.stack(got, 1))                                # (B, 80, V)
+        list(generate(model, held, texts, 50, lambda x, got=got: fixed(x, got), eager_step))
+        said.append(torch.stack(got, 1))                                # (B, 50, V)
     torch.testing.assert_close(said[0], torch.cat(said[1:]), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=PER_FUNCTION)
+@given(turns=st.lists(st.tuples(st.integers(1, 120), st.integers(0, 60)), min_size=1, max_size=4))
+@example(turns=[(70, 0), (1, 40), (120, 60)])
+def test_turns_of_any_length_give_what_one_prompt_gives(model, turns):
+    """Each turn reads some tokens and makes the caches generate others; nothing is read again."""
+    held, text, tokens = caches(model, wave(1000)), torch.empty(0, dtype=torch.int64), count(3)
+    for n_read, n_said in turns:
+        turn = torch.tensor([next(tokens) % 317 + 3 for _ in range(n_read)])
+        logits = prefill(model, held, [turn], chunk=50)
+        text = torch.cat([text, turn])
+        whole = prefill(model, caches(model, lambda: DenseCache(1000)), [text])
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+        said = torch.cat(list(decode(
+            model, held, logits, n_said, lambda _: torch.tensor([next(tokens) % 317 + 3]),
+            eager_step)) or [text[:0]])
+        text = torch.cat([text, said[:-1]])                             # the last is in no cache
 
 
 def fixed(logits, into):
@@ -98,26 +123,27 @@ def test_full_caches_are_reported(model, ids):
 
 @pytest.mark.parametrize("lengths", [(90,), (1, 30, 90, 250)], ids=str)
 def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
-    """Over thousands of tokens and dozens of updates; layers share one region."""
+    """Over 5,000 tokens and more than four updates of 1,024; layers share one region."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     region = functools.partial(step, run=torch.compiler.nested_compile_region(call))
     fast = torch.compile(region, backend=counter, fullgraph=True, dynamic=False)
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in lengths]
-    said = []
+    said, indexed = [], None
     for one_step, n in ((fast, N_LONG), (eager_step, 60)):
-        held = [WaveIndex(RetroConfig(**SMALL, retrieve=0.1, estimate=0.2), N_LONG + 260,
-                          len(lengths)) for _ in model.layers]
+        config = RetroConfig(**SMALL | {"update": 1024}, retrieve=0.1, estimate=0.2)
+        held = [WaveIndex(config, N_LONG + 260, len(lengths)) for _ in model.layers]
         got = []
         list(generate(model, held, prompts, n, lambda x, got=got: fixed(x, got), one_step))
         said.append(torch.stack(got[:60]))
+        indexed = indexed or held[0].n_indexed.tolist()
     assert counter.frame_count == 1
-    assert (held[0].n_tokens > 0).all()
+    assert all(n >= 4 * 1024 for n in indexed)
     torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 
 
-N_LONG = 1000
+N_LONG = 5000
 
 
 def test_inductor_gives_what_eager_gives(model, ids):

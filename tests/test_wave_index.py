@@ -347,6 +347,35 @@ def test_chunks_build_the_index_of_the_whole(chunks):
     assert all(torch.equal(a, b) for a, b in zip(whole.index, parts.index, strict=True))
 
 
+@pytest.mark.parametrize("n_prompt", [1, 70, 198])
+def test_an_index_grown_by_updates_is_the_one_built_at_once(n_prompt):
+    """Updates as long as segments meet the same tokens, so nothing differs by a bit."""
+    config = RetroConfig(**SMALL | {"update": 64}, retrieve=0.2)
+    q, k, v = qkv(700)
+    grown, _ = run(config, q, k, v, n_prompt)
+    whole = WaveIndex(config, 700)
+    read(whole, q, k, v)
+    assert grown.n_indexed == whole.n_indexed == 640
+    for name, x in whole.live(0).items():
+        assert grown.live(0)[name].equal(x), name
+
+
+def test_a_cluster_is_its_members_mean_however_long_the_index_grows():
+    """No sum is carried from update to update, so rounding does not add up: one bf16 rounding of
+    the mean is all there is."""
+    config = RetroConfig(**SMALL, retrieve=0.1)
+    q, k, v = (x.bfloat16() for x in qkv(1500))
+    wave, _ = run(config, q, k, v, 10)
+    assert wave.n_clusters[0] >= 40 * 8 and wave.n_indexed[0] == 46 * 32
+    for h in range(2):
+        ids = wave.index.sizes[0, h].nonzero()[:, 0]
+        assert wave.index.sizes[0, h].sum() == wave.n_indexed[0]
+        for c, (keys, values) in zip(ids, members(wave, 0, h), strict=True):
+            for mean, rows in ((wave.index.centroids, keys), (wave.index.means, values)):
+                exact = rows.double().mean(0)
+                torch.testing.assert_close(mean[0, h, c].double(), exact, rtol=2**-8, atol=1e-6)
+
+
 def test_what_an_index_reads_does_not_depend_on_its_capacity():
     q, k, v = qkv(300)
     config, outputs = RetroConfig(**SMALL, retrieve=0.1, estimate=0.3), []
