@@ -141,13 +141,29 @@ class Linear(nn.Linear):
     """A product. One row on a CPU is written as sums, which Inductor streams at memory speed."""
 
     def forward(self, x):
-        if x.numel() > x.shape[-1] or x.device.type != "cpu" or not torch.compiler.is_compiling():
+        if x.device.type != "cpu":
             return super().forward(x)
+        if x.numel() > x.shape[-1] or not torch.compiler.is_compiling():
+            wide = torch.float32 if x.dtype in SLOW_DTYPES else x.dtype
+            bias = None if self.bias is None else self.bias.to(wide)
+            return F.linear(x.to(wide), self.weight.to(wide), bias).to(x.dtype)
         row = x.flatten().float().as_strided((x.shape[-1],), (1,))   # stored, not worked out anew
         streams = self.weight.unflatten(0, (math.gcd(self.out_features, 4), -1)).unbind(0)
         y = torch.cat([(row * w.float()).sum(-1) for w in streams])     # four in flight at once
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def slow_dtypes():
+    """What this CPU multiplies an order of magnitude slower than fp32, for want of instructions."""
+    if not torch.backends.mkldnn.is_available():
+        return {torch.bfloat16, torch.float16}
+    is_fast = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+               torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+    return {dtype for dtype, fast in is_fast.items() if not fast}
+
+
+SLOW_DTYPES = slow_dtypes()
 
 
 class Attention(nn.Module):
