@@ -55,8 +55,8 @@ def tile_sizes(G, D):
 
 
 def tile_rows(BG, BD, element_size):
-    """Rows of K (and of V) a tile, so that two stages of both fit 64 KB of shared memory."""
-    return max(min(16384 // (BD * element_size), 1024 // BG, 64), 16)
+    """Rows of a tile of K or V: 16 KB where registers allow, so that 99 KB hold K, V and more."""
+    return max(min(16384 // (BD * element_size), 1024 // BG, 128 // element_size), 16)
 
 
 @functools.cache

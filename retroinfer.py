@@ -26,14 +26,19 @@ within the segment; sums run over sorted tokens, so that two runs build one inde
 twice the mean size are split, so that none is skipped for want of room; ranking is in fp32.
 """
 import functools
+import importlib
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+
+PLAIN = sys.modules[__name__]   # holds the hot functions; kernels.py holds their twins
 
 
 @dataclass(frozen=True)
@@ -103,24 +108,24 @@ class Index(NamedTuple):
 
 # ---------------------------------------------------------------- building the index
 
-def cluster_segment(k, v, config):
+def cluster_segment(k, v, config, hot=PLAIN):
     """Cluster L tokens, a multiple of the cluster size (§4.2).
 
     Their Index, offsets from 0, and k, v (B, H, L, D) in its order.
     """
     L, slots = k.shape[2], config.slots(k.shape[2])
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (B, H, L, D)
-    ids = spherical_kmeans(centred, L // config.cluster, config.iterations)
+    ids = spherical_kmeans(centred, L // config.cluster, config.iterations, hot)
     order = ids.argsort(dim=-1, stable=True)                                # (B, H, L)
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
     sizes = count(pieces, slots)                                            # (B, H, slots)
     n = sizes.clamp(min=1)[..., None]
-    centroids, means = ((segment_sum(x, order, sizes) / n).to(x.dtype) for x in (k, v))
+    centroids, means = ((hot.segment_sum(x, order, sizes) / n).to(x.dtype) for x in (k, v))
     index = Index(centroids, means, sizes, sizes.cumsum(-1) - sizes)
     return index, take(k, order), take(v, order)
 
 
-def spherical_kmeans(x, C, iterations):
+def spherical_kmeans(x, C, iterations, hot=PLAIN):
     """Cluster ids (B, H, L) of centred keys x (B, H, L, D): nearest by inner product.
 
     Centroids are unit vectors, seeded at even distances along the text. Unlike the published code
@@ -130,11 +135,11 @@ def spherical_kmeans(x, C, iterations):
     seeds = (torch.arange(C, device=x.device) * 2 + 1) * L // (2 * C)       # (C,)
     centroids = F.normalize(x[:, :, seeds], dim=-1)                         # (B, H, C, D)
     for _ in range(iterations - 1):
-        ids = nearest(x, centroids)                                         # (B, H, L)
+        ids = hot.nearest(x, centroids)                                     # (B, H, L)
         sizes = count(ids, C)                                               # (B, H, C)
-        sums = segment_sum(x, ids.argsort(dim=-1, stable=True), sizes)
+        sums = hot.segment_sum(x, ids.argsort(dim=-1, stable=True), sizes)
         centroids = torch.where(sizes[..., None] > 0, F.normalize(sums, dim=-1), centroids)
-    return nearest(x, centroids)
+    return hot.nearest(x, centroids)
 
 
 def nearest(x, centroids):
@@ -297,11 +302,12 @@ class WaveIndex(nn.Module):
 
     A step finds the latest tokens in the steady zone. update, between steps, brings them there
     behind a prefill, and indexes the older of them when the zone is full. Nothing reallocates.
+    The hot functions are those of the module `hot`: kernels.py on a GPU, else and with PLAIN ours.
     """
 
-    def __init__(self, config, capacity, batch=1):
+    def __init__(self, config, capacity, batch=1, hot=None):
         super().__init__()
-        self.config, self.capacity, self.index = config, capacity, None
+        self.config, self.capacity, self.index, self.hot = config, capacity, None, hot
         self.is_reading = [True] * batch        # the latest tokens are in the store
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, torch.zeros(batch, dtype=torch.int64))
@@ -309,6 +315,8 @@ class WaveIndex(nn.Module):
     def allocate(self, k):
         """All state, for keys like k (1, H, T, D)."""
         B, H, D, c = len(self.n_tokens), k.shape[1], k.shape[3], self.config
+        if self.hot is None and k.is_cuda and Path(__file__).with_name("kernels.py").exists():
+            self.hot = importlib.import_module("kernels")
 
         def zeros(n, *shape, **kind):   # one storage each: a compiled region may not see aliases
             return k.new_zeros(B, H, n, *shape, **kind)
@@ -361,8 +369,10 @@ class WaveIndex(nn.Module):
         bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
         steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
         budget = Budget(*self.caps, *self.config.budget(self.n_indexed))
-        o = tripartite_attention(q.reshape(B, H, -1, D), steady, self.index, budget, self.fetch)
-        return o.reshape(q.shape)
+        args = q.reshape(B, H, -1, D), steady, self.index, budget
+        if self.hot is None or self.hot is PLAIN:
+            return tripartite_attention(*args, self.fetch).reshape(q.shape)
+        return self.hot.attend(*args, (self.k_store, self.v_store)).reshape(q.shape)
 
     forward = decode                            # calling a cache is a step
 
@@ -419,7 +429,7 @@ class WaveIndex(nn.Module):
         """Index the next L tokens behind what is indexed: in the store they change their order."""
         start, c = self.config.sink + int(self.n_indexed[row]), int(self.n_clusters[row])
         k, v = (x[row:row + 1, :, start:start + L] for x in (self.k_store, self.v_store))
-        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config)
+        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot or PLAIN)
         k.copy_(k_sorted), v.copy_(v_sorted)
         segment = segment._replace(offsets=segment.offsets + start)
         slots = segment.sizes.shape[2]
