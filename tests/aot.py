@@ -2,8 +2,8 @@
 
     python tests/aot.py 80 90 100           # compute capabilities; a line of JSON a kernel
 
-A wrapper is run with a launch that records kernel and arguments in place of running them, so what
-is compiled is what a GPU would be given. Triton's own tools then say what the machine code needs.
+A wrapper is run with a launch that records kernel and arguments in place of running them: what is
+compiled is what a GPU would be given. Triton's own tools then say what the machine code needs.
 """
 import json
 import re
@@ -23,17 +23,15 @@ import retroinfer
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64"}
-# (dtype, G, D): between them every tile that tile_sizes and tile_rows give to these head dims.
-SHAPES = [(torch.bfloat16, 3, 80), (torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128),
-          (torch.bfloat16, 20, 96), (torch.bfloat16, 4, 256), (torch.float16, 7, 128),
-          (torch.float32, 4, 64), (torch.float32, 4, 128), (torch.float32, 4, 256)]
+# Between them every tile that tile_sizes and tile_rows give to these head dims.
+STEPS = [(torch.bfloat16, 3, 80), (torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128),
+         (torch.bfloat16, 20, 96), (torch.bfloat16, 4, 256), (torch.float16, 7, 128),
+         (torch.float32, 4, 64), (torch.float32, 4, 128), (torch.float32, 4, 256)]
+INDEXES = [(torch.bfloat16, 128), (torch.float32, 80), (torch.float32, 256)]
 
 
-def record(dtype, G, D):
-    """The launches of a decode step and of the index of one head: (kernel, args, constants)."""
-    found = []
-    kernels.launch = lambda kernel, grid, *args, **tile: found.append((kernel, args, tile))
-    kernels.programs = lambda device: 4 * 132
+def step(dtype, G, D):
+    """A decode step of one head behind 131,072 tokens."""
     config = retroinfer.RetroConfig()
     wave = retroinfer.WaveIndex(config, 131072)
     wave.allocate(torch.zeros(1, 1, 1, D, dtype=dtype))
@@ -41,9 +39,21 @@ def record(dtype, G, D):
     budget = retroinfer.Budget(*wave.caps, *config.budget(wave.n_indexed))
     kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index, budget,
                    (wave.k_store, wave.v_store))
+
+
+def index(dtype, D):
+    """The clustering of one head's segment."""
     x, ids = torch.zeros(1, 1, 8192, D), torch.zeros(1, 1, 8192, dtype=torch.int64)
     kernels.nearest(x, x[:, :, :512])
     kernels.segment_sum(x.to(dtype), ids, ids[..., :512])
+
+
+def record(wrapper, *shape):
+    """What a wrapper launches on a GPU of 132 multiprocessors: [(kernel, args, constants)]."""
+    found = []
+    kernels.launch = lambda kernel, grid, *args, **tile: found.append((kernel, args, tile))
+    kernels.programs = lambda device: 4 * 132
+    wrapper(*shape)
     return found
 
 
@@ -83,10 +93,10 @@ def needs(compiled, capability):
 def compile_all(capabilities):
     """Every distinct kernel of every shape on every target: a dict each."""
     jobs = {}
-    for dtype, G, D in SHAPES:
-        for kernel, args, tile in record(dtype, G, D):
+    for wrapper, (dtype, *shape) in [(step, s) for s in STEPS] + [(index, s) for s in INDEXES]:
+        for kernel, args, tile in record(wrapper, dtype, *shape):
             code, options = source(kernel, args, tile)
-            facts = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "G": G, "D": D, **tile}
+            facts = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "shape": shape, **tile}
             for capability in capabilities:
                 jobs.setdefault((code.hash(), str(options), capability), (code, options, facts))
 
