@@ -63,7 +63,7 @@ def tile_rows(BG, BD, element_size):
 def programs(device):
     """Programs that keep a device busy: four to a multiprocessor."""
     is_gpu = device.type == "cuda"
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 16
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 6
 
 
 def splits(device, heads, n_tiles):

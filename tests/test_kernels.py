@@ -225,6 +225,9 @@ def test_sums_over_runs_are_as_exact_as_pytorchs(sizes, dtype):
 
 # ---------------------------------------------------------------- the wave index on kernels
 
+TINY = SMALL | {"update": 8, "segment": 32}     # so that few tokens bring an update
+
+
 def run(wave, q, k, v, n_prompt, decode=None):
     """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
     outputs, room = [read(wave, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
@@ -236,18 +239,18 @@ def run(wave, q, k, v, n_prompt, decode=None):
 
 
 def test_all_retrieved_is_dense_with_kernels():
-    q, k, v = qkv(150, B=2)
-    wave = WaveIndex(RetroConfig(**SMALL, **ALL), 150, batch=2, hot=kernels)
-    o = run(wave, *(x.to(DEVICE) for x in (q, k, v)), 110)
-    assert (wave.n_indexed >= 96).all()
+    q, k, v = qkv(66, B=2)
+    wave = WaveIndex(RetroConfig(**TINY, **ALL), 66, batch=2, hot=kernels)
+    o = run(wave, *(x.to(DEVICE) for x in (q, k, v)), 54)
+    assert (wave.n_indexed >= 48).all()                         # a segment and two updates
     torch.testing.assert_close(o.double(), oracle.dense(q, k, v), rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_build_pytorchs_index():
-    q, k, v = (x.to(DEVICE) for x in qkv(200))
-    waves = [WaveIndex(RetroConfig(**SMALL, retrieve=0.1, estimate=0.3), 210, hot=hot)
+    q, k, v = (x.to(DEVICE) for x in qkv(104))
+    waves = [WaveIndex(RetroConfig(**TINY, retrieve=0.1, estimate=0.3), 104, hot=hot)
              for hot in (kernels, retroinfer.PLAIN)]
-    mine, eager = (run(wave, q, k, v, 196) for wave in waves)
+    mine, eager = (run(wave, q, k, v, 98) for wave in waves)
     assert config_budget(waves[0])[1] > config_budget(waves[0])[0] > 0
     for a, b in zip(waves[0].index, waves[1].index, strict=True):
         torch.testing.assert_close(a, b)
@@ -256,20 +259,20 @@ def test_kernels_build_pytorchs_index():
 
 def test_decode_with_kernels_compiles_whole_and_never_again():
     torch._dynamo.reset()
-    q, k, v = (x.to(DEVICE) for x in qkv(190))
+    q, k, v = (x.to(DEVICE) for x in qkv(60))
     counter = torch._dynamo.testing.CompileCounter()
-    wave = WaveIndex(RetroConfig(**SMALL), 190, hot=kernels)
-    run(wave, q, k, v, 150,
+    wave = WaveIndex(RetroConfig(**TINY), 60, hot=kernels)
+    run(wave, q, k, v, 46,
         torch.compile(wave.decode, backend=counter, fullgraph=True, dynamic=False))
-    assert counter.frame_count == 1                             # over 40 tokens and an update
+    assert counter.frame_count == 1 and wave.n_indexed == 48    # over 14 tokens and two updates
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_captured_step_grows_with_its_sequence():
     """One CUDA graph, replayed over tokens and an index update, does what eager steps do."""
     q, k, v = (x.to(DEVICE) for x in qkv(220))
-    eager = run(WaveIndex(RetroConfig(**SMALL), 220, hot=retroinfer.PLAIN), q, k, v, 150)
-    wave = WaveIndex(RetroConfig(**SMALL), 220, hot=kernels)
+    eager = run(WaveIndex(RetroConfig(**TINY), 220, hot=retroinfer.PLAIN), q, k, v, 150)
+    wave = WaveIndex(RetroConfig(**TINY), 220, hot=kernels)
     now, graph = [x[:, :, :1].clone() for x in (q, k, v)], torch.cuda.CUDAGraph()
     held = {}
 
