@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, compiled_step, decode, eager_step, prefill, sampler
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    compiled_step,
+    decode,
+    eager_step,
+    prefill,
+    sampler,
+)
 
 
 def parse_args(argv):
@@ -37,7 +46,8 @@ def parse_args(argv):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, "
         "bfloat16 on a GPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    add("--backend", choices=["compile", "eager"], help="default: compile")
+    add("--backend", choices=["triton", "compile", "eager"], help="default: triton on a GPU, which "
+        "is compile with the kernels of kernels.py, else compile")
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
@@ -87,7 +97,18 @@ def choose_backend(name, device):
             raise ValueError("torch.compile needs a C++ compiler on a CPU: install g++ or set CXX, "
                              "or pass --backend eager")
         return eager_step, f"eager on {where}: torch.compile finds no C++ compiler"
-    return compiled_step, f"torch.compile on {where}, " + ("asked for" if name else "the default")
+    how = "torch.compile" if choose_hot(name, device) is PLAIN else "Triton and torch.compile"
+    return compiled_step, f"{how} on {where}, " + ("asked for" if name else "the default")
+
+
+def choose_hot(name, device):
+    """The module of the hot functions: on a GPU kernels.py, unless PyTorch alone was asked for."""
+    if name == "triton" and device.type == "cpu":
+        raise ValueError("--backend triton needs a GPU, and the device is the CPU: leave it out")
+    if name in ("compile", "eager") or device.type == "cpu":
+        return PLAIN
+    import kernels
+    return kernels
 
 
 def limit_tokens(args, context, n_prompt):
@@ -192,7 +213,8 @@ def answer(args):
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)           # (1, T)
     n_tokens = limit_tokens(args, model.config.context, ids.shape[1])
     capacity = ids.shape[1] + n_tokens
-    session = Session(model, ids, args.prefill_chunk, lambda: WaveIndex(config, capacity))
+    hot = choose_hot(args.backend, device)
+    session = Session(model, ids, args.prefill_chunk, lambda: WaveIndex(config, capacity, hot=hot))
     tokens = session.answer(n_tokens, pick, step, stream(tokenizer))
     print(flush=True)
     facts = {"answer": tokenizer.decode(tokens), "backend": backend,
