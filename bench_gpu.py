@@ -205,7 +205,7 @@ def markdown(facts):
         shares = {"kernels": cell["of_bandwidth"]}
         lines += [f"{head} {name} | {ms:.3f} | {f'{shares[name]:.0%}' if name in shares else ''} |"
                   for name, ms in cell["ms"].items()]
-        lines += [f"{head} – {name} | {x['ms']:.3f} | {x['of_bandwidth']:.0%} |"
+        lines += [f"{head} ({name}) | {x['ms']:.3f} | {x['of_bandwidth']:.0%} |"
                   for name, x in cell["kernels"].items()]
     lines += ["", "| model | tokens indexed | hot functions | ms |", "|---|---|---|---|"]
     lines += [f"| {x['model']} | {x['segment']:,} | {name} | {ms:.2f} |"

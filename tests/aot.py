@@ -24,9 +24,9 @@ import retroinfer
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64"}
 # Between them every tile that tile_sizes and tile_rows give to these head dims.
-STEPS = [(torch.bfloat16, 3, 80), (torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128),
-         (torch.bfloat16, 20, 96), (torch.bfloat16, 4, 256), (torch.float16, 7, 128),
-         (torch.float32, 4, 64), (torch.float32, 4, 128), (torch.float32, 4, 256)]
+STEPS = [(torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128), (torch.bfloat16, 20, 96),
+         (torch.bfloat16, 3, 256), (torch.float16, 7, 128), (torch.float32, 4, 80),
+         (torch.float32, 4, 256)]
 INDEXES = [(torch.bfloat16, 128), (torch.float32, 80), (torch.float32, 256)]
 
 

@@ -128,12 +128,12 @@ class Case:
 
 # (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
 CASES = {
-    "plain": ((2, 2, 4, 64, 40, 90), (128, 12, 60), [(12, 60)] * 2, [(40, 90)] * 2),
+    "plain": ((1, 2, 4, 64, 40, 90), (64, 12, 60), [(12, 60)], [(40, 90)]),
     "three queries, 80 dims": ((1, 2, 3, 80, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)]),
     "one query, 96 dims": ((1, 1, 1, 96, 65, 130), (70, 20, 129), [(20, 129)], [(1, 130)]),
     "twenty queries": ((1, 1, 20, 64, 16, 40), (30, 5, 20), [(5, 20)], [(16, 40)]),
     "256 dims": ((1, 1, 2, 256, 20, 30), (30, 4, 20), [(4, 20)], [(20, 30)]),
-    "ragged": ((3, 2, 3, 16, 40, 60), (64, 20, 50), [(3, 9), (20, 50), (1, 1)],
+    "ragged": ((3, 1, 3, 16, 40, 60), (64, 20, 50), [(3, 9), (20, 50), (1, 1)],
                [(40, 60), (7, 44), (1, 2)]),
     "no index yet": ((2, 1, 2, 16, 33, 20), (32, 4, 16), [(4, 16)] * 2, [(33, 0), (1, 20)]),
     "one token": ((1, 1, 1, 16, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)]),
@@ -239,16 +239,16 @@ def run(wave, q, k, v, n_prompt, decode=None):
 
 
 def test_all_retrieved_is_dense_with_kernels():
-    q, k, v = qkv(66, B=2)
-    wave = WaveIndex(RetroConfig(**TINY, **ALL), 66, batch=2, hot=kernels)
-    o = run(wave, *(x.to(DEVICE) for x in (q, k, v)), 54)
-    assert (wave.n_indexed >= 48).all()                         # a segment and two updates
+    q, k, v = qkv(56, B=2, H=1)
+    wave = WaveIndex(RetroConfig(**TINY, **ALL), 56, batch=2, hot=kernels)
+    o = run(wave, *(x.to(DEVICE) for x in (q, k, v)), 46)
+    assert (wave.n_indexed == 48).all()                         # a segment and two updates
     torch.testing.assert_close(o.double(), oracle.dense(q, k, v), rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_build_pytorchs_index():
-    q, k, v = (x.to(DEVICE) for x in qkv(104))
-    waves = [WaveIndex(RetroConfig(**TINY, retrieve=0.1, estimate=0.3), 104, hot=hot)
+    q, k, v = (x.to(DEVICE) for x in qkv(101))
+    waves = [WaveIndex(RetroConfig(**TINY, retrieve=0.1, estimate=0.3), 101, hot=hot)
              for hot in (kernels, retroinfer.PLAIN)]
     mine, eager = (run(wave, q, k, v, 98) for wave in waves)
     assert config_budget(waves[0])[1] > config_budget(waves[0])[0] > 0
@@ -329,4 +329,4 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
         assert facts["shared"] <= 99 * 1024, facts              # of sm_86, sm_89 and sm_120 too
         assert facts["registers"] <= 255, facts
         if facts["kernel"] == "attend_kernel" and facts["shape"][-1] == 128:
-            assert facts["spilled"] == 0, facts
+            assert facts["spilled"] == 0, facts                 # in bfloat16 and float16
