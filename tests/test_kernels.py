@@ -304,6 +304,14 @@ def test_operators_pass_opcheck(op):
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
 
 
+def test_without_a_gpu_the_benchmark_says_so():
+    done = subprocess.run([sys.executable, "bench_gpu.py"], cwd=Path(kernels.__file__).parent,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "bench_gpu: a CUDA GPU is needed, and torch finds none\n"
+
+
 # ---------------------------------------------------------------- machine code
 
 @pytest.fixture(scope="module", autouse=True)
