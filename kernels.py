@@ -269,7 +269,8 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
-    bias, (n_retrieve, n_ranked), (N, R, K) = steady[2], shares, caps
+    bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
+    (n_retrieve, n_ranked), (N, R, K) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     logits, order = rank_clusters(q, index, K)
     rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
