@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lines bench clean
+.PHONY: help setup run test test-gpu lint lines bench bench-gpu clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -27,6 +27,9 @@ run: setup      ## answer the question in PROMPT; more flags in ARGS
 test: setup     ## the whole suite
 	$(BIN)/python -m pytest $(ARGS)
 
+test-gpu:       ## the kernels on a GPU, with the torch and Triton of PYTHON
+	$(PYTHON) -m pytest tests/test_kernels.py $(ARGS)
+
 lint: setup     ## ruff
 	$(BIN)/ruff check .
 
@@ -35,6 +38,9 @@ lines:          ## lines of each file
 
 bench: setup    ## speed beside transformers, in one run
 	$(BIN)/python bench.py $(ARGS)
+
+bench-gpu:      ## the kernels on a GPU beside SDPA and FlexAttention, with PYTHON
+	$(PYTHON) bench_gpu.py $(ARGS)
 
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -23,7 +23,15 @@ from pathlib import Path
 import torch
 
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, compiled_step, eager_step, sampler
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    compiled_step,
+    eager_step,
+    hot_functions,
+    sampler,
+)
 from session import Session, Writer, stream, turns
 from snapshot import Snapshot, check_place, save
 
@@ -46,7 +54,8 @@ def parse_args(argv):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, "
         "bfloat16 on a GPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    add("--backend", choices=["compile", "eager"], help="default: compile")
+    add("--backend", choices=["triton", "compile", "eager"], help="default: triton on a GPU, which "
+        "is compile with the kernels of kernels.py, else compile")
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
@@ -120,7 +129,15 @@ def choose_backend(name, device):
             raise ValueError("torch.compile needs a C++ compiler on a CPU: install g++ or set CXX, "
                              "or pass --backend eager")
         return eager_step, f"eager on {where}: torch.compile finds no C++ compiler"
-    return compiled_step, f"torch.compile on {where}, " + ("asked for" if name else "the default")
+    how = "torch.compile" if choose_hot(name, device) is PLAIN else "Triton and torch.compile"
+    return compiled_step, f"{how} on {where}, " + ("asked for" if name else "the default")
+
+
+def choose_hot(name, device):
+    """The hot functions: on a GPU the Triton kernels, unless PyTorch alone was asked for."""
+    if name == "triton" and device.type != "cuda":
+        raise ValueError(f"--backend triton needs a GPU, the device is {device}: leave it out")
+    return PLAIN if name in ("compile", "eager") else hot_functions(device)
 
 
 def room_for(args, context, n_prompt):
@@ -152,7 +169,8 @@ def answer(args):
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
-    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts)), pick, step,
+    hot = choose_hot(args.backend, device)
+    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot), pick, step,
                       args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None

@@ -27,7 +27,9 @@ twice the mean size are split, so that none is skipped for want of room; ranking
 """
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -103,38 +105,39 @@ class Index(NamedTuple):
 
 # ---------------------------------------------------------------- building the index
 
-def cluster_segment(k, v, config):
+def cluster_segment(k, v, config, hot=None):
     """Cluster L tokens, a multiple of the cluster size (§4.2).
 
     Their Index, offsets from 0, and k, v (B, H, L, D) in its order.
     """
     L, slots = k.shape[2], config.slots(k.shape[2])
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (B, H, L, D)
-    ids = spherical_kmeans(centred, L // config.cluster, config.iterations)
+    ids = spherical_kmeans(centred, L // config.cluster, config.iterations, hot)
     order = ids.argsort(dim=-1, stable=True)                                # (B, H, L)
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
     sizes = count(pieces, slots)                                            # (B, H, slots)
     n = sizes.clamp(min=1)[..., None]
-    centroids, means = ((segment_sum(x, order, sizes) / n).to(x.dtype) for x in (k, v))
+    sums = ((hot or PLAIN).segment_sum(x, order, sizes) for x in (k, v))
+    centroids, means = ((x / n).to(k.dtype) for x in sums)                  # (B, H, slots, D)
     index = Index(centroids, means, sizes, sizes.cumsum(-1) - sizes)
     return index, take(k, order), take(v, order)
 
 
-def spherical_kmeans(x, C, iterations):
+def spherical_kmeans(x, C, iterations, hot=None):
     """Cluster ids (B, H, L) of centred keys x (B, H, L, D): nearest by inner product.
 
     Centroids are unit vectors, seeded at even distances along the text. Unlike the published code
     we normalise the seeds too: raw ones outshine every unit vector and all but collapse pass two.
     """
-    L = x.shape[2]
+    L, hot = x.shape[2], hot or PLAIN
     seeds = (torch.arange(C, device=x.device) * 2 + 1) * L // (2 * C)       # (C,)
     centroids = F.normalize(x[:, :, seeds], dim=-1)                         # (B, H, C, D)
     for _ in range(iterations - 1):
-        ids = nearest(x, centroids)                                         # (B, H, L)
+        ids = hot.nearest(x, centroids)                                     # (B, H, L)
         sizes = count(ids, C)                                               # (B, H, C)
-        sums = segment_sum(x, ids.argsort(dim=-1, stable=True), sizes)
+        sums = hot.segment_sum(x, ids.argsort(dim=-1, stable=True), sizes)
         centroids = torch.where(sizes[..., None] > 0, F.normalize(sums, dim=-1), centroids)
-    return nearest(x, centroids)
+    return hot.nearest(x, centroids)
 
 
 def nearest(x, centroids):
@@ -283,6 +286,30 @@ def gather_clusters(index, stores, ids, ends, N):
     return *(take(store, rows) for store in stores), bias[:, :, None]
 
 
+def attend(q, steady, index, budget, stores):
+    """tripartite_attention over clusters that lie in stores k, v (B, H, T, D)."""
+    fetch = functools.partial(gather_clusters, index, stores, N=budget.tokens)
+    return tripartite_attention(q, steady, index, budget, fetch)
+
+
+class Hot(NamedTuple):
+    """The functions that take the time: ours, or their twins."""
+    attend: Callable
+    nearest: Callable
+    segment_sum: Callable
+
+
+PLAIN = Hot(attend, nearest, segment_sum)
+
+
+def hot_functions(device):
+    """The Triton kernels on a GPU, where kernels.py lies beside this file; else PLAIN."""
+    if device.type != "cuda" or not Path(__file__).with_name("kernels.py").exists():
+        return PLAIN
+    import kernels
+    return Hot(kernels.attend, kernels.nearest, kernels.segment_sum)
+
+
 # ---------------------------------------------------------------- the wave index
 
 class WaveIndex(nn.Module):
@@ -297,11 +324,12 @@ class WaveIndex(nn.Module):
 
     A step finds the latest tokens in the steady zone. update, between steps, brings them there
     behind a prefill, and indexes the older of them when the zone is full. Nothing reallocates.
+    hot=PLAIN keeps to PyTorch on a GPU too, where the kernels are the default.
     """
 
-    def __init__(self, config, capacity, batch=1):
+    def __init__(self, config, capacity, batch=1, hot=None):
         super().__init__()
-        self.config, self.capacity, self.index = config, capacity, None
+        self.config, self.capacity, self.index, self.hot = config, capacity, None, hot
         self.is_reading = [True] * batch        # the latest tokens are in the store
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, torch.zeros(batch, dtype=torch.int64))
@@ -309,6 +337,7 @@ class WaveIndex(nn.Module):
     def allocate(self, k):
         """All state, for keys like k (1, H, T, D)."""
         B, H, D, c = len(self.n_tokens), k.shape[1], k.shape[3], self.config
+        self.hot = self.hot or hot_functions(k.device)
 
         def zeros(n, *shape, **kind):   # one storage each: a compiled region may not see aliases
             return k.new_zeros(B, H, n, *shape, **kind)
@@ -361,14 +390,11 @@ class WaveIndex(nn.Module):
         bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
         steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
         budget = Budget(*self.caps, *self.config.budget(self.n_indexed))
-        o = tripartite_attention(q.reshape(B, H, -1, D), steady, self.index, budget, self.fetch)
-        return o.reshape(q.shape)
+        stores = self.k_store, self.v_store
+        return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, budget,
+                               stores).reshape(q.shape)
 
     forward = decode                            # calling a cache is a step
-
-    def fetch(self, ids, ends):
-        """Keys, values and bias of clusters ids (B, H, R), packed to end at ends (B, H, R)."""
-        return gather_clusters(self.index, (self.k_store, self.v_store), ids, ends, self.caps[0])
 
     def update(self):
         """Bring each sequence in order for decoding; how many steps fit until the next update."""
@@ -426,7 +452,7 @@ class WaveIndex(nn.Module):
         """Index the next L tokens behind what is indexed: in the store they change their order."""
         start, c = self.config.sink + int(self.n_indexed[row]), int(self.n_clusters[row])
         k, v = (x[row:row + 1, :, start:start + L] for x in (self.k_store, self.v_store))
-        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config)
+        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot)
         k.copy_(k_sorted), v.copy_(v_sorted)
         segment = segment._replace(offsets=segment.offsets + start)
         slots = segment.sizes.shape[2]

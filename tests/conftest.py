@@ -5,10 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are slow where cores are shared
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:     # no other process, and nothing later, sees it
+        patch.setenv("TRITON_INTERPRET", "1")       # read when Triton and a kernel are first loaded
+        import kernels  # noqa: F401
 
 
 @pytest.fixture(scope="session")

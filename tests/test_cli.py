@@ -363,6 +363,7 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--dtype", "int4"], ["--dtype", "int4"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
+    (["--backend", "triton"], ["--backend triton needs a GPU"]),
     (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
 def test_flags_out_of_range(run, checkpoint, flags, words):
     refused(run("--model", checkpoint(**LONG), *flags), *words)
@@ -379,3 +380,13 @@ def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, cap
     assert cli.main(flags) == 0
     assert "eager on cpu, " in (err := capsys.readouterr().err) and "no C++ compiler" in err
     refused((cli.main([*flags, "--backend", "compile"]), *capsys.readouterr()), "install g++")
+
+
+@pytest.mark.parametrize("name, words", [
+    (None, "Triton and torch.compile on cuda:0, the default"), ("eager", "eager on cuda:0"),
+    ("compile", "torch.compile on cuda:0, asked for")])
+def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
+    pytest.importorskip("triton")
+    device = torch.device("cuda:0")
+    assert cli.choose_backend(name, device)[1].startswith(words)
+    assert cli.choose_hot(name, device).attend.__module__ == ("retroinfer" if name else "kernels")

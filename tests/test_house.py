@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"retroinfer.py": 550, "model.py": 400, "checkpoint.py": 380, "cli.py": 350,
-           "session.py": 200, "snapshot.py": 180, "bench.py": 350}
+BUDGETS = {"retroinfer.py": 575, "model.py": 400, "checkpoint.py": 380, "cli.py": 350,
+           "session.py": 200, "snapshot.py": 180, "bench.py": 400, "kernels.py": 450,
+           "bench_gpu.py": 250}
 OURS = {Path(name).stem for name in BUDGETS}
-MAY_IMPORT = {"cli", "session", "bench"}    # at top level; the others import inside functions
+MAY_IMPORT = {"cli", "session", "bench", "bench_gpu"}   # at top level; others inside functions
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -44,11 +45,16 @@ def test_top_level_imports_follow_the_arrows(name):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_functions_are_short_and_take_few_arguments(name):
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and not is_kernel(node):
             names = [a.arg for a in node.args.args if a.arg != "self"]
             assert len(names) <= 7, (node.name, names)
             if node.name not in ("main", "parse_args"):
                 assert node.end_lineno - node.lineno < 40, node.name
+
+
+def is_kernel(function):
+    """A kernel takes its tensors one by one, and is one loop."""
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
 
 
 def test_retroinfer_alone_reproduces_dense_attention(tmp_path):
@@ -58,7 +64,8 @@ def test_retroinfer_alone_reproduces_dense_attention(tmp_path):
 import sys
 class OnlyTorch:
     def find_spec(self, name, path=None, target=None):
-        banned = ("model", "checkpoint", "cli", "einops", "safetensors", "tokenizers", "gguf")
+        banned = ("model", "checkpoint", "cli", "kernels", "triton", "einops", "safetensors",
+                  "tokenizers", "gguf")
         if name.split(".")[0] in banned: raise ImportError(name)
 sys.meta_path.insert(0, OnlyTorch())
 import torch

@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retroinfer import (
+    PLAIN,
     Budget,
     RetroConfig,
     WaveIndex,
+    attend,
     cluster_segment,
     count,
     gather_clusters,
     spherical_kmeans,
     split_large,
-    tripartite_attention,
 )
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
@@ -277,9 +278,10 @@ def test_inductor_gives_what_eager_gives():
     wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
     steady = wave.k_steady, wave.v_steady, torch.zeros(1, 2, 1, wave.k_steady.shape[2])
     budget = Budget(*wave.caps, *wave.config.budget(wave.n_indexed))
-    args = q[:, :, -1:].reshape(1, 2, 3, 16), steady, wave.index, budget, wave.fetch
-    fast = torch.compile(tripartite_attention, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(fast(*args), tripartite_attention(*args), **CLOSE)
+    args = q[:, :, -1:].reshape(1, 2, 3, 16), steady, wave.index, budget, (
+        wave.k_store, wave.v_store)
+    fast = torch.compile(attend, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(fast(*args), attend(*args), **CLOSE)
 
 
 # ---------------------------------------------------------------- limits of use
@@ -388,15 +390,14 @@ def test_what_an_index_reads_does_not_depend_on_its_capacity():
     torch.testing.assert_close(outputs[2], outputs[0], **CLOSE)
 
 
-class ReadsTheHost(WaveIndex):
+def reads_the_host(q, steady, index, *args):
     """A planted fault."""
-
-    def fetch(self, ids, ends):
-        return super().fetch(ids, ends.clamp(max=ends.max().item()))
+    return attend(q * index.sizes.max().item(), steady, index, *args)
 
 
-@pytest.mark.parametrize("kind, host_reads", [(WaveIndex, 0), (ReadsTheHost, 1)])
-def test_the_step_never_reads_the_host(kind, host_reads):
+@pytest.mark.parametrize("hot, host_reads", [
+    (PLAIN, 0), (PLAIN._replace(attend=reads_the_host), 1)])
+def test_the_step_never_reads_the_host(hot, host_reads):
     torch._dynamo.reset()
     found = []
 
@@ -405,7 +406,7 @@ def test_the_step_never_reads_the_host(kind, host_reads):
         return graph
 
     q, k, v = qkv(100)
-    wave = kind(RetroConfig(**SMALL), 100)
+    wave = WaveIndex(RetroConfig(**SMALL), 100, hot=hot)
     wave.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
     wave.update()
     decode = torch.compile(wave.decode, backend=backend, fullgraph=True, dynamic=False)

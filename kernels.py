@@ -1,0 +1,382 @@
+"""Triton twins of the hot functions of retroinfer.py: a decode step, and building the index.
+
+A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
+`pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
+
+    rank      q, centroids          -> logits (B, H, C, G); running max and sum of each split
+    weigh     logits, max and sum   -> probability of each cluster, summed over G
+    topk      probability           -> order (B, H, R+E)                               (PyTorch)
+    pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
+    attend    steady | rows | order -> max, sum and weighted values of each split
+    combine   of all splits         -> o (B, H, G, D)
+
+    B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady-zone slots
+    C clusters a head   R, E clusters retrieved, estimated   N exact tokens   S splits of a head
+    L tokens in a segment   K clusters ranked: R+E   BG, BD, BN, BC, BL: a tile's size along those
+
+What a step reads and writes, in bytes, of each of the B*H heads (e bytes an element):
+
+    rank      C*(D*e + 4) read, 4*C*G written
+    weigh     4*C*(G + 1) read, 4*C written
+    pack      20*R read, 4*N written
+    attend    2*W*D*e + N*(2*D*e + 4) + E*(D*e + 12 + 4*G) read, 4*S*G*(D + 2) written
+    combine   4*S*G*(D + 2) read, D*e*G written
+
+Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
+is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
+Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
+
+Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
+they are), and a selection of our own in place of torch.topk.
+"""
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+IS_COMPILED = isinstance(tl.max, triton.JITFunction)    # else Triton's interpreter runs on a CPU
+OPTIONS = {"enable_fp_fusion": True}                    # a product and a sum in one instruction
+
+
+def launch(kernel, grid, *args, **tile):
+    """Run a kernel on the device of its first argument; `tile` holds its constants and options."""
+    if IS_COMPILED and not args[0].is_cuda:
+        raise ValueError(f"kernels.py runs on a GPU, and the tensors are on {args[0].device}: "
+                         "move them, or use the functions of retroinfer.py")
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **tile, **OPTIONS)
+
+
+def tile_sizes(G, D):
+    """BG and BD: powers of two that tl.dot takes."""
+    return {"G": G, "D": D, "BG": max(triton.next_power_of_2(G), 16),
+            "BD": max(triton.next_power_of_2(D), 16)}
+
+
+def tile_rows(BG, BD, element_size):
+    """Rows of a tile of K or V: 16 KB where registers allow, so that 99 KB hold K, V and more."""
+    return max(min(16384 // (BD * element_size), 1024 // BG, 128 // element_size), 16)
+
+
+@functools.cache
+def programs(device):
+    """Programs that keep a device busy: four to a multiprocessor."""
+    is_gpu = device.type == "cuda"
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 6
+
+
+def splits(device, heads, n_tiles):
+    """Parts to cut a head's tiles into, so that all heads together keep the device busy."""
+    return max(min(-(-programs(device) // heads), n_tiles, 128), 1)
+
+
+# ---------------------------------------------------------------- ranking
+
+# Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them and their
+# sizes once, D*e + 4 bytes each (4 where a slot is free), and writes 4*G bytes of logits each.
+@triton.jit
+def rank_kernel(q, centroids, sizes, logits, stats, C, n_tiles, G: tl.constexpr, D: tl.constexpr,
+                BG: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+    split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, d = tl.arange(0, BG), tl.arange(0, BD)
+    q = tl.load(q + (head * G + g[:, None]) * D + d, (g[:, None] < G) & (d < D), 0.0)   # (BG, BD)
+    m = tl.full([BG], float("-inf"), tl.float32)
+    s = tl.zeros([BG], tl.float32)
+    for t in range(split * n_tiles, split * n_tiles + n_tiles):
+        c = t * BC + tl.arange(0, BC)
+        is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0                         # (BC,)
+        keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
+                       is_live[:, None] & (d < D), 0.0)                                 # (BC, BD)
+        x = tl.dot(q, tl.trans(keys), input_precision="ieee") * D ** -0.5               # (BG, BC)
+        tl.store(logits + (head * C + c) * G + g[:, None], x, is_live & (g[:, None] < G))
+        x = tl.where(is_live, x, float("-inf"))
+        top = tl.maximum(m, tl.max(x, 1))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        s = s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        m = top
+    stats += (head * tl.num_programs(0) + split) * 2 * G + g
+    tl.store(stats, m, g < G)
+    tl.store(stats + G, s, g < G)
+
+
+# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logits each and all S pairs of
+# max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every cluster.
+@triton.jit
+def weigh_kernel(logits, sizes, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
+                 BC: tl.constexpr, BS: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    g, s = tl.arange(0, BG), tl.arange(0, BS)
+    pairs = stats + (head * S + s[:, None]) * 2 * G + g                                 # (BS, BG)
+    is_pair = (s[:, None] < S) & (g < G)
+    m = tl.load(pairs, is_pair, float("-inf"))
+    top = tl.max(m, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)                                      # (BG,)
+    total = tl.sum(tl.load(pairs + G, is_pair, 0.0) * tl.exp(m - top), 0)               # (BG,)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0
+    is_one = is_live[:, None] & (g < G)                                                 # (BC, BG)
+    x = tl.load(logits + (head * C + c[:, None]) * G + g, is_one, 0.0)
+    p = tl.where(is_one, tl.exp(x - top) / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
+
+
+def rank_clusters(q, index, n):
+    """Logits (B, H, C, G), fp32, where a cluster is, and the n best clusters (B, H, n)."""
+    (B, H, G, D), C = q.shape, index.sizes.shape[2]
+    tile = tile_sizes(G, D)
+    BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
+    n_tiles = triton.cdiv(C, BC)
+    n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
+    S = triton.cdiv(C, BC * n_tiles)
+    logits, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
+    stats = index.sizes.new_empty(B, H, S, 2, G)
+    launch(rank_kernel, (S, B * H), q, index.centroids, index.sizes, logits, stats, C, n_tiles,
+           BC=BC, **tile, num_warps=4, num_stages=3)
+    BG, BS = triton.next_power_of_2(G), triton.next_power_of_2(S)
+    launch(weigh_kernel, (triton.cdiv(C, 256), B * H), logits, index.sizes, stats, weights, C, S,
+           G=G, BG=BG, BC=256, BS=BS, num_warps=4)
+    return logits, weights.topk(n, sorted=True).indices
+
+
+# ---------------------------------------------------------------- attention
+
+# Grid (B*H,). A program owns the work list of one head: in order of rank it reads 8 bytes of order,
+# 4 of size and 8 of offset of each retrieved cluster, while their tokens fit N together, and writes
+# 4 bytes a token; then how many clusters and tokens fit.
+@triton.jit
+def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, H, C, K, R, N, BR: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(tl.load(n_retrieve + head // H), R)
+    n_clusters, n_tokens, end = 0, 0, 0
+    for start in range(0, n, BR):
+        r = start + tl.arange(0, BR)
+        ids = head * C + tl.load(order + head * K + r, r < n, 0)                        # (BR,)
+        size = tl.load(sizes + ids, r < n, 0.0).to(tl.int32)
+        ends = end + tl.cumsum(size, 0)
+        is_in = (r < n) & (ends <= N)
+        first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
+        for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
+            tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
+        n_clusters += tl.sum(is_in.to(tl.int32), 0)
+        n_tokens = tl.maximum(n_tokens, tl.max(tl.where(is_in, ends, 0), 0))
+        end += tl.sum(size, 0)
+    tl.store(fits + head * 2, n_clusters)
+    tl.store(fits + head * 2 + 1, n_tokens)
+
+
+@triton.jit
+def absorb(x, v, m, s, o):
+    """Running max m, sum s and weighted values o, grown by values v (BN, BD), logits x (BG, BN)."""
+    top = tl.maximum(m, tl.max(x, 1))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    p, fade = tl.exp(x - shift[:, None]), tl.exp(m - shift)
+    o = o * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return top, s * fade + tl.sum(p, 1), o
+
+
+# Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
+# steady slots, then retrieved tokens by the work list, then the estimated clusters, whose logits
+# rank_kernel left. It reads 2*D*e bytes a token, D*e + 4*G a cluster, and writes 4*G*(D + 2).
+@triton.jit
+def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked, sizes,
+                  logits, means, stats, parts, H, W, T, N, C, K, bias_b, bias_h, G: tl.constexpr,
+                  D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
+    is_q = (g[:, None] < G) & (d < D)
+    queries = tl.load(q + (head * G + g[:, None]) * D + d, is_q, 0.0)                   # (BG, BD)
+    m, s = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
+    o = tl.zeros([BG, BD], tl.float32)
+    n_tiles = tl.cdiv(W, BN)
+    for t in range(split, n_tiles, S):
+        w = t * BN + n
+        b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
+        is_live = (b[:, None] > float("-inf")) & (d < D)                                # (BN, BD)
+        at = (head * W + w[:, None]) * D + d
+        k = tl.load(k_steady + at, is_live, 0.0)
+        v = tl.load(v_steady + at, is_live, 0.0)
+        x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b        # (BG, BN)
+        m, s, o = absorb(x, v, m, s, o)
+    n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
+    first = (split + S - n_tiles % S) % S           # where the zone before left off
+    n_tiles += tl.cdiv(n_tokens, BN)
+    for t in range(first, tl.cdiv(n_tokens, BN), S):
+        slot = t * BN + n
+        is_live = slot < n_tokens
+        row = tl.load(rows + head * N + slot, is_live, 0).to(tl.int64)
+        at = (head * T + row[:, None]) * D + d
+        k = tl.load(k_store + at, is_live[:, None] & (d < D), 0.0)
+        v = tl.load(v_store + at, is_live[:, None] & (d < D), 0.0)
+        x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5
+        m, s, o = absorb(tl.where(is_live, x, float("-inf")), v, m, s, o)
+    n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
+    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
+        r = t * BN + n
+        ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
+        size = tl.load(sizes + ids, r < n_estimate, 0.0)
+        is_live = size > 0
+        v = tl.load(means + ids[:, None] * D + d, is_live[:, None] & (d < D), 0.0)
+        x = tl.load(logits + ids * G + g[:, None], is_live & (g[:, None] < G), 0.0)     # (BG, BN)
+        x = tl.where(is_live, x + tl.log(tl.where(is_live, size, 1.0)), float("-inf"))
+        m, s, o = absorb(x, v, m, s, o)
+    stats += (head * S + split) * 2 * G + g
+    tl.store(stats, m, g < G)
+    tl.store(stats + G, s, g < G)
+    tl.store(parts + ((head * S + split) * G + g[:, None]) * D + d, o, is_q)
+
+
+# Grid (G, B*H). A program owns one output row: it reads S partial rows, 4*(D + 2) bytes each. Where
+# every entry is masked 0/0 gives NaN, as a softmax over nothing does.
+@triton.jit
+def combine_kernel(stats, parts, out, S, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                   BS: tl.constexpr, STEP: tl.constexpr):
+    g, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    every, d = tl.arange(0, BS), tl.arange(0, BD)
+    m = tl.load(stats + (head * S + every) * 2 * G + g, every < S, float("-inf"))       # (BS,)
+    top = tl.max(m, 0)
+    total, o = 0.0, tl.zeros([BD], tl.float32)
+    for start in range(0, S, STEP):
+        s = start + tl.arange(0, STEP)
+        pair = stats + (head * S + s) * 2 * G + g
+        top_s = tl.load(pair, s < S, float("-inf"))
+        scale = tl.where(top_s == float("-inf"), 0.0, tl.exp(top_s - top))              # (STEP,)
+        total += tl.sum(scale * tl.load(pair + G, s < S, 0.0), 0)
+        part = tl.load(parts + ((head * S + s[:, None]) * G + g) * D + d,
+                       (s[:, None] < S) & (d < D), 0.0)                                 # (STEP, BD)
+        o += tl.sum(scale[:, None] * part, 0)
+    tl.store(out + (head * G + g) * D + d, (o / total).to(out.dtype.element_ty), d < D)
+
+
+def attend(q, steady, index, budget, stores):
+    """What retroinfer.tripartite_attention returns, with clusters read from the stores in place.
+
+    q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
+    and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on one GPU, q, k and
+    v of one dtype; ValueError otherwise. Runs under torch.compile and in a CUDA graph.
+    """
+    kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)}
+    if len(kinds) > 1:
+        raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
+    shares = [budget.n_retrieve, budget.n_ranked]
+    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]))
+
+
+@torch.library.custom_op("retroinfer::attend", mutates_args=())
+def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
+              stores: list[torch.Tensor], shares: list[torch.Tensor],
+              caps: list[int]) -> torch.Tensor:
+    from retroinfer import Index
+    q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
+    k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
+    bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
+    (n_retrieve, n_ranked), (N, R, K) = shares, caps
+    (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
+    logits, order = rank_clusters(q, index, K)
+    rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
+    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits, H, C,
+           K, R, N, BR=128, num_warps=4)
+    tile = tile_sizes(G, D)
+    BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
+    S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
+    stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
+        (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
+    launch(attend_kernel, (S, B * H), q, k_steady, v_steady, bias, k_store, v_store, rows, fits,
+           order, n_ranked, index.sizes, logits, index.means, stats, parts, H, W, T, N, C, K,
+           bias.stride(0), bias.stride(1), BN=BN, **tile, num_warps=4, num_stages=3)
+    launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
+           BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
+    return o
+
+
+@attend_op.register_fake
+def _(q, steady, index, stores, shares, caps):
+    return q.new_empty(q.shape, dtype=steady[1].dtype)
+
+
+# ---------------------------------------------------------------- building the index
+
+# Grid (L/BL, B*H). A program owns BL tokens and keeps their best centroid while it passes over all
+# C: products stay on the chip. It reads BL*D*e bytes of x for every BC centroids (from cache after
+# the first time) and all C*D*e of the centroids, and writes 8 bytes a token.
+@triton.jit
+def nearest_kernel(x, centroids, ids, L, C, D: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+                   BD: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BL + tl.arange(0, BL)
+    best = tl.full([BL], float("-inf"), tl.float32)
+    which = tl.zeros([BL], tl.int32)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        product = tl.zeros([BL, BC], tl.float32)
+        for first in range(0, D, BD):
+            d = first + tl.arange(0, BD)
+            a = tl.load(x + (head * L + t[:, None]) * D + d, (t[:, None] < L) & (d < D), 0.0)
+            b = tl.load(centroids + (head * C + c[:, None]) * D + d,
+                        (c[:, None] < C) & (d < D), 0.0)
+            product = tl.dot(a, tl.trans(b), product, input_precision="tf32x3")
+        product = tl.where(c < C, product, float("-inf"))                               # (BL, BC)
+        top, at = tl.max(product, return_indices=True, axis=1)
+        which = tl.where(top > best, start + at, which)                 # of equals the first
+        best = tl.maximum(best, top)
+    tl.store(ids + head * L + t, which.to(tl.int64), t < L)
+
+
+def nearest(x, centroids):
+    """Ids (B, H, L) of the centroids (B, H, C, D) that have the largest inner products with x.
+
+    x (B, H, L, D). Three TF32 products a float32 one: near ties may fall otherwise than in PyTorch.
+    """
+    return nearest_op(x, centroids)
+
+
+@torch.library.custom_op("retroinfer::nearest", mutates_args=())
+def nearest_op(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    (B, H, L, D), C = x.shape, centroids.shape[2]
+    ids = torch.empty(B, H, L, dtype=torch.int64, device=x.device)
+    launch(nearest_kernel, (triton.cdiv(L, 64), B * H), x.contiguous(), centroids.contiguous(), ids,
+           L, C, D=D, BL=64, BC=64, BD=32, num_warps=4, num_stages=3)
+    return ids
+
+
+@nearest_op.register_fake
+def _(x, centroids):
+    return x.new_empty(x.shape[:3], dtype=torch.int64)
+
+
+# Grid (C, B*H). A program owns one sum: it reads 8 bytes of order and D*e of x for each member, and
+# writes 4*D. Members are added in order, without atomics: two runs give one sum.
+@triton.jit
+def segment_sum_kernel(x, order, ends, sums, L, C, D: tl.constexpr, BL: tl.constexpr,
+                       BD: tl.constexpr):
+    c, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BD)
+    first = tl.load(ends + head * C + c - 1, c > 0, 0)
+    end = tl.load(ends + head * C + c)
+    total = tl.zeros([BL, BD], tl.float32)
+    for start in range(first, end, BL):
+        at = start + tl.arange(0, BL)
+        row = tl.load(order + head * L + at, at < end, 0)
+        total += tl.load(x + (head * L + row[:, None]) * D + d,
+                         (at[:, None] < end) & (d < D), 0.0).to(tl.float32)
+    tl.store(sums + (head * C + c) * D + d, tl.sum(total, 0), d < D)
+
+
+def segment_sum(x, order, sizes):
+    """Sums (B, H, C, D), fp32, of x (B, H, L, D), put in order, over runs of sizes (B, H, C)."""
+    return segment_sum_op(x, order, sizes)
+
+
+@torch.library.custom_op("retroinfer::segment_sum", mutates_args=())
+def segment_sum_op(x: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    (B, H, L, D), C = x.shape, sizes.shape[2]
+    sums = torch.empty(B, H, C, D, dtype=torch.float32, device=x.device)
+    launch(segment_sum_kernel, (C, B * H), x.contiguous(), order.contiguous(),
+           sizes.cumsum(-1, dtype=torch.int64), sums, L, C, D=D, BL=16,
+           BD=triton.next_power_of_2(D), num_warps=4)
+    return sums
+
+
+@segment_sum_op.register_fake
+def _(x, order, sizes):
+    return x.new_empty(*sizes.shape, x.shape[3], dtype=torch.float32)
