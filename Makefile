@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lines bench clean
+.PHONY: help setup run test lint lines bench evaluate clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -35,6 +35,13 @@ lines:          ## lines of each file
 
 bench: setup    ## speed beside transformers, in one run
 	$(BIN)/python bench.py $(ARGS)
+
+evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
+	$(BIN)/python evaluate.py $(ARGS)
+
+$(VENV)/ready-eval: $(VENV)/ready requirements-eval.txt
+	$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements-eval.txt
+	touch $@
 
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

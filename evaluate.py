@@ -28,10 +28,10 @@ from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import decode, eager_step, prefill, sampler
 
 ROOT = Path(__file__).parent
-QUICK = {"lengths": [4096], "steps": 48, "shares": [0.08, 0.2], "needle_lengths": [4096],
-         "depths": [10, 50, 90], "ruler_lengths": [], "ruler_samples": 0}
+QUICK = {"lengths": [4096], "steps": 32, "shares": [0.1, 0.25], "errors": False,
+         "needle_lengths": [4096], "depths": [10, 50, 90], "ruler_lengths": [], "ruler_samples": 0}
 FULL = {"lengths": [4096, 8192], "steps": 128, "shares": [0.06, 0.08, 0.12, 0.2, 0.3],
-        "needle_lengths": [2048, 4096, 8192], "depths": [0, 20, 40, 60, 80, 100],
+        "errors": True, "needle_lengths": [2048, 4096, 8192], "depths": [0, 20, 40, 60, 80, 100],
         "ruler_lengths": [2048, 4096, 8192], "ruler_samples": 20}
 
 
@@ -126,7 +126,7 @@ def against_dense_cells(results, model, tokenizer, settings, where, say):
     for name in left:
         say(f"{kind}, {length:,} tokens: {name}")
         cell = against_dense(model, case, methods[name])
-        if name.startswith("named/"):
+        if name.startswith("named/") or settings["errors"]:
             cell |= by_head(case, methods[name])
         results.add(f"dense/{kind}/{length}/{name}", cell)
 
@@ -236,32 +236,44 @@ def ruler_table(results, settings):
     return "\n".join(lines)
 
 
+COLORS = {"window": "C0", "quest": "C1", "oracle": "C2", "paper": "C3", "ours": "C4"}
+
+
 def plot(results, settings, path):
-    """The Pareto front: KL and output error against bytes, one column a length."""
+    """The Pareto front: KL, and output error where it is known, against bytes; by length."""
     from matplotlib.figure import Figure
+    values = {"kl": "KL to dense, nats a token"} | (
+        {"error": "relative error of a head's output"} if settings["errors"] else {})
     lengths = settings["lengths"]
-    figure = Figure(figsize=(5.5 * len(lengths) + 1, 4.6), layout="constrained")
-    for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths,
-                            strict=True):
-        groups = by_method(results, length)
-        for i, method in enumerate(("window", "quest", "oracle", "paper", "ours")):
-            points = sorted((mean([c["share"] for c in cells[method]]) * 100,
-                             *interval([c["kl"] for c in cells[method]], settings["seed"]))
-                            for name, cells in groups.items()
-                            if name != "named" and method in cells)
-            if points:
-                x, y, low, high = zip(*points, strict=True)
-                axes.plot(x, y, "o-", color=f"C{i}", label=method, markersize=4)
-                axes.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-        for method, i in (("paper", 3), ("ours", 4)):
-            cells = groups["named"][method]
-            axes.plot(100 * mean([c["share"] for c in cells]), mean([c["kl"] for c in cells]), "*",
-                      color=f"C{i}", markersize=14, label=f"{method}, its own budget")
-        axes.set(yscale="log", xlabel="bytes read a step, % of dense",
-                 ylabel="KL to dense, nats a token", title=f"{length:,} tokens")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    size = 5.5 * len(lengths) + 1, 4 * len(values) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(values), len(lengths), squeeze=False)
+    for (value, label), row in zip(values.items(), panels, strict=True):
+        for axes, length in zip(row, lengths, strict=True):
+            draw_front(axes, by_method(results, length), value, settings["seed"])
+            axes.set(yscale="log", ylabel=label, title=f"{length:,} tokens",
+                     xlabel="bytes read a step, % of dense")
+    panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def draw_front(axes, groups, value, seed):
+    """Each method's value over its budgets, with the interval over texts; stars: as configured."""
+    def point(cells):
+        numbers = [torch.tensor(cell[value]).flatten().tolist() for cell in cells]
+        return 100 * mean([cell["share"] for cell in cells]), *interval(numbers, seed)
+
+    for method, color in COLORS.items():
+        found = [cells[method] for name, cells in groups.items()
+                 if name != "named" and method in cells]
+        if found:
+            x, y, low, high = zip(*sorted(map(point, found)), strict=True)
+            axes.plot(x, y, "o-", color=color, label=method, markersize=4)
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    for method in ("paper", "ours"):
+        x, y, _, _ = point(groups["named"][method])
+        axes.plot(x, y, "*", color=COLORS[method], markersize=14, label=f"{method} as configured")
+    axes.grid(alpha=0.3)
 
 
 def plot_needles(results, settings, path):
@@ -292,7 +304,7 @@ def settings_of(args):
     settings = (FULL if args.full else QUICK) | {
         "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model}
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
-        settings[name] = [n for n in args.lengths or settings[name]] if settings[name] else []
+        settings[name] = list(args.lengths or settings[name]) if settings[name] else []
     settings |= {"steps": args.steps or settings["steps"]}
     source = b"".join((ROOT / name).read_bytes()
                       for name in ("retroinfer.py", "model.py", "fidelity.py", "texts.py"))
@@ -302,7 +314,7 @@ def settings_of(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--full", action="store_true", help="all lengths, budgets and RULER; go on where it stopped")
+    add("--full", action="store_true", help="all lengths, budgets and RULER")
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
     add("--lengths", type=int, nargs="+", help="tokens of a text, its steps among them")
     add("--steps", type=int, help="tokens fed one by one behind each text")
@@ -317,7 +329,7 @@ def parse_args(argv):
 def evaluate(args):
     settings = settings_of(args)
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
-    longest = max(sum((settings[x] for x in ("lengths", "needle_lengths", "ruler_lengths")), []))
+    longest = max(n for x in ("lengths", "needle_lengths", "ruler_lengths") for n in settings[x])
     if longest > model.config.context:
         raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")

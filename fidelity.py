@@ -168,9 +168,9 @@ def named_methods(n, steps):
     """The configurations side by side; those that have a budget get the bytes of ours."""
     same = methods_at(ours_rows(n, steps), n, steps)
     same["paper, bytes of ours"] = same.pop("paper", None)
-    same |= {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper()),
-             "ours": functools.partial(wave, RetroConfig())}
-    return {name: make for name, make in same.items() if make}
+    made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
+    made |= same | {"ours": functools.partial(wave, RetroConfig())}
+    return {name: make for name, make in made.items() if make}
 
 
 # ---------------------------------------------------------------- one text, dense and otherwise
