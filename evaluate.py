@@ -192,8 +192,9 @@ def mean(values):
 
 def dense_table(results, length, seed):
     lines = [f"{length:,} tokens, {len(texts.KINDS)} texts", "",
-             "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 | top-1 "
-             "| output error | mass read | top 100 read |", "|---|---|---|---|---|---|---|---|---|"]
+             "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
+             "| top-1 | output error | mass read | top 100 read |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for name, cells in by_method(results, length)["named"].items():
         kl = [cell["kl"] for cell in cells]
         center, low, high = interval(kl, seed)
@@ -305,7 +306,7 @@ def settings_of(args):
         "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model}
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
         settings[name] = list(args.lengths or settings[name]) if settings[name] else []
-    settings |= {"steps": args.steps or settings["steps"]}
+    settings |= {} if args.steps is None else {"steps": args.steps}
     source = b"".join((ROOT / name).read_bytes()
                       for name in ("retroinfer.py", "model.py", "fidelity.py", "texts.py"))
     return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
@@ -327,15 +328,17 @@ def parse_args(argv):
 
 
 def evaluate(args):
-    settings = settings_of(args)
+    settings, shortest = settings_of(args), 1024
+    if min(settings["lengths"]) < shortest:
+        raise ValueError(f"a text of {min(settings['lengths']):,} tokens is nearly all in the "
+                         f"exact window: give --lengths of {shortest:,} or more")
+    if not 1 <= settings["steps"] <= shortest // 4:
+        raise ValueError(f"--steps is {settings['steps']}: give 1 to {shortest // 4}")
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
     longest = max(n for x in ("lengths", "needle_lengths", "ruler_lengths") for n in settings[x])
     if longest > model.config.context:
         raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")
-    if min(settings["lengths"]) < 1024 + settings["steps"]:
-        raise ValueError(f"a text of {min(settings['lengths']):,} tokens is all in the exact "
-                         f"window: give --lengths of {1024 + settings['steps']:,} or more")
     out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -51,6 +51,8 @@ class Chosen(DenseCache):
         weights = logits.masked_fill(~self.read[:, :, None], -math.inf).softmax(-1)
         return (weights @ self.v[:, :, :n + 1]).view_as(q)
 
+    forward = decode
+
 
 def window(cache, q, logits, n, sink=4):
     """The first tokens and the latest: n together."""

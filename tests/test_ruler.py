@@ -110,7 +110,8 @@ def test_the_prompt_ends_with_how_the_answer_begins(dialect):
     head, tail = prompt.split("<assistant>")
     assert head.startswith("<user>A special magic number is hidden")
     assert head.endswith("mentioned in the provided text?")
-    assert re.fullmatch(r" The special magic number for \S+ mentioned in the provided text is", tail)
+    assert re.fullmatch(r" The special magic number for \S+ mentioned in the provided text is",
+                        tail)
 
 
 @needs_data
