@@ -3,6 +3,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 
 import oracle
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 import evaluate
 import fidelity
+import ruler
 import texts
 from fidelity import Case, Chosen, against_dense, by_head, filled, needle_mass, probe, read, wave
 from model import DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, eager_step, prefill
+from retroinfer import RetroConfig, WaveIndex, eager_step, generate, prefill
 
 TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
                    least=3, estimate=0.4)
@@ -278,6 +280,30 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
     assert evaluate.main(words) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1       # one cell was made anew
     assert {**json.loads(out.read_text().splitlines()[-1])}.keys() == json.loads(lines[-1]).keys()
+
+
+@needs_data
+def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
+    sample, = ruler.generate("fwe", lambda text: len(tokenizer.encode(text)), 2500, 1)
+    said, score = [], ruler.score
+    monkeypatch.setattr(ruler, "score", lambda name, text, refs: said.append(text) or score(
+        name, text, refs))
+    methods = {"dense": DenseCache, "all": functools.partial(wave, RetroConfig(retrieve=1.0))}
+    points = evaluate.ruler_answers(model, tokenizer, "fwe", sample, methods)
+    prompt = torch.tensor(tokenizer.encode(ruler.ask("fwe", sample)))    # it has no chat template
+    caches = [DenseCache(len(prompt) + 50) for _ in model.layers]
+    tokens = list(generate(model, caches, [prompt], 50, step=eager_step))
+    assert said == [tokenizer.decode(torch.cat(tokens).tolist())] * 2
+    assert points == {"dense": score("fwe", said[0], sample["outputs"])} | {"all": points["dense"]}
+
+    monkeypatch.setattr(ruler, "TASKS", {"fwe": ruler.TASKS["fwe"]})
+    settings = {"ruler_lengths": [2500], "ruler_samples": 2, "dialect": "new", "seed": 0}
+    results = evaluate.Results(tmp_path / "x.jsonl", {"settings": settings})
+    evaluate.ruler_cells(results, model, tokenizer, settings, ("fwe", 2500), lambda line: None)
+    assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
+    assert re.search(r"\| fwe \| 2,500 \| 0.0 \| 0.0 \| \+0.0 \(", evaluate.ruler_table(
+        results, settings))
 
 
 @pytest.mark.parametrize("words,line", [
