@@ -111,6 +111,10 @@ TASKS = {
 
 # ---------------------------------------------------------------- generators
 
+class TooShort(ValueError):
+    """No sample of a task fits the tokens given."""
+
+
 class Generator:
     """Samples of a task: finds the size of a haystack that fits, then draws at that size.
 
@@ -124,7 +128,7 @@ class Generator:
         self.is_short, self.limit = length < 4096, length - reserve
         self.random, self.numpy = random.Random(seed), np.random.RandomState(seed)
         self.template = self.family.template + self.family.prefix
-        self.example = ""           # solved, before the question (vt)
+        self.n_answer, self.example = self.family.n_answer, ""      # vt: solved, it comes first
         self.prepare()
 
     def prepare(self):
@@ -141,10 +145,6 @@ class Generator:
     def tokens(self, text):
         """Tokens of a sample: its prompt, the solved example, and those to generate."""
         return self.count(text) + (self.count(self.example) if self.example else 0) + self.n_answer
-
-    @property
-    def n_answer(self):
-        return self.family.n_answer
 
     def size(self):
         return self.size_by_steps() if self.is_old else self.size_by_bisection()
@@ -186,7 +186,11 @@ class Generator:
                 return text, answers, length
             if self.shrinks and size > self.step:
                 size -= self.step
-        raise ValueError(f"{self.name} has no sample of at most {self.limit:,} tokens: give more")
+        self.need(False)
+
+    def need(self, is_possible):
+        if not is_possible:
+            raise TooShort(f"{self.name} has no sample of at most {self.limit:,} tokens: give more")
 
     def sample(self, size, index):
         text, answers = self.draw(size, index)
@@ -275,27 +279,24 @@ class Chain(Generator):
     hops = 4
 
     def prepare(self):
-        self.solves, self.shrinks = True, not self.is_old
+        """Make the example, of at most 500 tokens, that stands solved before every question."""
+        self.shrinks, limit, self.limit, self.step = not self.is_old, self.limit, 500, 5
         if self.is_old:
             self.template = self.template.replace("assigned the value {query}, they",
                                                   "assgined the value {query}, they")
-        limit, self.limit, self.step = self.limit, 500, 5
+        else:
+            self.n_answer = 0
         text, answers, _ = self.fit(self.size(), 0)
         self.example = f"{text} {' '.join(answers)}" + ("\n\n" if self.is_old else "\n")
-        self.solves, self.limit = False, limit
+        self.limit, self.n_answer = limit, self.family.n_answer
         self.step = 5 if self.is_short and not self.is_old else 10
-
-    @property
-    def n_answer(self):
-        return 0 if self.solves and not self.is_old else self.family.n_answer
 
     def invent(self, k):
         return "".join(self.random.choices(string.ascii_uppercase, k=k))
 
     def draw(self, size, index=0):
-        k = 3 if self.solves else 5
-        names = [self.invent(k) for _ in range(self.hops + 1)]
-        is_fixed = self.solves and not self.is_old
+        names = [self.invent(5 if self.example else 3) for _ in range(self.hops + 1)]
+        is_fixed = not (self.example or self.is_old)
         value = "12345" if is_fixed else str(self.numpy.randint(10000, 99999))
         chain = [f"VAR {names[0]} = {value}"]
         chain += [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names)]
@@ -315,21 +316,22 @@ class Chain(Generator):
 
     def sample(self, size, index):
         text, answers = self.draw(size, index)
-        if self.solves:
-            return text, answers, self.count(text) + self.n_answer
-        if self.is_old:
-            length = self.tokens(text)
-            return f" {self.other_example()}\n\n{text}", answers, length
-        text = f"{self.other_example()}\n{text}"
-        return text, answers, self.count(text) + self.n_answer
+        length = self.tokens(text)                      # of the example before it changes (old)
+        if self.example and self.is_old:
+            text = f" {self.other_example()}\n\n{text}"
+        elif self.example:
+            text = f"{self.other_example()}\n{text}"
+            length = self.count(text) + self.n_answer
+        return text, answers, length
 
     def other_example(self):
         """The solved example with new names, and a new value if the dialect asks for it."""
         text = self.example
         for name in self.example.split()[-self.hops - 1:]:
             text = text.replace(name, self.invent(len(name)))
-        return text if self.is_old else text.replace("12345",
-                                                     str(self.numpy.randint(10000, 99999)))
+        if not self.is_old:
+            text = text.replace("12345", str(self.numpy.randint(10000, 99999)))
+        return text
 
 
 class CommonWords(Generator):
@@ -366,6 +368,7 @@ class FrequentWords(Generator):
     def prepare(self):
         self.limit -= 0 if self.is_old else self.n_answer   # old prompts may leave it no room
         self.step = self.limit // 32
+        self.need(self.limit >= 200)                        # four words to count
 
     def size(self):
         vocabulary, size = self.vocabulary(), self.limit // 6
@@ -397,6 +400,7 @@ class FrequentWords(Generator):
         vocabulary = self.vocabulary()
         while (n := self.count(text := self.coded(vocabulary, size))) > self.limit:
             size -= self.step
+            self.need(size > 0)
         return text, vocabulary[1:4], n + self.n_answer
 
 
@@ -405,9 +409,13 @@ class Questions(Generator):
         self.docs, self.questions = texts.questions(self.task.dataset)
         self.cap = len(self.docs)
 
+    def samples(self, n, start=0):
+        if start + n > len(self.questions):
+            raise ValueError(f"{self.name} has {len(self.questions):,} questions, "
+                             f"not {start + n:,}")
+        return super().samples(n, start)
+
     def draw(self, size, index=0):
-        if index >= len(self.questions):
-            raise IndexError(f"{self.name} has {len(self.questions):,} questions")
         question, answers, own, more = self.questions[index]
         n_others = size - len(own) - len(more)
         if size >= len(self.docs):
@@ -418,9 +426,9 @@ class Questions(Generator):
             chosen = own + more + self.random.sample(others, n_others)
         else:
             chosen = own + self.random.sample(more, size - len(own))
-        texts = [self.docs[i] for i in chosen]
-        self.shuffle(texts)
-        context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, 1))
+        shown = [self.docs[i] for i in chosen]
+        self.shuffle(shown)
+        context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(shown, 1))
         return self.template.format(context=context, query=question), answers
 
 
@@ -428,19 +436,20 @@ GENERATORS = {"niah": Needles, "vt": Chain, "cwe": CommonWords, "fwe": FrequentW
               "qa": Questions}
 
 
-def generate(name, count, length, n, dialect="new", **options):
+def generate(name, count, length, n, dialect="new", start=0, **options):
     """n samples (dicts, the original's JSONL fields) of task `name` in at most `length` tokens.
 
-    count(text) gives the tokens of a text. options: seed (42 plus the number of a chunk), reserve
-    (tokens of a chat template). ValueError: no such task or dialect, a package that is missing
-    (with the command that installs it), a length that no sample fits.
+    count(text) gives the tokens of a text. start: the first question (qa). options: seed (42 plus
+    the number of a chunk), reserve (tokens of a chat template). ValueError: no such task or
+    dialect, a package that is missing (with the command that installs it), more questions than
+    there are; TooShort.
     """
     if name not in TASKS:
         raise ValueError(f"no task {name!r}: give one of {', '.join(TASKS)}")
     if dialect not in ("old", "new"):
         raise ValueError(f"dialect {dialect!r}: give old or new")
     generator = GENERATORS[TASKS[name].family](name, count, length, dialect, **options)
-    return list(generator.samples(n))
+    return list(generator.samples(n, start))
 
 
 def ask(name, sample, chat=lambda text: text):

@@ -264,7 +264,8 @@ def test_results_go_on_behind_the_last_whole_line(tmp_path):
 @needs_data
 def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
         checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "QUICK", evaluate.QUICK | {"depths": [50], "shares": [0.3, 0.5]})
+    monkeypatch.setattr(evaluate, "QUICK", evaluate.QUICK | {
+        "depths": [50], "shares": [0.4], "errors": True})
     out = tmp_path / "x.jsonl"
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
              "--steps", "2", "--out", str(out)]
@@ -304,6 +305,9 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
     assert re.search(r"\| fwe \| 2,500 \| 0.0 \| 0.0 \| \+0.0 \(", evaluate.ruler_table(
         results, settings))
+    evaluate.ruler_cells(results, model, tokenizer, settings, ("fwe", 150), lambda line: None)
+    assert "| fwe | 150 | no sample fits |" in evaluate.ruler_table(
+        results, settings | {"ruler_lengths": [150]})
 
 
 @pytest.mark.parametrize("words,line", [

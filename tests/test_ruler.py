@@ -145,6 +145,17 @@ def test_a_length_nothing_fits_is_one_line():
         ruler.generate("niah_single_2", count, 300, 1)
     with pytest.raises(ValueError, match="qa_2 has no sample of at most 2,048 tokens"):
         ruler.generate("qa_2", count, 2048, 3)
+    for length in (60, 280):
+        with pytest.raises(ValueError, match="fwe has no sample of at most"):
+            ruler.generate("fwe", lambda text: 4 * count(text), length, 1)
+
+
+@needs_data
+def test_questions_go_on_where_a_chunk_starts_and_end():
+    first, second = (ruler.generate("qa_1", count, 4096, 2, start=start) for start in (0, 1))
+    assert first[1]["outputs"] == second[0]["outputs"] and first != second
+    with pytest.raises(ValueError, match="qa_1 has 5,928 questions, not 5,929"):
+        ruler.generate("qa_1", count, 4096, 2, start=5927)
 
 
 def test_unknown_names_are_one_line():
