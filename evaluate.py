@@ -17,6 +17,7 @@ import json
 import platform
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,8 +58,8 @@ def needle_prompt(tokenizer, length, depth, seed):
 def ruler_answers(model, tokenizer, name, sample, methods):
     """Points of each method for one sample: the prompt is read once, by dense attention."""
     prompt = ruler.ask(name, sample, lambda x: tokenizer.chat([{"role": "user", "content": x}]))
-    ids, n_answer = torch.tensor(tokenizer.encode(prompt)), ruler.FAMILIES[
-        ruler.TASKS[name].family].n_answer
+    ids = torch.tensor(tokenizer.encode(prompt))
+    n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
     dense = [DenseCache(len(ids)) for _ in model.layers]
     logits, points = prefill(model, dense, [ids], chunk=2048), {}
     for method, make in methods.items():
@@ -92,74 +93,82 @@ class Results:
             file.write(json.dumps({key: value}) + "\n")
 
 
-def measure(results, model, tokenizer, settings, say):
-    """Fill the results with all cells that are not in them yet."""
-    for length in settings["lengths"]:
-        for kind in texts.KINDS:
-            against_dense_cells(results, model, tokenizer, settings, (kind, length), say)
-    for length in settings["needle_lengths"]:
-        for depth in settings["depths"]:
-            needle_cells(results, model, tokenizer, settings, (length, depth), say)
-    for length in settings["ruler_lengths"]:
-        for name in ruler.TASKS:
-            ruler_cells(results, model, tokenizer, settings, (name, length), say)
+@dataclass
+class Run:
+    """What is measured, on which model, and where results go."""
+    model: torch.nn.Module
+    tokenizer: object
+    settings: dict
+    results: Results
+
+    def add(self, key, value):
+        self.results.add(key, value)
+        print(key, file=sys.stderr)
+
+    def left(self, key, names):
+        return [name for name in names if f"{key}/{name}" not in self.results.cells]
+
+    def everything(self):
+        """Fill the results with all cells that are not in them yet."""
+        for length in self.settings["lengths"]:
+            for kind in texts.KINDS:
+                against_dense_cells(self, kind, length)
+        for length in self.settings["needle_lengths"]:
+            for depth in self.settings["depths"]:
+                needle_cells(self, length, depth)
+        for length in self.settings["ruler_lengths"]:
+            for name in ruler.TASKS:
+                ruler_cells(self, name, length)
 
 
-def cells_left(results, kind, names):
-    return [name for name in names if f"{kind}/{name}" not in results.cells]
-
-
-def against_dense_cells(results, model, tokenizer, settings, where, say):
-    (kind, length), steps = where, settings["steps"]
+def against_dense_cells(run, kind, length):
+    steps, key = run.settings["steps"], f"dense/{kind}/{length}"
     n = length - steps - 1
     methods = {f"named/{name}": make for name, make in named_methods(n, steps).items()}
-    for share in settings["shares"]:
+    for share in run.settings["shares"]:
         methods |= {f"{share}/{name}": make
                     for name, make in methods_at(share * 2 * n, n, steps).items()}
-    left = cells_left(results, f"dense/{kind}/{length}", methods)
+    left = run.left(key, methods)
     if not left:
         return
-    ids = tokenizer.encode(texts.KINDS[kind](settings["half"])[:12 * length])[:length]
+    text = texts.KINDS[kind](run.settings["half"])[:12 * length]
+    ids = run.tokenizer.encode(text)[:length]
     if len(ids) < length:
         raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
-    case = read(model, torch.tensor(ids), steps)
+    case = read(run.model, torch.tensor(ids), steps)
     for name in left:
-        say(f"{kind}, {length:,} tokens: {name}")
-        cell = against_dense(model, case, methods[name])
-        if name.startswith("named/") or settings["errors"]:
+        cell = against_dense(run.model, case, methods[name])
+        if name.startswith("named/") or run.settings["errors"]:
             cell |= by_head(case, methods[name])
-        results.add(f"dense/{kind}/{length}/{name}", cell)
+        run.add(f"{key}/{name}", cell)
 
 
-def needle_cells(results, model, tokenizer, settings, where, say):
-    (length, depth), case = where, None
-    methods = named_methods(length, 8)
-    for name in cells_left(results, f"needle/{length}/{depth}", methods):
-        say(f"needle at {depth} % of {length:,} tokens: {name}")
+def needle_cells(run, length, depth):
+    methods, key, case = named_methods(length, 8), f"needle/{length}/{depth}", None
+    for name in run.left(key, methods):
         if case is None:
-            ids, needle, n_answer = needle_prompt(tokenizer, length, depth, settings["seed"])
-            case = read(model, ids, n_answer)
-        results.add(f"needle/{length}/{depth}/{name}", needle_mass(case, methods[name], needle))
+            ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
+                                                  run.settings["seed"])
+            case = read(run.model, ids, n_answer)
+        run.add(f"{key}/{name}", needle_mass(case, methods[name], needle))
 
 
-def ruler_cells(results, model, tokenizer, settings, where, say):
-    (name, length), n = where, settings["ruler_samples"]
-    methods = {k: v for k, v in named_methods(length, 64).items()
-               if k in ("dense", "paper", "ours")}
-    key = f"ruler/{name}/{length}"
-    left = cells_left(results, key, map(str, range(n)))
-    if not left or f"{key}/none" in results.cells:
+def ruler_cells(run, name, length):
+    n, key, tokenizer = run.settings["ruler_samples"], f"ruler/{name}/{length}", run.tokenizer
+    left = run.left(key, map(str, range(n)))
+    if not left or f"{key}/none" in run.results.cells:
         return
     empty = len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": ""}])))
     try:
         samples = ruler.generate(name, lambda text: len(tokenizer.encode(text)), length, n,
-                                 settings["dialect"], reserve=empty)
+                                 run.settings["dialect"], reserve=empty)
     except ruler.TooShort as e:             # the shortest documents of qa_2 are more than 2,048
-        results.add(f"{key}/none", str(e))
+        run.add(f"{key}/none", str(e))
         return
+    methods = named_methods(length, 64)
+    methods = {method: methods[method] for method in ("dense", "paper", "ours")}
     for i in left:
-        say(f"{name}, {length:,} tokens: sample {i}")
-        results.add(f"{key}/{i}", ruler_answers(model, tokenizer, name, samples[int(i)], methods))
+        run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, samples[int(i)], methods))
 
 
 # ---------------------------------------------------------------- tables and plots
@@ -351,7 +360,7 @@ def evaluate(args):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                             "versions": versions, "settings": settings})
-    measure(results, model, tokenizer, settings, lambda line: print(line, file=sys.stderr))
+    Run(model, tokenizer, settings, results).everything()
     for length in settings["lengths"]:
         print(dense_table(results, length, settings["seed"]), end="\n\n")
     print(needle_table(results, settings))

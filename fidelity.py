@@ -101,10 +101,10 @@ class Watched(WaveIndex):
         return mask[None, :, :n]
 
     def ranks(self, q, where):
-        """(H,) rank of the best cluster that holds one of the tokens `where`; 0 is the first."""
+        """(H,) rank of the best cluster that holds one of the tokens `where`; 0: first, or none."""
         sizes, offsets = self.index.sizes[1:], self.index.offsets[1:]
         hit = torch.isin(self.v_store[1:, :, :, 0].long(), where).cumsum(-1)
-        hit = F.pad(hit, (1, 0))                          # (1, H, capacity + 1)
+        hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
         holds = hit.gather(-1, offsets + sizes.long()) > hit.gather(-1, offsets)
         order = rank_clusters(scores(q * q.shape[-1] ** -0.5, self.index.centroids[1:]), sizes,
                               sizes.shape[-1])

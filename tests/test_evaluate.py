@@ -301,11 +301,12 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     monkeypatch.setattr(ruler, "TASKS", {"fwe": ruler.TASKS["fwe"]})
     settings = {"ruler_lengths": [2500], "ruler_samples": 2, "dialect": "new", "seed": 0}
     results = evaluate.Results(tmp_path / "x.jsonl", {"settings": settings})
-    evaluate.ruler_cells(results, model, tokenizer, settings, ("fwe", 2500), lambda line: None)
+    run = evaluate.Run(model, tokenizer, settings, results)
+    evaluate.ruler_cells(run, "fwe", 2500)
     assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
     assert re.search(r"\| fwe \| 2,500 \| 0.0 \| 0.0 \| \+0.0 \(", evaluate.ruler_table(
         results, settings))
-    evaluate.ruler_cells(results, model, tokenizer, settings, ("fwe", 150), lambda line: None)
+    evaluate.ruler_cells(run, "fwe", 150)
     assert "| fwe | 150 | no sample fits |" in evaluate.ruler_table(
         results, settings | {"ruler_lengths": [150]})
 
