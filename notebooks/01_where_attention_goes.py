@@ -105,15 +105,17 @@ def prefill():
 flops = {"decode": 4 * D * H * G * T * n_layers, "prefill": 4 * D * H * G * T * T / 2}
 reads = {"decode": T * kv_a_token, "prefill": FP32 * (2 * q.numel() + k.numel() + v.numel())}
 intensity = {name: flops[name] / reads[name] for name in flops}
-speed = {"decode": flops["decode"] / seconds(decode), "prefill": flops["prefill"] / seconds(prefill, 2)}
-print({name: f"{intensity[name]:.1f} flop/byte, {speed[name] / 1e9:.1f} Gflop/s" for name in flops})
+speed = {"decode": flops["decode"] / seconds(decode),
+         "prefill": flops["prefill"] / seconds(prefill, 2)}
+for name in flops:
+    print(f"{name:8} {intensity[name]:6.1f} flop/byte, {speed[name] / 1e9:5.1f} Gflop/s")
 
 # %%
 ax = axes(f"Decoding waits for memory: {intensity['decode']:.1f} operations a byte, "
           f"the ridge is at {ridge:.0f}", "operations a byte read [flop/byte]", "speed [Gflop/s]")
 x = torch.logspace(-0.5, 4, 200)
 ax.loglog(x, (x * bandwidth).clamp(max=compute) / 1e9, color=MIDDLE)
-label(ax, 0.5, 0.5 * bandwidth / 1e9, "limit: reading", dx=-4, dy=14)
+label(ax, 1, bandwidth / 1e9, "limit: reading", dx=-8, dy=6, ha="right")
 label(ax, 2 * ridge, compute / 1e9, "limit: computing", dx=0, dy=9)
 for name in flops:
     ax.plot(intensity[name], speed[name] / 1e9, "o", color=DARK, markersize=7)
@@ -121,7 +123,7 @@ for name in flops:
 ax.axvline(ridge, color=LIGHT, zorder=0)
 ax.set_ylim(bandwidth / 1e9 / 10, compute / 1e9 * 3)
 plt.show()
-assert intensity["decode"] < ridge / 2 and intensity["prefill"] > 2 * ridge
+assert intensity["decode"] < ridge < intensity["prefill"]
 
 # %% [markdown]
 # So a step takes as long as its bytes take, and computing less does not help: we have to *read*
@@ -144,9 +146,8 @@ def attention_weights(n, t=ask):
     scores = q @ k[0, :, :t + 1].mT / D**0.5                    # (H, G, t+1)
     return scores.softmax(-1).flatten(0, 1)
 
-w = attention_weights(12)
-mine = torch.stack([w[h] @ v_h for h, v_h in enumerate(
-    text.layer(12)[2][0, :, :ask + 1].repeat_interleave(G, 0))])    # (H*G, D)
+v = text.layer(12)[2][0, :, :ask + 1]                           # (H, ask+1, D)
+mine = torch.stack([w @ v[head // G] for head, w in enumerate(attention_weights(12))])
 
 # %% [markdown]
 # The library's dense cache does the same for a whole model. Both must agree.
@@ -188,7 +189,7 @@ print(f"that is {1000 * typical / (ask + 1):.0f} of every 1,000 tokens. What was
 ax = axes("The first layer looks everywhere, the later ones at little",
           "layer", "query head", size=(7.5, 3))
 share = 100 * needed / (ask + 1)
-heatmap(ax, share.T.clamp(max=50), "tokens needed for 90 % [%]", vmin=0, vmax=50)
+heatmap(ax, share.T.clamp(max=50), "tokens for 90 %, to 50 and above [%]", vmin=0, vmax=50)
 ax.set_yticks(range(0, H * G, 2))
 plt.show()
 first, later = share[0].median(), share[1:].median()
@@ -229,7 +230,8 @@ w = all_weights[n, head]
 ax = axes(f"Layer {n}, head {head} finds the number in the middle of the text",
           "position in the text [tokens]", "weight [%]", size=(7.5, 2.8))
 ax.vlines(range(ask + 1), 0, w * 100, color=DARK, linewidth=1.2)
-label(ax, answer[4], w[answer[4]] * 100, "“".join(["", "".join(text.pieces[i] for i in answer)]) + "”")
+words = "".join(text.pieces[i] for i in answer).strip()
+label(ax, answer[4], w[answer[4]] * 100, f"“{words}”")
 ax.set(xlim=(-40, ask + 60), ylim=0)
 plt.show()
 between = w.clone(); between[:4] = 0; between[-64:] = 0

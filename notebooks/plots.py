@@ -8,8 +8,10 @@
 import html
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
 
 DARK, BLUE, MIDDLE, LIGHT = "#1a1a1a", "#2b6cb0", "#8a8a8a", "#d0d0d0"     # dark to light in grey
+SHADES = LinearSegmentedColormap.from_list("shades", [LIGHT, DARK])     # on white, none is lost
 
 plt.rcParams.update({
     "figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True,
