@@ -163,7 +163,7 @@ every = {name: torch.stack([e[name] for e in by_layer.values()]) for name in by_
 mean = {name: float(e.mean()) * 100 for name, e in every.items()}
 gain = 1 - mean["and estimated"] / mean["retrieved"]
 
-ax = axes(f"Estimates take {gain:.0%} of the error away, no token more is read",
+ax = axes(f"Estimates take {gain * 100:.0f} % of the error away, no token more is read",
           "layer", "error, mean of the heads [%]")
 for name, colour, dash, dy in (("retrieved", MIDDLE, "-", 6), ("and estimated", DARK, "-", 4),
                                ("oracle", BLUE, "--", -8)):
@@ -189,18 +189,17 @@ def tokens_needed(a):
 needed = torch.stack([tokens_needed(a) for a in layers.values()]).float().mean(1).flatten()
 ours, oracle = (every[name].mean(1).flatten() for name in ("and estimated", "oracle"))  # a head each
 wide = needed > needed.quantile(0.9)
-ax = axes("The wider a head looks, the better an estimate does against the oracle",
-          "tokens that hold 90 % of the attention", "our error / oracle's", size=(7.5, 3.4))
-ax.loglog(needed, ours / oracle, ".", color=DARK)
+wins, others = ((ours < oracle)[heads].float().mean() for heads in (wide, ~wide))
+
+# %%
+ax = axes(f"Of the tenth of the heads that look widest {wins * 100:.0f} % beat the oracle, of the "
+          f"rest {others * 100:.0f} %", "tokens that hold 90 % of the attention", "our error / oracle's")
+ax.loglog(needed[~wide], (ours / oracle)[~wide], ".", color=MIDDLE)
+ax.loglog(needed[wide], (ours / oracle)[wide], "o", color=DARK, markersize=5)
 ax.axhline(1, color=BLUE, linestyle="--", linewidth=1)
 label(ax, float(needed.min()), 1, "equal", dx=0, dy=-8, color=BLUE)
 plt.show()
-ranks = torch.stack([needed.argsort().argsort(), (ours / oracle).argsort().argsort()]).double()
-print(f"rank correlation {ranks.corrcoef()[0, 1]:.2f}; of the widest tenth of the heads "
-      f"{(ours < oracle)[wide].float().mean():.0%} beat the oracle, of the others "
-      f"{(ours < oracle)[~wide].float().mean():.0%}")
-assert ranks.corrcoef()[0, 1] < -0.5
-assert (ours < oracle)[wide].float().mean() > (ours < oracle)[~wide].float().mean()
+assert wins > 0.6 and others < 0.3
 
 # %% [markdown]
 # ## What an estimate saves
@@ -245,16 +244,15 @@ def draw(retrieved=R):
     for zone, colour, name in zip(zones, (DARK, MIDDLE, LIGHT),
                                   ("retrieved", "estimated", "dropped"), strict=True):
         ax.bar(range(len(true))[zone], true[zone], color=colour, width=1, label=name)
-    ax.set(yscale="log", ylim=(1e-4, 200), xlim=(-1, len(true)))
+    ax.set(yscale="log", ylim=(1e-4, 200), xlim=(-1, int((true > 0).sum())))
     ax.legend(ncols=3, loc="upper right")
     plt.show()
-    return cover
+    assert abs(sum(cover) - 100) < 1e-3
 
-cover = draw()
-assert abs(sum(cover) - 100) < 1e-3
+draw()
 
 # %%
-interact(lambda retrieved: draw(retrieved)[0], retrieved=(1, R + E));
+interact(draw, retrieved=(1, R + E));
 
 # %% [markdown]
 # ## Where it fails
