@@ -6,7 +6,7 @@
 # of the text they read when they say the first digit of the answer.
 #
 # **Predict first.** The fact that answers the question is one sentence of the log book. In how many
-# of the model's thirty layers are tokens of it among those that a step reads?
+# of the model's thirty layers are tokens of it among those that are retrieved?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -80,12 +80,13 @@ ax = axes(f"{moves} times the steady zone is full and {config.update} tokens mov
           "tokens read or generated", "tokens exact in a step")
 ax.plot(tokens, tokens - indexed, color=DARK)
 ax.axhline(config.steady, color=BLUE, linestyle="--", linewidth=1)
-label(ax, tokens[0], config.steady, f"room in the steady zone: {config.steady}", dx=0, dy=9)
+label(ax, tokens[0], config.steady, f"room in the steady zone: {config.steady}", dx=4, dy=9)
 ax.axhline(config.sink + config.local, color=MIDDLE, linestyle=":", linewidth=1)
 label(ax, tokens[-1], config.sink + config.local, "sink and\nlocal window")
 ax.set(ylim=(0, config.steady * 1.2), xlim=(half, T))
 plt.show()
-assert (tokens - indexed).max() == config.steady and (indexed.diff().unique() % config.update == 0).all()
+assert (tokens - indexed).max() == config.steady
+assert set(indexed.diff().tolist()) <= {0, config.update, config.update - config.cluster}
 
 # %% [markdown]
 # Old clusters are never touched again: an update looks at the new tokens only, and nothing is
@@ -102,10 +103,10 @@ ax = axes(f"The error holds: {early:.1f} % in the first half of the steps, {late
           "tokens read or generated", "error to dense attention [%]")
 ax.plot(tokens, error, color=LIGHT, linewidth=0.6)
 ax.plot(tokens[64:64 + len(smooth)], smooth, color=DARK)
-label(ax, tokens[64], smooth[0], "mean of 128 steps", dx=6, dy=28)
+label(ax, tokens[64], smooth[0], "mean of 128 steps", dx=4, dy=72)
 for t in tokens[1:][indexed.diff() > 0]:
     ax.axvline(t, color=BLUE, linewidth=0.8, linestyle=":")
-ax.set(ylim=(0, float(error.quantile(0.995))), xlim=(half, T))
+ax.set(ylim=(0, float(error.quantile(0.999))), xlim=(half, T))
 plt.show()
 assert late < 2 * early + 1
 
@@ -144,15 +145,19 @@ watched, v = Watched(config, capacity=T), positions
 found = [recall(watched, half + n) * 100 for n, _ in enumerate(live(watched))]
 found, v = torch.tensor(found), text.layer(LAYER)[2]
 
-ax = axes(f"A step reads {found.mean():.0f} of its 100 best tokens, early as late",
+a, b = found[:len(found) // 2].mean(), found[len(found) // 2:].mean()
+ax = axes(f"A step reads {a:.0f} of its 100 best tokens in the first half, {b:.0f} in the second",
           "tokens read or generated", "best 100 tokens read [%]")
 ax.plot(tokens, found, color=LIGHT, linewidth=0.6)
 ax.plot(tokens[64:64 + len(smooth)], found.unfold(0, 128, 1).mean(-1), color=DARK)
 label(ax, tokens[-1], found[-128:].mean(), "mean of\n128 steps")
 ax.set(ylim=(0, 102), xlim=(half, T))
 plt.show()
-a, b = found[:len(found) // 2].mean(), found[len(found) // 2:].mean()
-assert abs(a - b) < 10 and found.mean() > 60
+assert 0 < a - b < 10 and b > 60
+
+# %% [markdown]
+# It falls a little: there are more and more clusters, and as long as the text is this short a step
+# opens the same number of them, the floor `least`. Beyond, their number grows with the text.
 
 # %% [markdown]
 # ## The needle
@@ -161,8 +166,7 @@ assert abs(a - b) < 10 and found.mean() > 60
 # answer. Which tokens of the log book does each layer read for it?
 
 # %%
-needle = text.find("the combination of the brass strongbox is 94826.") if False else \
-    text.find("combination of the brass strongbox is 94826.")
+needle = text.find("combination of the brass strongbox is 94826.")
 ask = text.n_prompt + 8
 assert text.pieces[ask + 1] == "9"
 
@@ -189,11 +193,11 @@ sizes = torch.tensor([[len(tokens) for tokens in heads] for heads in retrieved])
 share = sizes.mean() / text.n_prompt
 print(f"a head retrieves {share:.1%} of the text; it reads {hits.max()} of the {len(needle)} "
       f"tokens of the sentence at best. What was your number?")
-assert n_found > 0.8 * n_layers and hits.max() > len(needle) / 2 and share < 0.1
+assert 0 < n_found < n_layers and hits.max() > len(needle) / 2 and share < 0.1
 
 # %% [markdown]
-# Where else do they look? Each row is a layer; dark is what its heads retrieve. A layer below the
-# middle gathers what is alike wherever it stands; above, some heads agree on a place.
+# A few layers do it for all: it is there that the model finds things, and the others have other
+# work. Where do they look? Each row is a layer; dark is what its heads retrieve.
 
 # %%
 rows = torch.zeros(n_layers, T)
@@ -202,38 +206,38 @@ for n, heads in enumerate(retrieved):
         rows[n, list(tokens)] += 1 / H
 width = 16
 binned = rows[:, :T // width * width].view(n_layers, -1, width).mean(-1) * 100   # (layers, bins)
-ax = axes("All layers search the text, and most of them stop at the needle",
+upper = hits[n_layers // 2:].sum() / hits.sum()
+ax = axes(f"The upper half of the layers has {upper * 100:.0f} % of what is read of the needle",
           "position in the text [tokens]", "layer", size=(7.5, 4))
 heatmap(ax, binned, f"retrieved, of {width} tokens × {H} heads [%]", vmin=0, vmax=100,
         extent=(0, T // width * width, -0.5, n_layers - 0.5))
 ax.axvline(needle[0], color=BLUE, linewidth=1)
-label(ax, needle[0], n_layers - 1.6, "the needle", color=BLUE)
+label(ax, needle[0], n_layers + 0.3, "the needle", dx=4, color=BLUE)
 plt.show()
 around = rows[:, needle[0]:needle[-1] + 1].mean()
-assert around > 3 * rows[:, config.sink:text.n_prompt].mean()
-print(f"a token of the needle is retrieved {around / rows[:, config.sink:text.n_prompt].mean():.1f} "
-      "times as often as the others")
+elsewhere = rows[:, config.sink:text.n_prompt].mean()
+print(f"a token of the needle is retrieved {around / elsewhere:.1f} times as often as the others")
+assert around > 1.5 * elsewhere and upper > 0.8
 
 # %% [markdown]
-# The passage itself, as three layers see it. The stronger the shade, the more of the layer's heads
+# The passage itself, as the three layers see it that read most of it. The stronger the shade, the more of the layer's heads
 # retrieve the token.
 
 # %%
 scope = range(needle[0] - 90, needle[-1] + 60)
-middle = n_layers // 2
-for n in sorted({int(rows[part, needle[0]:needle[-1] + 1].mean(1).argmax()) + part.start
-                 for part in (slice(0, 10), slice(10, 20), slice(20, 30))}):
-    display(HTML(f"<b>layer {n}</b>" + marked([text.pieces[i] for i in scope],
-                                               (rows[n, scope.start:scope.stop]).tolist())))
+best = hits.sum(1).argsort(descending=True)[:3].sort().values.tolist()
+for n in best:
+    shade = rows[n, scope.start:scope.stop].tolist()
+    display(HTML(f"<b>layer {n}</b>" + marked([text.pieces[i] for i in scope], shade)))
 
 # %% [markdown]
 # ## Takeaway
 #
 # - An index has three calls. Tokens are exact until enough of them have left the local window, then
 #   they are clustered together; old clusters stay as they are.
-# - The error and the recall hold while the text grows.
-# - A step retrieves a few per cent of the text, and the sentence that answers the question is among
-#   them in nearly all layers: it is found by its keys, for no one told the index where to look.
+# - The error holds while the text grows, and the recall falls slowly.
+# - A step retrieves a few per cent of the text, and in some layers, most of them in the upper half,
+#   the sentence that answers the question is among them. It was found by its keys alone.
 
 # %%
 print(f"{n_found} of {n_layers} layers, {share:.1%} of the text")
@@ -264,9 +268,9 @@ print("right" if check(n_updates) else "not yet")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The room behind the prompt is `update` less what does not fill a cluster. The step that finds it
-# used up makes the first update; after it what is left over stays left over, so that every later
-# update comes `update` steps after the one before, less what it could not index.
+# The room behind the prompt is `update`, less the tokens that did not fill a cluster. The step that
+# finds it used up makes the first update, which leaves nothing over; so every later one comes
+# `update` steps after the one before.
 #
 # ```python
 # def n_updates(n_prompt, n_steps):
