@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lines bench clean
+.PHONY: help setup run test lint lines bench notebooks clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -36,5 +36,9 @@ lines:          ## lines of each file
 bench: setup    ## speed beside transformers, in one run
 	$(BIN)/python bench.py $(ARGS)
 
+notebooks: setup ## run every notebook's source and keep it with its outputs
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
 clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ \
+		notebooks/__pycache__ notebooks/.cache

@@ -103,7 +103,7 @@ ax = axes(f"The error holds: {early:.1f} % in the first half of the steps, {late
           "tokens read or generated", "error to dense attention [%]")
 ax.plot(tokens, error, color=LIGHT, linewidth=0.6)
 ax.plot(tokens[64:64 + len(smooth)], smooth, color=DARK)
-label(ax, tokens[64], smooth[0], "mean of 128 steps", dx=4, dy=72)
+label(ax, half, 1, "dark: mean of 128 steps; dotted: updates")
 for t in tokens[1:][indexed.diff() > 0]:
     ax.axvline(t, color=BLUE, linewidth=0.8, linestyle=":")
 ax.set(ylim=(0, float(error.quantile(0.999))), xlim=(half, T))
@@ -111,7 +111,7 @@ plt.show()
 assert late < 2 * early + 1
 
 # %% [markdown]
-# The dotted lines are the updates. And the recall: of the 100 tokens with the largest weights, how
+# And the recall: of the 100 tokens with the largest weights, how
 # many does a step read exactly? An index does not say which tokens it reads. But the values are
 # ours to choose: let the value of a token be its position, and what is fetched says where it is
 # from.
@@ -121,10 +121,14 @@ class Watched(WaveIndex):
     """A wave index over positions: it remembers which of them the last step retrieved."""
 
     def fetch(self, ids, ends):
-        k, v, bias = super().fetch(ids, ends)
-        self.retrieved = [set(row[b == 0].long().tolist())              # one set a kv head
-                          for row, b in zip(v[0, :, :, 0], bias[0, :, 0], strict=True)]
-        return k, v, bias
+        self.fetched = super().fetch(ids, ends)
+        return self.fetched
+
+    def retrieved(self):
+        """A set of positions for each kv head."""
+        _, v, bias = self.fetched
+        return [set(row[b == 0].long().tolist())
+                for row, b in zip(v[0, :, :, 0], bias[0, :, 0], strict=True)]
 
 positions = torch.arange(T).float().view(1, 1, T, 1).expand_as(k)       # in place of v
 
@@ -132,7 +136,7 @@ def read(index, t):
     """The tokens that the step of token t read exactly: a set for each kv head."""
     n, indexed = t + 1, int(index.n_indexed[0])
     steady = {*range(config.sink), *range(config.sink + indexed, n)}
-    return [steady | retrieved for retrieved in index.retrieved]
+    return [steady | retrieved for retrieved in index.retrieved()]
 
 # %%
 def recall(index, t):
@@ -142,15 +146,16 @@ def recall(index, t):
                for b in group) / best.numel()
 
 watched, v = Watched(config, capacity=T), positions
-found = [recall(watched, half + n) * 100 for n, _ in enumerate(live(watched))]
+found = [recall(watched, half + n) * 100 for n, _ in enumerate(live(watched)) if n % 8 == 0]
 found, v = torch.tensor(found), text.layer(LAYER)[2]
 
 a, b = found[:len(found) // 2].mean(), found[len(found) // 2:].mean()
 ax = axes(f"A step reads {a:.0f} of its 100 best tokens in the first half, {b:.0f} in the second",
           "tokens read or generated", "best 100 tokens read [%]")
-ax.plot(tokens, found, color=LIGHT, linewidth=0.6)
-ax.plot(tokens[64:64 + len(smooth)], found.unfold(0, 128, 1).mean(-1), color=DARK)
-label(ax, tokens[-1], found[-128:].mean(), "mean of\n128 steps")
+ax.plot(tokens[::8], found, color=MIDDLE, linewidth=0.8)
+smooth = found.unfold(0, 16, 1).mean(-1)
+ax.plot(tokens[::8][8:8 + len(smooth)], smooth, color=DARK)
+label(ax, tokens[-1], found[-16:].mean(), "mean of\n128 steps")
 ax.set(ylim=(0, 102), xlim=(half, T))
 plt.show()
 assert 0 < a - b < 10 and b > 60
@@ -177,7 +182,7 @@ def retrieved_by(n):
     index.prefill(q[:, :, :ask], k[:, :, :ask], positions[:, :, :ask])
     index.update()
     index.decode(*(x[:, :, ask:ask + 1] for x in (q, k, positions)))
-    return index.retrieved
+    return index.retrieved()
 
 retrieved = [retrieved_by(n) for n in range(n_layers)]
 
@@ -209,10 +214,11 @@ binned = rows[:, :T // width * width].view(n_layers, -1, width).mean(-1) * 100  
 upper = hits[n_layers // 2:].sum() / hits.sum()
 ax = axes(f"The upper half of the layers has {upper * 100:.0f} % of what is read of the needle",
           "position in the text [tokens]", "layer", size=(7.5, 4))
-heatmap(ax, binned, f"retrieved, of {width} tokens × {H} heads [%]", vmin=0, vmax=100,
+heatmap(ax, binned, f"retrieved, of {width} tokens x {H} heads [%]", vmin=0, vmax=100,
         extent=(0, T // width * width, -0.5, n_layers - 0.5))
-ax.axvline(needle[0], color=BLUE, linewidth=1)
-label(ax, needle[0], n_layers + 0.3, "the needle", dx=4, color=BLUE)
+ax.set_ylim(-0.5, n_layers + 0.5)
+ax.plot(needle[0], n_layers - 0.2, "v", color=BLUE, clip_on=False)
+label(ax, needle[0], n_layers - 0.2, "the needle", color=BLUE)
 plt.show()
 around = rows[:, needle[0]:needle[-1] + 1].mean()
 elsewhere = rows[:, config.sink:text.n_prompt].mean()

@@ -151,6 +151,8 @@ assert static[-1] == STEPS
 # Left to itself the compiler guesses: after the second shape it makes that dimension a symbol. That
 # is two compilations, but the code is then for any length, and a CUDA graph cannot replay it. The
 # other way is the library's: a cache of one shape, allocated once, in which free slots are masked.
+# The counter has one element and a dimension, for a tensor without dimensions, used as an index, is
+# read as a number: an `.item()` that nobody wrote.
 
 # %%
 def attend_masked(q, k_all, v_all, k_new, v_new, n_tokens):
@@ -162,9 +164,9 @@ def attend_masked(q, k_all, v_all, k_new, v_new, n_tokens):
     return logits.softmax(-1) @ v_all
 
 compiled, spy = compile_with(attend_masked, fullgraph=True, dynamic=False)
-k_all, v_all, n_tokens, masked = k.clone(), v.clone(), torch.tensor(START), []
+k_all, v_all, n_tokens, masked = k.clone(), v.clone(), torch.tensor([START]), []
 for t in range(START, T):
-    o = compiled(grouped[:, :, :, t], k_all, v_all, k[:, :, t], v[:, :, t], n_tokens)
+    o = compiled(grouped[:, :, :, t], k_all, v_all, *(x[:, :, t:t + 1] for x in (k, v)), n_tokens)
     torch.testing.assert_close(o, attend(grouped[:, :, :, t], k[:, :, :t + 1], v[:, :, :t + 1]))
     masked.append(len(spy.graphs))
 assert masked[-1] == 1
