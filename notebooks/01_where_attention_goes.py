@@ -47,7 +47,7 @@ def bytes_a_step(T, batch=1):
     return weights + batch * T * kv_a_token
 
 print(f"weights  {weights / 1e6:7.1f} MB a step, whatever the batch")
-print(f"cache    {kv_a_token / 1e3:7.1f} kB a token of text: {T * kv_a_token / 1e6:.1f} MB for ours")
+print(f"cache    {kv_a_token / 1e3:7.1f} kB a token: {T * kv_a_token / 1e6:.1f} MB for our text")
 
 # %%
 batch, lengths = 8, torch.arange(0, text.config.context + 1, 64)
@@ -80,7 +80,7 @@ def seconds(work, repeats=5):
     return min(once() for _ in range(repeats))
 
 large, square = torch.ones(2**26), torch.randn(1024, 1024)      # 256 MiB, more than any cache here
-bandwidth = large.nbytes / seconds(lambda: large.sum())         # bytes/s
+bandwidth = large.nbytes / seconds(large.sum)         # bytes/s
 compute = 2 * 1024**3 / seconds(lambda: square @ square)        # flop/s
 ridge = compute / bandwidth
 print(f"{bandwidth / 1e9:.0f} GB/s, {compute / 1e9:.0f} Gflop/s: ridge at {ridge:.0f} flop/byte")
@@ -305,7 +305,8 @@ print("right" if check(tokens_for) else "not yet")
 # ```python
 # q, k, v = text.layer(25)
 # whole, without = (F.scaled_dot_product_attention(
-#     q[:, :, ask:ask + 1], k[:, :, n:ask + 1], v[:, :, n:ask + 1], enable_gqa=True) for n in (0, 4))
+#     q[:, :, ask:ask + 1], k[:, :, n:ask + 1], v[:, :, n:ask + 1], enable_gqa=True)
+#     for n in (0, 4))
 # print((without.norm(dim=-1) / whole.norm(dim=-1)).flatten())
 # assert (without.norm(dim=-1) > 1.5 * whole.norm(dim=-1)).float().mean() > 0.5
 # ```

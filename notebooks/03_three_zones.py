@@ -117,8 +117,9 @@ def library(a, t, room):
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
     budget = Budget(room, R, R + E, torch.tensor([R]), torch.tensor([R + E]))
     stores = a.k_store, a.v_store
-    return tripartite_attention(a.q[None, :, :, t], steady, a.index, budget,
-                                lambda ids, ends: gather_clusters(a.index, stores, ids, ends, room))[0]
+    def fetch(ids, ends):
+        return gather_clusters(a.index, stores, ids, ends, room)
+    return tripartite_attention(a.q[None, :, :, t], steady, a.index, budget, fetch)[0]
 
 torch.testing.assert_close(mine, library(a, 7, room=R * config.largest))
 
@@ -187,13 +188,14 @@ def tokens_needed(a):
     return ((w.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1).permute(2, 0, 1)
 
 needed = torch.stack([tokens_needed(a) for a in layers.values()]).float().mean(1).flatten()
-ours, oracle = (every[name].mean(1).flatten() for name in ("and estimated", "oracle"))  # a head each
+ours, oracle = (every[name].mean(1).flatten() for name in ("and estimated", "oracle"))
 wide = needed > needed.quantile(0.9)
 wins, others = ((ours < oracle)[heads].float().mean() for heads in (wide, ~wide))
 
 # %%
 ax = axes(f"Of the tenth of the heads that look widest {wins * 100:.0f} % beat the oracle, of the "
-          f"rest {others * 100:.0f} %", "tokens that hold 90 % of the attention", "our error / oracle's")
+          f"rest {others * 100:.0f} %", "tokens that hold 90 % of the attention",
+          "our error / oracle's")
 ax.loglog(needed[~wide], (ours / oracle)[~wide], ".", color=MIDDLE)
 ax.loglog(needed[wide], (ours / oracle)[wide], "o", color=DARK, markersize=5)
 ax.axhline(1, color=BLUE, linestyle="--", linewidth=1)
@@ -236,7 +238,8 @@ def draw(retrieved=R):
     """The clusters of a query in the order of their ranks, by zone; title: what is covered."""
     head, g, t = 0, 0, 7
     order = ranking(a, t, head)
-    true, estimate = (x[order] / x.sum() * 100 for x in masses(a, t, head, g))
+    true = masses(a, t, head, g)[0][order]
+    true = true / true.sum() * 100
     zones = (slice(0, retrieved), slice(retrieved, R + E), slice(R + E, None))
     cover = [float(true[zone].sum()) for zone in zones]
     ax = axes(f"{cover[0]:.0f} % of the clusters' attention is read, {cover[1]:.0f} % estimated, "
@@ -252,7 +255,7 @@ def draw(retrieved=R):
 draw()
 
 # %%
-interact(draw, retrieved=(1, R + E));
+_ = interact(draw, retrieved=(1, R + E))
 
 # %% [markdown]
 # ## Where it fails

@@ -15,8 +15,9 @@ SHADES = LinearSegmentedColormap.from_list("shades", [LIGHT, DARK])     # on whi
 
 plt.rcParams.update({
     "figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True,
-    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.titlepad": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.edgecolor": MIDDLE, "xtick.color": "#444444", "ytick.color": "#444444",
     "legend.frameon": False, "lines.linewidth": 1.8, "image.cmap": "Greys"})
 

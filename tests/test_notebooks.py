@@ -1,4 +1,4 @@
-"""The notebooks: pairs agree, every source runs headless, and the answers of the exercises are right.
+"""The notebooks: pairs agree, every source runs headless, and the exercises' answers are right.
 
     python -m pytest -m "not notebooks"     # leaves out the minutes that running them takes
 """
