@@ -270,7 +270,8 @@ assert kept[N] - kept[half] < 3 and kept[N] - kept[lengths[0]] < 15
 # - RoPE makes clusters local. That is why they can be built segment by segment, while the text is
 #   still being read.
 # - It is not a perfect index: in the worst layers more than half of the best tokens stay shut.
-#   Whether that hurts depends on what is done with the clusters that are not opened: the next notebook.
+#   Whether that hurts depends on what is done with the clusters that are not opened: the next
+#   notebook.
 
 # %%
 assert mean["clusters of keys"] > 50 > min(found["clusters of keys"])
