@@ -24,7 +24,7 @@ def execute(source):
     """The notebook of a source, run in its folder, alike from run to run but for its outputs."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {"kernelspec": KERNEL}
-    NotebookClient(notebook, timeout=600, record_timing=False, store_widget_state=False,
+    NotebookClient(notebook, timeout=600, record_timing=False,
                    resources={"metadata": {"path": str(HERE)}}).execute()
     for n, cell in enumerate(notebook.cells):
         cell.id = f"cell-{n}"
