@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint lines bench bench-gpu evaluate clean
+.PHONY: help setup run test test-gpu lint lines bench bench-gpu evaluate notebooks clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -37,10 +37,12 @@ lines:          ## lines of each file
 	@wc -l *.py tests/*.py
 
 bench: setup    ## speed and memory beside dense attention and peers
-	for section in attention model prefill reload; do $(BIN)/python bench.py $$section $(ARGS) || exit; done
+	for section in attention model prefill reload; do \
+		$(BIN)/python bench.py $$section $(ARGS) || exit; done
 
 bench-gpu:      ## the kernels on a GPU beside SDPA and FlexAttention, with PYTHON
 	$(PYTHON) bench_gpu.py $(ARGS)
+
 evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
 	$(BIN)/python evaluate.py $(ARGS)
 
@@ -48,5 +50,9 @@ $(VENV)/ready-eval: $(VENV)/ready requirements-eval.txt
 	$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements-eval.txt
 	touch $@
 
+notebooks: setup ## run every notebook's source and keep it with its outputs
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
 clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ \
+		notebooks/__pycache__ notebooks/.cache
