@@ -146,8 +146,8 @@ def room_for(args, context, n_prompt):
     if n_prompt >= limit:
         raise ValueError(f"the prompt has {n_prompt:,} tokens, the model's context is {context:,}: "
                          "shorten it, or pass --beyond-context")
-    wanted = max(context, n_prompt) if args.chat else n_prompt + args.max_new_tokens
-    capacity = args.capacity or min(wanted, limit)
+    wanted = n_prompt + args.max_new_tokens
+    capacity = args.capacity or min(max(wanted, context) if args.chat else wanted, limit)
     if not n_prompt < capacity <= limit:
         raise ValueError(f"--capacity is {capacity:,}: the prompt has {n_prompt:,} tokens, the "
                          f"model's context is {context:,} (--beyond-context allows more)")

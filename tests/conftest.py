@@ -5,16 +5,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are slow where cores are shared
 
-if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    with pytest.MonkeyPatch.context() as patch:     # no other process, and nothing later, sees it
-        patch.setenv("TRITON_INTERPRET", "1")       # read when Triton and a kernel are first loaded
-        import kernels  # noqa: F401
+
+def load_kernels():
+    """kernels.py as the tests need it: without a GPU, in Triton's interpreter."""
+    import torch  # behind the settings above: it reads them
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        with pytest.MonkeyPatch.context() as patch: # no other process, and nothing later, sees it
+            patch.setenv("TRITON_INTERPRET", "1")   # read when Triton and a kernel are loaded
+            import kernels  # noqa: F401
+
+
+load_kernels()
 
 
 @pytest.fixture(scope="session")

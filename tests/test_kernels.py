@@ -17,7 +17,7 @@ from test_wave_index import ALL, SMALL, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
 import retroinfer  # noqa: E402
-from retroinfer import Budget, Index, RetroConfig, WaveIndex, before, gather_clusters  # noqa: E402
+from retroinfer import Budget, Index, RetroConfig, WaveIndex, before  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -73,10 +73,7 @@ class Case:
 
     def eager(self):
         """PyTorch's answer."""
-        N = self.budget.tokens
-        return retroinfer.tripartite_attention(
-            self.q, self.steady, self.index, self.budget,
-            lambda ids, ends: gather_clusters(self.index, self.stores, ids, ends, N))
+        return retroinfer.attend(self.q, self.steady, self.index, self.budget, self.stores)
 
     def kernel(self):
         """The kernels' answer, with all that is free poisoned."""
