@@ -293,8 +293,8 @@ def card(f, context):
     def each(name):
         return " + ".join(f"{n:,}" for n in f[name])
 
-    lines = [f"context    {each('context_tokens')} tokens, of which {each('read_tokens')} read and "
-             f"{each('generated_tokens')} generated in this run (the model's limit is {context:,})"]
+    lines = [f"context    {each('context_tokens')} tokens, {each('read_tokens')} read and "
+             f"{each('generated_tokens')} generated now (the model's limit is {context:,})"]
     names = "context_tokens", "indexed_tokens", "clusters", "retrieved_clusters", \
         "estimated_clusters"
     for tokens, indexed, clusters, retrieved, estimated in zip(*map(f.get, names), strict=True):
