@@ -45,6 +45,16 @@ def editable(checkpoint, tmp_path):
     return copy
 
 
+@pytest.fixture
+def one_thread():
+    """For tiny models: their work is not worth waking a second one."""
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer, GGUF file) of the default model in fp32; skips without its package."""

@@ -61,6 +61,7 @@ def test_all_retrieved_gives_dense_logits_through_many_updates(model, ids):
                                rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("one_thread")
 @settings(max_examples=8, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 @example(lengths=[1, 70, 300])
@@ -121,6 +122,7 @@ def test_full_caches_are_reported(model, ids):
         list(generate(model, caches(model, wave(capacity=95)), ids, 10, pick, eager_step))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("lengths", [(90,), (1, 30, 90, 250)], ids=str)
 def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
     """Over 5,000 tokens and more than four updates of 1,024; layers share one region."""
@@ -132,7 +134,8 @@ def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
                for n in lengths]
     said, indexed = [], None
     for one_step, n in ((fast, N_LONG), (eager_step, 60)):
-        config = RetroConfig(**SMALL | {"update": 1024}, retrieve=0.1, estimate=0.2)
+        config = RetroConfig(**SMALL | {"update": 1024, "cluster": 16}, retrieve=0.1,
+                             estimate=0.2)
         held = [WaveIndex(config, N_LONG + 260, len(lengths)) for _ in model.layers]
         got = []
         list(generate(model, held, prompts, n, lambda x, got=got: fixed(x, got), one_step))

@@ -1,6 +1,5 @@
 """A saved index: it comes back bit for bit, and what is not it is refused in one line."""
 import copy
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -194,7 +193,7 @@ def test_a_text_that_does_not_fit_is_refused(loaded, saved):
 # ---------------------------------------------------------------- writing is atomic
 
 PROGRAM = """
-import json, os, random, resource, signal, sys, time
+import os, random, resource, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
@@ -217,9 +216,7 @@ for n in range(12):
     which = [i for i in (0, 1) if ids.equal(texts[i])][0]
     assert all(a.equal(b) for a, b in zip(
         state, (x for cache in states[which] for x in cache.live(0).values())))
-for name in os.listdir(os.path.dirname(path)):
-    if name.endswith(".part"): os.remove(os.path.join(os.path.dirname(path), name))
-before = open(path, "rb").read()
+before, names = open(path, "rb").read(), os.listdir(os.path.dirname(path))
 resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, -1))            # a disk that is full
 try:
     save(path, *loaded, states[0], texts[0])
@@ -228,7 +225,7 @@ except ValueError as e:
 else:
     raise AssertionError("saved beyond the limit")
 assert open(path, "rb").read() == before
-print(json.dumps(os.listdir(os.path.dirname(path))))
+assert os.listdir(os.path.dirname(path)) == names       # no more litter than the killed ones left
 """
 
 
@@ -239,7 +236,6 @@ def test_a_killed_save_and_a_full_disk_leave_a_whole_file(checkpoint, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["text.safetensors"]
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_the_door(tmp_path):
