@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from model import DEFAULT_NAME, DenseCache, default_model, load
 from retroinfer import (
+    COMPILE,
     RetroConfig,
     WaveIndex,
     compiled_step,
@@ -42,9 +43,6 @@ from snapshot import Snapshot, save
 
 REAL = 8192                                 # more tokens than these are keys of these, repeated
 H, G, D = 8, 4, 128                         # Llama-3-8B's heads
-COMPILE = {"fullgraph": True, "dynamic": False, "options": {
-    "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
-    "cpp.enable_floating_point_contract_flag": "fast"}}
 
 
 def take_turns(runners, repeats):

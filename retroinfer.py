@@ -491,12 +491,13 @@ def region():
         return mark(call)
 
 
-# The one place where decoding is compiled: a step is one graph, in which all layers share one body.
 # Shapes never change, so the sizes of intermediates are not checked again in every layer.
-compiled_step = torch.compile(
-    functools.partial(step, run=region()), fullgraph=True, dynamic=False, options={
-        "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
-        "cpp.enable_floating_point_contract_flag": "fast"})
+COMPILE = {"fullgraph": True, "dynamic": False, "options": {
+    "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
+    "cpp.enable_floating_point_contract_flag": "fast"}}
+
+# The one place where decoding is compiled: a step is one graph, in which all layers share one body.
+compiled_step = torch.compile(functools.partial(step, run=region()), **COMPILE)
 eager_step = functools.partial(step, run=call)
 
 
