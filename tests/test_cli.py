@@ -157,17 +157,27 @@ def test_turns_go_on_from_what_was_said(run, checkpoint, monkeypatch, prompt, tm
     facts = last_json(out)
     assert status == 0 and len(facts["answers"]) == 2 and facts["generated_tokens"] == [24]
     from model import load
-    from session import Writer
     model, tokenizer = load(checkpoint(**LONG), device="cpu")
-    writer = Writer(tokenizer, raw=True, device="cpu")
-    ids, said = writer.prompt(prompt.read_text(), None)[0], []
-    for turn in (None, "the dog sat"):
-        ids = ids if turn is None else torch.cat([ids, torch.tensor(said[:-1]),
-                                                  writer.turn(turn, said)])
+    ids, said = tokenizer.encode(prompt.read_text()), []
+    for turn in ([], tokenizer.encode("the dog sat")):
+        ids = ids + [t for t in said if t not in tokenizer.eos_ids] + turn
         caches = [DenseCache(len(ids) + 12) for _ in model.layers]
-        said = [t.item() for t in generate(model, caches, [ids], 12, step=eager_step)]
+        said = [t.item() for t in generate(model, caches, [torch.tensor(ids)], 12,
+                                           step=eager_step)]
     assert facts["answers"][1] == tokenizer.decode(said)
     assert facts["context_tokens"] == [len(ids) + 11]
+
+
+def test_each_answer_of_a_batch_ends_with_its_own_end_token(checkpoint):
+    from model import load
+    from session import Session
+    model, _ = load(checkpoint(**LONG), device="cpu")
+    wanted = iter([[5, 6], [2, 7], [9, 8], [9, 2], [9, 9]])         # 2 is the model's end
+    session = Session(model, lambda: DenseCache(40, 2), lambda _: torch.tensor(next(wanted)),
+                      eager_step)
+    session.read([torch.tensor([4, 5, 6]), torch.tensor([7])])
+    assert session.answer(10) == [[5, 2], [6, 7, 8, 2]]
+    assert session.n_said == [2, 4] and [n for n, _ in session.steps] == [2, 1, 1]
 
 
 def test_a_turn_that_does_not_fit_is_refused_and_the_next_is_answered(run, checkpoint, monkeypatch):
