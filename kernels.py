@@ -268,6 +268,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
               caps: list[int]) -> torch.Tensor:
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
+    index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
     (n_retrieve, n_ranked), (N, R, K) = shares, caps

@@ -1,7 +1,7 @@
 """The Triton twins are as exact as PyTorch, on a GPU or interpreted, and compile for real GPUs.
 
-Without a GPU conftest.py imports Triton as its interpreter. aot.py makes machine code in processes
-of its own, while the other tests run.
+Without a GPU conftest.py imports Triton as its interpreter. footprint.py makes machine code in
+processes of its own, while the other tests run.
 """
 import json
 import math
@@ -316,7 +316,7 @@ def test_without_a_gpu_the_benchmark_says_so():
 def compilers():
     """Processes that compile every kernel for a target each, begun before the first test."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("aot.py")
+    script = Path(kernels.__file__).with_name("footprint.py")
     yield (running := {n: subprocess.Popen([sys.executable, script, str(n)], env=env, text=True,
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                        for n in CAPABILITIES})
