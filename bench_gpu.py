@@ -94,19 +94,20 @@ class Cell:
         """Tripartite attention of the last head in float64: (G, D)."""
         q, steady, index, budget, stores = self.args
         q, (k_s, v_s, bias) = q[-1, -1].double() * q.shape[-1] ** -0.5, (x[-1, -1] for x in steady)
-        (centroids, means, sizes, offsets), (k_all, v_all) = (
+        (centroids, means, sizes, offsets, spreads), (k_all, v_all) = (
             [x[-1, -1] for x in xs] for xs in (index, stores))
-        weight = (q @ centroids.double().mT).masked_fill(sizes == 0, -math.inf).softmax(-1).sum(0)
-        order = weight.masked_fill(sizes == 0, -1).argsort(descending=True)[:budget.ranked]
+        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
+        mass = q @ centroids.double().mT + (sizes * (1 + half * spreads)).log()     # (G, C)
+        order = mass.softmax(-1).sum(0).argsort(descending=True)[:budget.ranked]
         rank, size = torch.arange(len(order), device=q.device), sizes[order].long()
         fits = (rank < budget.n_retrieve[-1]) & (size.cumsum(0) <= budget.tokens)
         rest = order[~fits & (rank < budget.n_ranked[-1]) & (size > 0)]
         spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
         rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])
-        bias = torch.cat([bias[0].double(), torch.zeros_like(rows), sizes[rest].double().log()])
-        k, v = (torch.cat(x).double() for x in (
-            (k_s, k_all[rows], centroids[rest]), (v_s, v_all[rows], means[rest])))
-        return (q @ k.mT + bias).softmax(-1) @ v
+        k, v = (torch.cat(x).double() for x in ((k_s, k_all[rows]), (v_s, v_all[rows], means[rest])))
+        x = q @ k.mT                                                                # (G, W + N)
+        x[:, :len(k_s)] += bias[0]
+        return torch.cat([x, mass[:, rest]], -1).softmax(-1) @ v
 
     def launches(self):
         """{kernel: (function that runs it alone, its arguments by name)} of a step."""
@@ -130,9 +131,9 @@ class Cell:
         clusters, tokens = launches["pack"][1]["fits"].sum((0, 1)).tolist()
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         estimated = int(budget.n_ranked.sum()) * H - clusters
-        return {"rank": live * (D * e + 4 * G) + 4 * C, "weigh": live * 4 * G + 8 * C,
+        return {"rank": live * (D * e + 4) + C * (4 + 4 * G), "weigh": C * (4 * G + 4),
                 "pack": 20 * clusters + 4 * tokens,
-                "attend": 2 * D * e * (n_steady + tokens) + 4 * tokens
+                "attend": (2 * D * e + 4) * (n_steady + tokens)
                 + estimated * (D * e + 12 + 4 * G) + parts, "combine": parts + q.numel() * e}
 
 

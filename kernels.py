@@ -3,8 +3,8 @@
 A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
 `pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
 
-    rank      q, centroids          -> logits (B, H, C, G); running max and sum of each split
-    weigh     logits, max and sum   -> probability of each cluster, summed over G
+    rank      q, centroids, weights -> log mass (B, H, C, G); running max and sum of each split
+    weigh     mass, max and sum     -> probability of each cluster, summed over G
     topk      probability           -> order (B, H, R+E)                               (PyTorch)
     pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
     attend    steady | rows | order -> max, sum and weighted values of each split
@@ -16,11 +16,14 @@ A step over one layer is four kernels around torch.topk. No token is gathered: t
 
 What a step reads and writes, in bytes, of each of the B*H heads (e bytes an element):
 
-    rank      C*(D*e + 4) read, 4*C*G written
-    weigh     4*C*(G + 1) read, 4*C written
-    pack      20*R read, 4*N written
-    attend    2*W*D*e + N*(2*D*e + 4) + E*(D*e + 12 + 4*G) read, 4*S*G*(D + 2) written
-    combine   4*S*G*(D + 2) read, D*e*G written
+    rank      C*(D*e + 8) + S*G*D*e read, 4*G*(C + 2*S) written
+    weigh     4*G*(C + 2*S) read, 4*C written
+    pack      20*R + 8 read, 4*N + 8 written
+    attend    (W + N)*(2*D*e + 4) + E*(D*e + 12 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
+    combine   4*S*G*(D + 3) read, G*D*e written
+
+(weigh reads its 8*S*G once for 256 clusters; ranked as in the paper, by centroid alone, rank writes
+4*C*G more). A test counts the bytes that interpreted kernels move, and finds these.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -73,24 +76,37 @@ def splits(device, heads, n_tiles):
 
 # ---------------------------------------------------------------- ranking
 
-# Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them and their
-# sizes once, D*e + 4 bytes each (4 where a slot is free), and writes 4*G bytes of logits each.
+# Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, their sizes
+# and spreads once, D*e + 8 bytes each (4 where a slot is free), and writes the logarithm of each
+# one's mass, 4*G bytes, -inf where a slot is free. BY_MASS: these are what is ranked; else the
+# logits of the centroids, another 4*G bytes.
 @triton.jit
-def rank_kernel(q, centroids, sizes, logits, stats, C, n_tiles, G: tl.constexpr, D: tl.constexpr,
-                BG: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+def rank_kernel(q, centroids, sizes, spreads, masses, ranks, stats, C, n_tiles,
+                BY_MASS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
+                BD: tl.constexpr, BC: tl.constexpr):
     split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g, d = tl.arange(0, BG), tl.arange(0, BD)
     q = tl.load(q + (head * G + g[:, None]) * D + d, (g[:, None] < G) & (d < D), 0.0)   # (BG, BD)
+    half = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * (0.5 / D)                   # (BG,)
     m = tl.full([BG], float("-inf"), tl.float32)
     s = tl.zeros([BG], tl.float32)
     for t in range(split * n_tiles, split * n_tiles + n_tiles):
         c = t * BC + tl.arange(0, BC)
-        is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0                         # (BC,)
+        size = tl.load(sizes + head * C + c, c < C, 0.0)                                # (BC,)
+        is_live = size > 0
+        spread = tl.load(spreads + head * C + c, is_live, 0.0)
         keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
                        is_live[:, None] & (d < D), 0.0)                                 # (BC, BD)
         x = tl.dot(q, tl.trans(keys), input_precision="ieee") * D ** -0.5               # (BG, BC)
-        tl.store(logits + (head * C + c) * G + g[:, None], x, is_live & (g[:, None] < G))
-        x = tl.where(is_live, x, float("-inf"))
+        worth = tl.where(is_live, size, 1.0) * (1 + half[:, None] * spread)
+        mass = tl.where(is_live, x + tl.log(worth), float("-inf"))
+        at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
+        tl.store(masses + at, mass, is_one)
+        if BY_MASS:
+            x = mass
+        else:
+            x = tl.where(is_live, x, float("-inf"))
+            tl.store(ranks + at, x, is_one)
         top = tl.maximum(m, tl.max(x, 1))
         shift = tl.where(top == float("-inf"), 0.0, top)
         s = s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
@@ -100,10 +116,11 @@ def rank_kernel(q, centroids, sizes, logits, stats, C, n_tiles, G: tl.constexpr,
     tl.store(stats + G, s, g < G)
 
 
-# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logits each and all S pairs of
-# max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every cluster.
+# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logarithms each and all S
+# pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every
+# cluster.
 @triton.jit
-def weigh_kernel(logits, sizes, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
+def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
                  BC: tl.constexpr, BS: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     g, s = tl.arange(0, BG), tl.arange(0, BS)
@@ -114,29 +131,30 @@ def weigh_kernel(logits, sizes, stats, weights, C, S, G: tl.constexpr, BG: tl.co
     top = tl.where(top == float("-inf"), 0.0, top)                                      # (BG,)
     total = tl.sum(tl.load(pairs + G, is_pair, 0.0) * tl.exp(m - top), 0)               # (BG,)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0
-    is_one = is_live[:, None] & (g < G)                                                 # (BC, BG)
-    x = tl.load(logits + (head * C + c[:, None]) * G + g, is_one, 0.0)
-    p = tl.where(is_one, tl.exp(x - top) / tl.where(total > 0, total, 1.0), 0.0)
+    is_one = (c[:, None] < C) & (g < G)                                                 # (BC, BG)
+    x = tl.load(ranks + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
+    p = tl.exp(x - top) / tl.where(total > 0, total, 1.0)
+    is_live = tl.max(x, 1) > float("-inf")
     tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
 
 
-def rank_clusters(q, index, n):
-    """Logits (B, H, C, G), fp32, where a cluster is, and the n best clusters (B, H, n)."""
+def rank_clusters(q, index, n, by_mass):
+    """Logarithms of masses (B, H, C, G), fp32, and the n best clusters (B, H, n)."""
     (B, H, G, D), C = q.shape, index.sizes.shape[2]
     tile = tile_sizes(G, D)
     BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
     n_tiles = triton.cdiv(C, BC)
     n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
     S = triton.cdiv(C, BC * n_tiles)
-    logits, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
+    masses, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
+    ranks = masses if by_mass else torch.empty_like(masses)
     stats = index.sizes.new_empty(B, H, S, 2, G)
-    launch(rank_kernel, (S, B * H), q, index.centroids, index.sizes, logits, stats, C, n_tiles,
-           BC=BC, **tile, num_warps=4, num_stages=3)
+    launch(rank_kernel, (S, B * H), q, index.centroids, index.sizes, index.spreads, masses, ranks,
+           stats, C, n_tiles, BY_MASS=by_mass, BC=BC, **tile, num_warps=4, num_stages=3)
     BG, BS = triton.next_power_of_2(G), triton.next_power_of_2(S)
-    launch(weigh_kernel, (triton.cdiv(C, 256), B * H), logits, index.sizes, stats, weights, C, S,
-           G=G, BG=BG, BC=256, BS=BS, num_warps=4)
-    return logits, weights.topk(n, sorted=True).indices
+    launch(weigh_kernel, (triton.cdiv(C, 256), B * H), ranks, stats, weights, C, S, G=G, BG=BG,
+           BC=256, BS=BS, num_warps=4)
+    return masses, weights.topk(n, sorted=True).indices
 
 
 # ---------------------------------------------------------------- attention
@@ -176,11 +194,12 @@ def absorb(x, v, m, s, o):
 
 
 # Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
-# steady slots, then retrieved tokens by the work list, then the estimated clusters, whose logits
-# rank_kernel left. It reads 2*D*e bytes a token, D*e + 4*G a cluster, and writes 4*G*(D + 2).
+# steady slots, then retrieved tokens by the work list, then the estimated clusters, whose masses
+# rank_kernel left. It reads 2*D*e + 4 bytes a token, D*e + 12 + 4*G a cluster, and writes
+# 4*G*(D + 2).
 @triton.jit
-def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked, sizes,
-                  logits, means, stats, parts, H, W, T, N, C, K, bias_b, bias_h, G: tl.constexpr,
+def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked,
+                  masses, means, stats, parts, H, W, T, N, C, K, bias_b, bias_h, G: tl.constexpr,
                   D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
@@ -214,11 +233,9 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
         r = t * BN + n
         ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
-        size = tl.load(sizes + ids, r < n_estimate, 0.0)
-        is_live = size > 0
+        is_live = tl.load(masses + ids * G, r < n_estimate, float("-inf")) > float("-inf")
         v = tl.load(means + ids[:, None] * D + d, is_live[:, None] & (d < D), 0.0)
-        x = tl.load(logits + ids * G + g[:, None], is_live & (g[:, None] < G), 0.0)     # (BG, BN)
-        x = tl.where(is_live, x + tl.log(tl.where(is_live, size, 1.0)), float("-inf"))
+        x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
         m, s, o = absorb(x, v, m, s, o)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
@@ -259,13 +276,14 @@ def attend(q, steady, index, budget, stores):
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
     shares = [budget.n_retrieve, budget.n_ranked]
-    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]))
+    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]),
+                     budget.by_mass)
 
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], shares: list[torch.Tensor],
-              caps: list[int]) -> torch.Tensor:
+              stores: list[torch.Tensor], shares: list[torch.Tensor], caps: list[int],
+              by_mass: bool) -> torch.Tensor:
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
     index = index._replace(sizes=index.sizes.float())
@@ -273,7 +291,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
     (n_retrieve, n_ranked), (N, R, K) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
-    logits, order = rank_clusters(q, index, K)
+    masses, order = rank_clusters(q, index, K, by_mass)
     rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits, H, C,
            K, R, N, BR=128, num_warps=4)
@@ -283,7 +301,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     launch(attend_kernel, (S, B * H), q, k_steady, v_steady, bias, k_store, v_store, rows, fits,
-           order, n_ranked, index.sizes, logits, index.means, stats, parts, H, W, T, N, C, K,
+           order, n_ranked, masses, index.means, stats, parts, H, W, T, N, C, K,
            bias.stride(0), bias.stride(1), BN=BN, **tile, num_warps=4, num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
@@ -291,7 +309,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
 
 
 @attend_op.register_fake
-def _(q, steady, index, stores, shares, caps):
+def _(q, steady, index, stores, shares, caps, by_mass):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

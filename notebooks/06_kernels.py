@@ -266,7 +266,7 @@ torch.testing.assert_close(ours, eager)
 
 # %% [markdown]
 # The two agree. What must be moved at the least? The query and the output; of every cluster its
-# centroid and its size, for all are ranked; keys and values of the steady zone and of the retrieved
+# centroid, its size and its spread, for all are ranked; keys and values of the steady zone and of the retrieved
 # clusters; and the mean values of the estimated ones.
 
 # %%
@@ -277,7 +277,7 @@ def least(step):
     live = index.sizes.numel() if index.sizes.is_meta else int((index.sizes > 0).sum())
     tokens = steady[0].shape[2] + budget.tokens
     entries = B * H * (2 * tokens + budget.ranked - budget.retrieve)
-    return (2 * B * H * G * D + live * D + entries * D) * e + live * 4
+    return (2 * B * H * G * D + live * D + entries * D) * e + live * 8
 
 floor = least(step)
 eager_bytes, our_bytes = sum(ledger.bytes.values()), sum(map(sum, moved.values()))

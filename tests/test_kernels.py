@@ -6,6 +6,7 @@ processes of its own, while the other tests run.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from test_wave_index import ALL, SMALL, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
+import footprint  # noqa: E402
 import retroinfer  # noqa: E402
 from retroinfer import Budget, Index, RetroConfig, WaveIndex, before  # noqa: E402
 
@@ -49,9 +51,9 @@ class Case:
     slots and clusters it has. Everything else is NaN, or an offset far outside the store.
     """
 
-    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, seed=0):
+    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True):
         B, H, G, D, W, C = shape
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator().manual_seed(0)
 
         def randn(*size):
             return torch.randn(B, H, *size, D, generator=g).to(dtype)
@@ -62,12 +64,14 @@ class Case:
         ends = sizes.gather(-1, order).cumsum(-1)
         offsets = torch.empty_like(sizes).scatter_(-1, order, before(ends) + 3)
         T = int(sizes.sum(-1).max()) + 7
-        self.q, self.budget = 2 * randn(G), Budget(*caps, *torch.tensor(shares).T.contiguous())
+        shares = torch.tensor(shares).T.contiguous()
+        self.q, self.budget = 2 * randn(G), Budget(*caps, *shares, by_mass)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
         self.stores = randn(T), randn(T)
-        self.index = Index(randn(C), randn(C), sizes.float(), offsets)
+        spreads = 2 * torch.rand(B, H, C, generator=g)
+        self.index = Index(randn(C), randn(C), sizes.float(), offsets, spreads)
         row = torch.arange(T).expand(B, H, T)
         self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
 
@@ -83,9 +87,9 @@ class Case:
         k, v, bias = self.steady
         is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
         steady = poison(k, is_free), poison(v, is_free), bias
-        centroids, means, sizes, offsets = self.index
+        centroids, means, sizes, offsets, spreads = self.index
         index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
-                      offsets.masked_fill(is_empty, 2**40))
+                      offsets.masked_fill(is_empty, 2**40), spreads.masked_fill(is_empty, math.nan))
         stores = [poison(x, self.is_free_row) for x in self.stores]
         budget = self.budget._replace(n_retrieve=self.budget.n_retrieve.to(DEVICE),
                                       n_ranked=self.budget.n_ranked.to(DEVICE))
@@ -106,21 +110,27 @@ class Case:
         k_s, v_s, bias = (x[b, h].double() for x in self.steady)
         k_all, v_all = (x[b, h].double() for x in self.stores)
         centroids, means = (x[b, h].double() for x in self.index[:2])
-        sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:])
+        sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
         live = [c for c, n in enumerate(sizes) if n]
-        weight = (q @ centroids[live].T).softmax(-1).sum(0)
+        logits = q @ centroids[live].T                                              # (G, live)
+        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
+        worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
+        mass = logits + torch.cat([half[:, :0], *worth.values()], -1).log()
+        weight = (mass if self.budget.by_mass else logits).softmax(-1).sum(0)
         rank = [live[i] for i in weight.argsort(descending=True).tolist()]
         n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
         is_in = bias[0] == 0
-        k, v, bias, room = [k_s[is_in]], [v_s[is_in]], [bias[0, is_in]], self.budget.tokens
+        k, v, room = [k_s[is_in]], [v_s[is_in]], self.budget.tokens
+        bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         for i, c in enumerate(rank[:n_ranked]):
             span = slice(offsets[c], offsets[c] + sizes[c])
             room = room - sizes[c] if i < n_retrieve and sizes[c] <= room else -1
-            one = centroids[c:c + 1], means[c:c + 1], k_s.new_full((1,), math.log(sizes[c]))
+            one = centroids[c:c + 1], means[c:c + 1], worth[c].log()
             for all_, x in zip((k, v, bias), one if room < 0 else
-                               (k_all[span], v_all[span], k_s.new_zeros(sizes[c])), strict=True):
+                               (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c])),
+                               strict=True):
                 all_.append(x)
-        return (q @ torch.cat(k).T + torch.cat(bias)).softmax(-1) @ torch.cat(v)
+        return (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1) @ torch.cat(v)
 
 
 # (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
@@ -149,6 +159,17 @@ def test_a_step_is_as_exact_as_pytorch(name, dtype):
     assert_as_exact(case.kernel(), case.eager(), case.truth())
 
 
+@pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "no room"])
+def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
+    case = Case(*CASES[name], by_mass=False)
+    assert_as_exact(case.kernel(), case.eager(), case.truth())
+
+
+def test_the_two_rankings_differ():
+    by_mass, by_centroid = (Case(*CASES["plain"], by_mass=x) for x in (True, False))
+    assert (by_mass.truth() - by_centroid.truth()).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("largest, tokens", [(300, 64), (300, 301), (1, 8)])
 def test_clusters_of_any_size_are_read_or_estimated(largest, tokens):
     """Giants before any split: all too large, one or two that fit; and single tokens."""
@@ -169,6 +190,26 @@ def test_the_number_of_splits_changes_nothing_but_rounding(n_programs, monkeypat
     case = Case(*CASES["ragged"])
     monkeypatch.setattr(kernels, "programs", lambda device: n_programs)
     torch.testing.assert_close(case.kernel(), case.eager(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(kernels.IS_COMPILED, reason="the interpreter counts")
+def test_the_docstring_counts_the_bytes_of_each_kernel(monkeypatch):
+    """Its formulas, with every slot live and every share used, are what is loaded and stored."""
+    B, H, G, D, W, C, R, E, S, size, e = 1, 2, 3, 64, 40, 96, 10, 20, 3, 4, 4
+    N = R * size
+    monkeypatch.setattr(kernels, "splits", lambda device, heads, n_tiles: S)
+    case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)])
+    sizes = torch.full((B, H, C), float(size))
+    offsets = torch.arange(C).expand(B, H, C) * size
+    case.index = case.index._replace(sizes=sizes, offsets=offsets)
+    case.stores = [torch.randn(B, H, C * size, D) for _ in range(2)]
+    with footprint.counted() as moved:
+        kernels.attend(case.q, case.steady, case.index, case.budget, case.stores)
+    ledger = re.findall(r"^    (\w+) +(.+) read, (.+) written$", kernels.__doc__, re.M)
+    assert {f"{name}_kernel" for name, *_ in ledger} == set(moved)
+    names = {name: x for name, x in locals().items() if len(name) == 1}
+    for name, *formulas in ledger:
+        assert moved[f"{name}_kernel"] == [B * H * eval(x, {}, names) for x in formulas], name
 
 
 def test_tensors_of_two_dtypes_are_refused():
@@ -296,8 +337,8 @@ def test_operators_pass_opcheck(op):
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
-    shares = [n.to(DEVICE) for n in case.budget[3:]]
-    args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3])),
+    shares = [n.to(DEVICE) for n in case.budget[3:5]]
+    args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3]), True),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1)}[op]
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
 
