@@ -104,10 +104,9 @@ class Cell:
         rest = order[~fits & (rank < budget.n_ranked[-1]) & (size > 0)]
         spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
         rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])
-        k, v = (torch.cat(x).double() for x in ((k_s, k_all[rows]), (v_s, v_all[rows], means[rest])))
-        x = q @ k.mT                                                                # (G, W + N)
-        x[:, :len(k_s)] += bias[0]
-        return torch.cat([x, mass[:, rest]], -1).softmax(-1) @ v
+        v = torch.cat([v_s, v_all[rows], means[rest]]).double()
+        x = q @ k_s.double().mT + bias, q @ k_all[rows].double().mT, mass[:, rest]
+        return torch.cat(x, -1).softmax(-1) @ v
 
     def launches(self):
         """{kernel: (function that runs it alone, its arguments by name)} of a step."""

@@ -266,8 +266,8 @@ torch.testing.assert_close(ours, eager)
 
 # %% [markdown]
 # The two agree. What must be moved at the least? The query and the output; of every cluster its
-# centroid, its size and its spread, for all are ranked; keys and values of the steady zone and of the retrieved
-# clusters; and the mean values of the estimated ones.
+# centroid, its size and its spread, for all are ranked; keys and values of the steady zone and of
+# the retrieved clusters; and the mean values of the estimated ones.
 
 # %%
 def least(step):
