@@ -92,10 +92,9 @@ class Cell:
 
     def truth(self):
         """Tripartite attention of the last head in float64: (G, D)."""
-        q, steady, index, budget, stores = self.args
-        q, (k_s, v_s, bias) = q[-1, -1].double() * q.shape[-1] ** -0.5, (x[-1, -1] for x in steady)
-        (centroids, means, sizes, offsets, spreads), (k_all, v_all) = (
-            [x[-1, -1] for x in xs] for xs in (index, stores))
+        q, budget = self.args[0][-1, -1].double() * self.args[0].shape[-1] ** -0.5, self.args[3]
+        (k_s, v_s, bias), (centroids, means, sizes, offsets, spreads), (k_all, v_all) = (
+            [x[-1, -1] for x in self.args[i]] for i in (1, 2, 4))
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         mass = q @ centroids.double().mT + (sizes * (1 + half * spreads)).log()     # (G, C)
         order = mass.softmax(-1).sum(0).argsort(descending=True)[:budget.ranked]
@@ -236,8 +235,10 @@ def main():
         print("bench_gpu: a CUDA GPU is needed, and torch finds none", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    dry = [(410, 1)], 64, lambda run: [run(), 1.0][1]
-    plan = dry if args.dry_run else (CELLS, 8192, median_ms)
+    plan = CELLS, 8192, median_ms
+    if args.dry_run:
+        plan = [(410, 1)], 64, lambda run: [run(), 1.0][1]
+        MODELS.update(dict.fromkeys(MODELS, (1, 3, 16)))
     facts = collect(*plan, time.monotonic() + 60 * args.minutes)
     (args.out / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / "gpu.md").write_text(markdown(facts))

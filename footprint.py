@@ -37,8 +37,9 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64"}
 # Between them every tile that tile_sizes and tile_rows give to these head dims.
 STEPS = [(torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128), (torch.bfloat16, 20, 96),
-         (torch.bfloat16, 3, 256), (torch.float16, 7, 128), (torch.float32, 4, 80),
-         (torch.float32, 4, 256)]
+         (torch.bfloat16, 3, 256), (torch.bfloat16, 40, 128), (torch.bfloat16, 71, 64),
+         (torch.float16, 7, 128), (torch.float32, 4, 64), (torch.float32, 4, 80),
+         (torch.float32, 4, 256), (torch.float32, 40, 128), (torch.float32, 40, 256)]
 INDEXES = [(torch.bfloat16, 128), (torch.float32, 80), (torch.float32, 256)]
 
 
@@ -169,7 +170,8 @@ def index(dtype, D):
     """The clustering of one head's segment."""
     x, ids = torch.zeros(1, 1, 8192, D), torch.zeros(1, 1, 8192, dtype=torch.int64)
     kernels.nearest(x, x[:, :, :512])
-    kernels.segment_sum(x.to(dtype), ids, ids[..., :512])
+    for rows in (x.to(dtype), x[..., :1]):
+        kernels.segment_sum(rows, ids, ids[..., :512])
 
 
 def record(wrapper, *shape):

@@ -22,15 +22,21 @@ What a step reads and writes, in bytes, of each of the B*H heads (e bytes an ele
     attend    (W + N)*(2*D*e + 4) + E*(D*e + 12 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
-(weigh reads its 8*S*G once for 256 clusters; ranked as in the paper, by centroid alone, rank writes
-4*C*G more). A test counts the bytes that interpreted kernels move, and finds these.
+(weigh reads its 8*S*G once for 256 clusters or fewer; ranked as in the paper, by centroid alone,
+rank writes 4*C*G more). A test counts the bytes that interpreted kernels move, and finds these.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
 Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
+Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
+thread of stack); 99 KB of shared memory hold them too, but for float32 queries of more than 8,192
+elements a group, as 40 of 256 dims: 101 KB, which an A100 has.
+
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
-they are), and a selection of our own in place of torch.topk.
+they are), a selection of our own in place of torch.topk, and the column sums of causal attention
+by which AnTKV finds its anchors. Those belong to the building of an index, as one kernel more: a
+program owns a tile of keys and walks over the later queries, whose max and sum prefill must leave.
 """
 import functools
 
@@ -51,10 +57,11 @@ def launch(kernel, grid, *args, **tile):
         kernel[grid](*args, **tile, **OPTIONS)
 
 
-def tile_sizes(G, D):
-    """BG and BD: powers of two that tl.dot takes."""
-    return {"G": G, "D": D, "BG": max(triton.next_power_of_2(G), 16),
-            "BD": max(triton.next_power_of_2(D), 16)}
+def tile_sizes(G, D, element_size):
+    """BG and BD, powers of two that tl.dot takes, and as many warps as hold them in registers."""
+    BG, BD = (max(triton.next_power_of_2(n), 16) for n in (G, D))
+    is_wide = BD * element_size >= 512 or BG * BD * element_size >= 32768
+    return {"G": G, "D": D, "BG": BG, "BD": BD, "num_warps": 8 if is_wide else 4}
 
 
 def tile_rows(BG, BD, element_size):
@@ -121,15 +128,19 @@ def rank_kernel(q, centroids, sizes, spreads, masses, ranks, stats, C, n_tiles,
 # cluster.
 @triton.jit
 def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
-                 BC: tl.constexpr, BS: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
-    g, s = tl.arange(0, BG), tl.arange(0, BS)
-    pairs = stats + (head * S + s[:, None]) * 2 * G + g                                 # (BS, BG)
-    is_pair = (s[:, None] < S) & (g < G)
-    m = tl.load(pairs, is_pair, float("-inf"))
-    top = tl.max(m, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)                                      # (BG,)
-    total = tl.sum(tl.load(pairs + G, is_pair, 0.0) * tl.exp(m - top), 0)               # (BG,)
+                 BC: tl.constexpr, STEP: tl.constexpr):
+    head, g = tl.program_id(1).to(tl.int64), tl.arange(0, BG)
+    m, total = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
+    for start in range(0, S, STEP):
+        s = start + tl.arange(0, STEP)[:, None]
+        is_pair = (s < S) & (g < G)                                                     # (STEP, BG)
+        m_s = tl.load(stats + (head * S + s) * 2 * G + g, is_pair, float("-inf"))
+        sum_s = tl.load(stats + (head * S + s) * 2 * G + G + g, is_pair, 0.0)
+        top = tl.maximum(m, tl.max(m_s, 0))
+        shift = tl.where(top == float("-inf"), 0.0, top)                                # (BG,)
+        total = total * tl.exp(m - shift) + tl.sum(sum_s * tl.exp(m_s - shift), 0)
+        m = top
+    top = tl.where(m == float("-inf"), 0.0, m)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     is_one = (c[:, None] < C) & (g < G)                                                 # (BC, BG)
     x = tl.load(ranks + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
@@ -141,7 +152,7 @@ def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
 def rank_clusters(q, index, n, by_mass):
     """Logarithms of masses (B, H, C, G), fp32, and the n best clusters (B, H, n)."""
     (B, H, G, D), C = q.shape, index.sizes.shape[2]
-    tile = tile_sizes(G, D)
+    tile = tile_sizes(G, D, q.element_size())
     BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
     n_tiles = triton.cdiv(C, BC)
     n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
@@ -150,10 +161,11 @@ def rank_clusters(q, index, n, by_mass):
     ranks = masses if by_mass else torch.empty_like(masses)
     stats = index.sizes.new_empty(B, H, S, 2, G)
     launch(rank_kernel, (S, B * H), q, index.centroids, index.sizes, index.spreads, masses, ranks,
-           stats, C, n_tiles, BY_MASS=by_mass, BC=BC, **tile, num_warps=4, num_stages=3)
-    BG, BS = triton.next_power_of_2(G), triton.next_power_of_2(S)
-    launch(weigh_kernel, (triton.cdiv(C, 256), B * H), ranks, stats, weights, C, S, G=G, BG=BG,
-           BC=256, BS=BS, num_warps=4)
+           stats, C, n_tiles, BY_MASS=by_mass, BC=BC, **tile, num_stages=3)
+    BG = triton.next_power_of_2(G)
+    BC = min(256, 4096 // BG)
+    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), ranks, stats, weights, C, S, G=G, BG=BG,
+           BC=BC, STEP=16, num_warps=4)
     return masses, weights.topk(n, sorted=True).indices
 
 
@@ -295,14 +307,14 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits, H, C,
            K, R, N, BR=128, num_warps=4)
-    tile = tile_sizes(G, D)
+    tile = tile_sizes(G, D, q.element_size())
     BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     launch(attend_kernel, (S, B * H), q, k_steady, v_steady, bias, k_store, v_store, rows, fits,
            order, n_ranked, masses, index.means, stats, parts, H, W, T, N, C, K,
-           bias.stride(0), bias.stride(1), BN=BN, **tile, num_warps=4, num_stages=3)
+           bias.stride(0), bias.stride(1), BN=BN, **tile, num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
     return o

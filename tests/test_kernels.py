@@ -11,18 +11,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from test_wave_index import ALL, SMALL, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E402
+
 import footprint  # noqa: E402
 import retroinfer  # noqa: E402
 from retroinfer import Budget, Index, RetroConfig, WaveIndex, before  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CAPABILITIES = (80, 90, 100)
 
 
@@ -31,9 +35,31 @@ def poison(monkeypatch):
     """What torch.empty hands out is NaN, or the largest integer, in every test of this file."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
+        mend_bfloat16(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def mend_bfloat16(monkeypatch):
+    """tl.dot, which the interpreter does on the bits of bfloat16, on their values, as a GPU does.
+
+    Its rounding to bfloat16 too, down in place of to the nearest.
+    """
+    builder, dot, cast = BUILDER, BUILDER.create_dot, BUILDER.cast_impl
+
+    def to_fp32(x):
+        return cast(x, tl.float32) if x.dtype == tl.bfloat16 else x
+
+    def rounded(x, dtype):
+        if dtype.scalar == tl.bfloat16 and x.dtype.scalar == tl.float32:
+            near = torch.from_numpy(np.atleast_1d(x.data)).bfloat16().view(torch.uint16).numpy()
+            return type(x)(near.reshape(x.data.shape), tl.bfloat16)
+        return cast(x, dtype)
+
+    monkeypatch.setattr(builder, "create_dot",
+                        lambda a, b, *rest: dot(to_fp32(a), to_fp32(b), *rest))
+    monkeypatch.setattr(builder, "cast_impl", rounded)
 
 
 def assert_as_exact(mine, eager, truth):
@@ -219,16 +245,25 @@ def test_tensors_of_two_dtypes_are_refused():
         case.kernel()
 
 
-def test_the_step_is_one_graph():
+def test_inductor_compiles_the_step_as_one_graph(monkeypatch):
     case = Case(*CASES["three queries, 80 dims"])
     expected = case.kernel()
-    fast = torch.compile(kernels.attend, backend="aot_eager", fullgraph=True, dynamic=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "attend", fast)
-        assert torch.equal(case.kernel(), expected)
+    fast = torch.compile(kernels.attend, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(kernels, "attend", fast)
+    assert torch.equal(case.kernel(), expected)
 
 
 # ---------------------------------------------------------------- building the index
+
+def test_inductor_compiles_the_building_of_an_index_as_one_graph():
+    def build(x, centroids, order):
+        ids = kernels.nearest(x, centroids)
+        return ids, kernels.segment_sum(x, order, retroinfer.count(ids, 9))
+
+    x, order = torch.randn(1, 2, 40, 16).to(DEVICE), torch.rand(1, 2, 40).argsort(-1).to(DEVICE)
+    fast, args = torch.compile(build, fullgraph=True, dynamic=False), (x, x[:, :, :9], order)
+    assert all(map(torch.equal, fast(*args), build(*args)))
+
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("L, C, D", [(1, 1, 16), (70, 1, 16), (129, 33, 20), (64, 130, 80)])
@@ -343,6 +378,21 @@ def test_operators_pass_opcheck(op):
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
 
 
+def test_the_benchmark_runs_dry(tmp_path):
+    """Tiny and without a clock: every runner and kernel, the check against float64, the files."""
+    done = subprocess.run([sys.executable, "bench_gpu.py", "--dry-run", "--out", tmp_path],
+                          cwd=Path(kernels.__file__).parent, capture_output=True, text=True,
+                          env=os.environ | ({"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}),
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "gpu.json").read_text())
+    assert [cell["model"] for cell in facts["cells"]] == ["Llama-3-8B", "Qwen2.5-7B"]
+    for cell in facts["cells"]:
+        assert {"kernels", "SDPA, grouped", "SDPA, flash"} <= set(cell["ms"])
+        assert set(cell["kernels"]) == {"rank", "weigh", "pack", "attend", "combine"}
+    assert "Llama-3-8B" in (tmp_path / "gpu.md").read_text() and (tmp_path / "gpu.png").exists()
+
+
 def test_without_a_gpu_the_benchmark_says_so():
     done = subprocess.run([sys.executable, "bench_gpu.py"], cwd=Path(kernels.__file__).parent,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
@@ -373,7 +423,8 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
     names = {f.__name__ for f in vars(kernels).values() if hasattr(f, "arg_names")} - {"absorb"}
     assert {facts["kernel"] for facts in found} == names
     for facts in found:
-        assert facts["shared"] <= 99 * 1024, facts              # of sm_86, sm_89 and sm_120 too
+        is_huge = facts.get("BG", 0) * facts.get("BD", 0) * (facts["dtype"] == "fp32") > 8192
+        assert facts["shared"] <= (163 if is_huge else 99) * 1024, facts    # of sm_80, of sm_86 too
         assert facts["registers"] <= 255, facts
-        if facts["kernel"] == "attend_kernel" and facts["shape"][-1] == 128:
-            assert facts["spilled"] == 0, facts                 # in bfloat16 and float16
+        must_not = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32"
+        assert facts["spilled"] <= (0 if must_not and facts["D"] == 128 else 16), facts
