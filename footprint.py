@@ -34,12 +34,13 @@ import kernels
 import retroinfer
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-         torch.int32: "i32", torch.int64: "i64"}
+         torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 # Between them every tile that tile_sizes and tile_rows give to these head dims.
 STEPS = [(torch.bfloat16, 4, 64), (torch.bfloat16, 4, 128), (torch.bfloat16, 20, 96),
          (torch.bfloat16, 3, 256), (torch.bfloat16, 40, 128), (torch.bfloat16, 71, 64),
          (torch.float16, 7, 128), (torch.float32, 4, 64), (torch.float32, 4, 80),
-         (torch.float32, 4, 256), (torch.float32, 40, 128), (torch.float32, 40, 256)]
+         (torch.float32, 4, 256), (torch.float32, 40, 128), (torch.float32, 40, 256),
+         (torch.bfloat16, 4, 128, 16), (torch.float32, 4, 80, 16)]
 INDEXES = [(torch.bfloat16, 128), (torch.float32, 80), (torch.float32, 256)]
 
 
@@ -155,13 +156,13 @@ def compile_one(code, options, capability):
 
 # ---------------------------------------------------------------- our kernels
 
-def step(dtype, G, D):
-    """A decode step of one head behind 131,072 tokens."""
-    config = retroinfer.RetroConfig()
+def step(dtype, G, D, bits=4):
+    """A decode step of one head behind 131,072 tokens; with 16 bits, ranked as in the paper."""
+    config = retroinfer.RetroConfig(bits=bits, by_mass=bits == 4)
     wave = retroinfer.WaveIndex(config, 131072)
     wave.allocate(torch.zeros(1, 1, 1, D, dtype=dtype))
     steady = wave.k_steady, wave.v_steady, torch.zeros(1, 1, 1, wave.k_steady.shape[2])
-    budget = retroinfer.Budget(*wave.caps, *config.budget(wave.n_indexed))
+    budget = retroinfer.Budget(*wave.caps, *config.budget(wave.n_indexed), config.by_mass)
     kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index, budget,
                    (wave.k_store, wave.v_store))
 
