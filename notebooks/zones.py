@@ -36,10 +36,11 @@ def attention_row(text, config):
     q = q[:, :, now].view(1, H, -1, D) * D**-0.5                            # (B, H, G, D)
     n_text = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
     middle = torch.arange(config.sink, config.sink + n_text)
-    place = middle.float().expand(1, H, -1)[..., None]          # a value that says where it was
+    place = middle.float()[:, None].expand(1, H, -1, 2)         # values that say where they were
     index, _, place = cluster_segment(k[:, :, middle], place, config)
     R, ranked = (int(n) for n in config.budget(torch.tensor(n_text)))
-    mass, order = rank_clusters(q, index, index.sizes.shape[2])
+    near = torch.cat([k[:, :, :config.sink], k[:, :, config.sink + n_text:]], 2)
+    mass, order = rank_clusters(q, q @ near.mT, index, index.sizes.shape[2])
     logits = k[0, h] @ q[0, h, g]                                           # (T,)
     weights = logits.softmax(0)
     zones, clusters, room = torch.zeros(now + 1, dtype=torch.int64), [], R * config.cluster
