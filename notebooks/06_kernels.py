@@ -213,9 +213,9 @@ assert busy[0] < 10 and busy[enough - 1] == 100 and extra[enough - 1] < 1
 #
 # Dense attention gains little by a kernel of our own: PyTorch has such kernels. A step over three
 # zones has none, and as a row of PyTorch operations it hands tensors from one to the next through
-# memory: logits, probabilities, an order, and above all the retrieved tokens, which are gathered,
-# that is read and written, before they are read again. Let us count what really happens: a *mode*
-# sees every operation that PyTorch runs, with its tensors.
+# memory: centroids, unpacked from 4 bits a number to 32; logits, masses, an order; and the
+# retrieved tokens, which are gathered, that is read and written, before they are read again. Let us
+# count what really happens: a *mode* sees every operation that PyTorch runs, with its tensors.
 
 # %%
 class Ledger(TorchDispatchMode):
@@ -327,14 +327,14 @@ with Ledger() as ledger:
 large_bytes, dense_bytes = sum(ledger.bytes.values()), split_traffic(enough, *LLAMA)
 print(f"at {T_l:,} tokens, bf16: PyTorch {large_bytes / 1e6:.0f} MB a layer, the least "
       f"{least(large) / 1e6:.1f} MB, dense attention {dense_bytes / 1e6:.0f} MB")
-assert large_bytes > eager_bytes / floor * least(large)
+assert large_bytes > dense_bytes > 10 * least(large)
 
 # %% [markdown]
-# There PyTorch is further off, for keys have two bytes a number and centroids half a byte, and it
-# writes both down as float32 to multiply them. A kernel converts what it has just read, in
-# registers. 
-# (`torch.compile` fuses some of this, as [notebook 05](05_compile.ipynb) shows; not through a
-# gather and a softmax.)
+# So the plain step moves more than dense attention, whose bytes the index was to save: the method
+# needs its operations fused. A kernel unpacks and converts what it has just read, in registers.
+# (`torch.compile` fuses much of this too, as [notebook 05](05_compile.ipynb) shows, but not
+# through a gather or a softmax.) What the kernels move beyond the least is mostly the masses of the
+# clusters, which one kernel leaves for the next.
 #
 # ## Machine code
 #
@@ -360,8 +360,8 @@ fits = {name: max(n for n, kb in zip(BN, shared, strict=True) if kb <= limit)
         for name, limit in LIMITS.items()}
 widest = max(fact["BN"] for fact in facts if not fact["spilled"])
 largest = list(fits.values())
-ax = axes(f"Blocks of {largest[1]} tokens fit everywhere, of {largest[0]} an H100; past {widest} "
-          "registers spill", "tokens in a block", "shared memory of a program [KB]")
+ax = axes(f"Blocks of {largest[1]} tokens fit everywhere, of {largest[0]} an H100; larger than "
+          f"{widest} they spill", "tokens in a block", "shared memory of a program [KB]")
 ax.loglog(BN, shared, "o-", color=DARK, base=2)
 for fact, kb in zip(facts, shared, strict=True):
     ax.annotate(f"{fact['registers']} registers" + f",\n{fact['spilled']} B spilled" *
@@ -401,8 +401,8 @@ assert not any(fact["spilled"] for fact in step_facts)
 #   written.
 # - An online softmax needs one pass; packing the query heads of a group reads each key once;
 #   splitting fills the device for a few bytes more.
-# - What PyTorch gains by a kernel of ours is what it would write between its operations: above all
-#   the gathered tokens.
+# - What PyTorch gains by a kernel of ours is what it would write between its operations: centroids
+#   unpacked and tokens gathered, above all.
 # - Registers and shared memory decide how large a block may be, and a compiler tells without a GPU.
 #   How fast it is, it does not tell: that takes a GPU, and `make bench-gpu`.
 
