@@ -23,7 +23,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 from retroinfer import Budget, RetroConfig, cluster_segment, gather_clusters, tripartite_attention
 
 text = captured()                       # clusters kept, ranked and estimated as in the paper
-config = RetroConfig(cluster=16, least=16, bits=16, by_mass=False)
+config = replace(RetroConfig.paper(), iterations=3, least=16)
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster

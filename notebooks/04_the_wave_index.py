@@ -291,15 +291,15 @@ print("right" if check(n_updates) else "not yet")
 # ```
 # </details>
 #
-# **2.** How many layers read the needle if a head may retrieve eight clusters in place of thirty-two?
+# **2.** How many layers read the needle if a head may retrieve four clusters in place of sixteen?
 #
 # <details><summary>Answer</summary>
 #
 # ```python
-# config = RetroConfig(least=8)
+# config = RetroConfig(least=4)
 # few = [retrieved_by(n) for n in range(0, n_layers, 3)]
 # n_few = sum(any(tokens & set(needle) for tokens in heads) for heads in few)
-# print(f"{n_few} of {len(few)} layers; with thirty-two {int((hits[::3].amax(1) > 0).sum())}")
+# print(f"{n_few} of {len(few)} layers; with sixteen {int((hits[::3].amax(1) > 0).sum())}")
 # config = RetroConfig()
 # assert n_few <= int((hits[::3].amax(1) > 0).sum())
 # ```
