@@ -1,0 +1,384 @@
+"""The wave buffer: K and V on the host, and on the device the blocks that steps keep asking for.
+
+A cluster is cut into blocks of 8 tokens. A head has S slots for blocks; a table says which slot
+holds a block, and all of it is tensors, so that a step resolves hits and misses without a word to
+the host. What a step missed is admitted behind its attention, where older blocks go.
+
+        device                                              host
+    ┌───────────────────────────────┐                   ┌──────────────────────────────┐
+    │ slots  k, v  (B, H, S, 8, D)  │                   │ store  k, v  (B, H, T, D)    │
+    │ table  (B, H, C*n)            │ ◄──── admit       │ sink | clusters | latest     │
+    └──────────────┬────────────────┘         ▲         └──────────────┬───────────────┘
+                   │ hits                     │                        │ misses
+                   └───────► execution buffer  k, v  (B, H, N, D) ◄────┘
+
+    B batch    H kv heads   T tokens   D head dim   C clusters a head   S slots a head
+    R clusters retrieved    N tokens retrieved      n blocks a cluster  M blocks asked for: R*n
+
+    offload = buffer.offload(model, capacity)               # one store for the layers of a model
+    caches = [WaveIndex(config, capacity, offload=offload) for _ in model.layers]
+
+Chen et al. (arXiv 2505.02922), §4.3. As published a step looks up all it asks for before it admits
+anything; here a block is the unit, where they admit a whole cluster, and no CPU thread is asked.
+
+For those who account: WaveBuffer.nbytes() is what is allocated, by part. For those who trace:
+WaveBuffer.fetch(index, ids (B, H, R), ends (B, H, R)) may be replaced on the instance; ids are in
+order of rank, and cluster i is asked for where ends[..., i] exceeds the end before it.
+
+Does not include: look-ahead; a mapped file as the store of a GPU, whose kernels read pinned memory.
+"""
+import functools
+import math
+import mmap
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
+
+
+# ---------------------------------------------------------------- which block is in which slot
+
+class LRU:
+    """The block goes first that was not asked for longest: a mark is when it last was."""
+
+    def __init__(self, B, H, S, device):
+        self.mark = torch.arange(-S, 1, device=device).expand(B, H, -1).clone()     # (B, H, S+1)
+        self.now = torch.zeros(B, H, 1, dtype=torch.int64, device=device)
+
+    def touch(self, slots, position):
+        """Slots (B, H, M) are asked for in a step, the one of the least position most recently."""
+        self.now.add_(position.shape[-1])
+        self.enter(slots, position)
+
+    def keys(self):
+        """(B, H, S), distinct: the slot of the least goes first."""
+        return self.mark[..., :-1]
+
+    def enter(self, slots, position):
+        """Slots (B, H, M) have new blocks, asked for in this step."""
+        self.mark.scatter_(-1, slots, self.now - position)
+
+
+class CLOCK:
+    """A hand goes round: it takes the mark of a marked block, and the slot of one without."""
+
+    def __init__(self, B, H, S, device):
+        self.mark = torch.zeros(B, H, S + 1, dtype=torch.int64, device=device)
+        self.hand = torch.zeros(B, H, 1, dtype=torch.int64, device=device)
+
+    def touch(self, slots, position):
+        self.mark.scatter_(-1, slots, 1)
+
+    def ahead(self):
+        """How far the hand has to go to each slot, (B, H, S)."""
+        S = self.mark.shape[-1] - 1
+        return (torch.arange(S, device=self.mark.device) - self.hand) % max(S, 1)
+
+    def keys(self):
+        """How far it has to go to take each slot: a round more where it finds a mark."""
+        ahead = self.ahead()
+        return ahead + self.mark[..., :-1] * ahead.shape[-1]
+
+    def enter(self, slots, position):
+        """New blocks are marked, but where the hand has come by again since."""
+        S, keys = self.mark.shape[-1] - 1, F.pad(self.keys(), (0, 1), value=-1)
+        taken = keys.gather(-1, slots)                                      # (B, H, M)
+        last = taken.amax(-1, keepdim=True)
+        self.mark[..., :-1].mul_(self.ahead() > last)
+        self.mark.scatter_(-1, slots, (taken + S > last).long())
+        self.hand.copy_((self.hand + last + 1) % max(S, 1))
+
+
+class BlockCache:
+    """Which of n_blocks blocks lie in the S slots of each head.
+
+    A step asks for distinct blocks in order of rank. They are looked up together; then those that
+    were there are touched, and of the others all that are among the S best of the step are
+    admitted in order of rank, each into the slot that the policy lets go next. The last entry of
+    table and owner stands for no block and no slot: writes that are not meant go there.
+    """
+
+    def __init__(self, B, H, n_blocks, S, policy=LRU, device=None):
+        kind = {"dtype": torch.int32, "device": device}
+        self.n_blocks, self.S, self.policy = n_blocks, S, policy(B, H, S, device)
+        self.table = torch.full((B, H, n_blocks + 1), -1, **kind)   # slot of a block, or -1
+        self.owner = torch.full((B, H, S + 1), n_blocks, **kind)    # block of a slot, or n_blocks
+
+    def lookup(self, blocks, is_asked):
+        """Slots (B, H, M) of blocks (B, H, M), -1 of those not there or not asked for."""
+        return self.table.gather(-1, blocks).long().masked_fill(~is_asked, -1)
+
+    def admit(self, blocks, is_asked, slots):
+        """Slots (B, H, M) that now belong to those of the blocks which lookup did not find.
+
+        S where a block was there, was not asked for or is not admitted.
+        """
+        position = is_asked.cumsum(-1) - 1                                  # (B, H, M)
+        self.policy.touch(slots.masked_fill(slots < 0, self.S), position)
+        is_new = is_asked & (slots < 0) & (position < self.S)
+        n = min(blocks.shape[-1], self.S)
+        victims = self.policy.keys().topk(n, largest=False, sorted=True).indices
+        nth = (is_new.cumsum(-1) - 1).masked_fill(~is_new, n)
+        places = F.pad(victims, (0, 1), value=self.S).gather(-1, nth)       # (B, H, M)
+        self.policy.enter(places, position)
+        blocks = blocks.masked_fill(~is_new, self.n_blocks)
+        self.table.scatter_(-1, self.owner.gather(-1, places).long(), -1)
+        self.table.scatter_(-1, blocks, places.int())
+        self.owner.scatter_(-1, places, blocks.int())
+        return places
+
+
+# ---------------------------------------------------------------- the wave buffer
+
+class WaveBuffer:
+    """The store of one WaveIndex on the host, and its block cache.
+
+    cache_ratio: slots as a share of the store's rows, 0 to 1. A cluster's last block may be partly
+    filled, so that 1 keeps most of the store and not quite all of it. store: a Store with room for
+    it, or None: one of its own. ValueError if there is no such memory.
+    """
+
+    def __init__(self, wave, store=None, cache_ratio=0.05, policy=LRU, overlap=False):
+        from retroinfer import round_up
+        if not 0 <= cache_ratio <= 1:
+            raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
+        (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
+        self.n, self.N = -(-wave.config.largest // BLOCK), wave.caps[0]
+        S, like = round(cache_ratio * T / BLOCK), wave.k_steady
+        store = store or Store(2, (B, H, T, D), like.dtype, like.device)
+        self.stores = store.take(), store.take()
+        self.cache = BlockCache(B, H, C * self.n, S, policy, like.device)
+        self.k_slots, self.v_slots = (like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2))
+        self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
+        if overlap:
+            self.fetch = self.fetch_overlapped
+
+    def attend(self, q, steady, index, budget, stores):
+        """retroinfer.attend; behind it the blocks that were not there are admitted."""
+        from retroinfer import tripartite_attention
+        seen = []
+
+        def fetch(ids, ends):
+            seen[:] = ids, ends, *self.fetch(index, ids, ends)
+            return seen[2:]
+
+        o = tripartite_attention(q, steady, index, budget, fetch)
+        self.admit(*seen[:4])
+        return o
+
+    def fetch(self, index, ids, ends):
+        """retroinfer.gather_clusters: what slots hold from there, the rest from the host."""
+        misses, hits, bias = self.locate(index, ids, ends)
+        k, v = (copy_rows(copy_rows(slots.new_zeros(*hits.shape, slots.shape[3]), store, misses),
+                          slots, hits)
+                for store, slots in zip(self.stores, (self.k_slots, self.v_slots), strict=True))
+        return k, v, bias
+
+    def fetch_overlapped(self, index, ids, ends):
+        """fetch, with the misses on the copy stream while this one copies the hits."""
+        misses, hits, bias = self.locate(index, ids, ends)
+        k, v = copy_overlapped([*self.stores, self.k_slots, self.v_slots], misses, hits)
+        return k, v, bias
+
+    def locate(self, index, ids, ends):
+        """Rows (B, H, N) in the store and in the slots, negative where the other has it; bias."""
+        from retroinfer import bias_of, unroll
+        blocks, is_asked, block_ends = self.ask(ids, ends)
+        slots = self.cache.lookup(blocks, is_asked)                         # (B, H, M)
+        first = index.offsets.gather(-1, ids)[..., None] + self.within(ids)
+        first = first.flatten(2).masked_fill(slots >= 0, -BLOCK)            # its rows are negative
+        misses, hits = (unroll(x, block_ends, self.N) for x in (first, slots * BLOCK))
+        self.counts.add_(torch.stack([x.sum() for x in (slots >= 0, is_asked, misses >= 0)]))
+        return misses, hits, bias_of((misses < 0) & (hits < 0))
+
+    def ask(self, ids, ends):
+        """Blocks (B, H, M) of clusters, which of them are asked for, and where they end, packed."""
+        from retroinfer import before
+        ends, within = ends[..., None], self.within(ids)
+        starts = before(ends[..., 0])[..., None] + within                   # (B, H, R, n)
+        blocks = ids[..., None] * self.n + within // BLOCK
+        block_ends = (starts + BLOCK).minimum(ends)
+        return blocks.flatten(2), (starts < ends).flatten(2), block_ends.flatten(2)
+
+    def within(self, ids):
+        """First rows (n,) of the blocks of a cluster."""
+        return torch.arange(0, self.n * BLOCK, BLOCK, device=ids.device)
+
+    def admit(self, ids, ends, k, v):
+        """Copy to slots what fetch brought, packed as k, v (B, H, N, D), and was not there."""
+        from retroinfer import flat_rows, take
+        blocks, is_asked, block_ends = self.ask(ids, ends)
+        places = self.cache.admit(blocks, is_asked, self.cache.lookup(blocks, is_asked))
+        starts = F.pad(block_ends[..., :-1], (1, 0))
+        rows = starts[..., None] + torch.arange(BLOCK, device=ids.device)   # (B, H, M, 8)
+        rows = rows.masked_fill((places == self.cache.S)[..., None], 0).clamp(max=self.N - 1)
+        to = flat_rows(places, self.cache.S + 1)
+        for slots, x in ((self.k_slots, k), (self.v_slots, v)):
+            blocks = take(x, rows.flatten(2)).view(len(to), -1)             # (B*H*M, 8*D)
+            slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
+
+    def bring(self, rows, n):
+        """Copies on the device of rows k, v (1, H, m, D) of the store, as far as row n; the rows
+        themselves where that is the same."""
+        device = self.k_slots.device
+        if rows[0].device == device:
+            return rows
+        copies = [x.new_empty(x.shape, device=device) for x in rows]
+        for copy, x in zip(copies, rows, strict=True):
+            for h in range(x.shape[1]):                 # runs of memory: no copy in between
+                copy[0, h, :n].copy_(x[0, h, :n], non_blocking=True)
+        return copies
+
+    def put(self, rows, copies):
+        """Send what bring gave back to the store, beside what the device does next."""
+        if rows[0].device == copies[0].device:
+            return
+        lane = copy_lane(self.k_slots.device)
+        with lane.fork():           # else the copy could begin before the tokens are in order
+            for x, copy in zip(rows, copies, strict=True):
+                for h in range(x.shape[1]):
+                    x[0, h].copy_(copy[0, h], non_blocking=True)
+                copy.record_stream(lane.stream)         # else its memory could be reused meanwhile
+
+    def settle(self):
+        """Wait for what put has sent, of any layer: else rows could be read before they arrive.
+        So at most one layer's tokens are on their way while another's are attended."""
+        copy_lane(self.k_slots.device).drain()
+
+    def nbytes(self):
+        """Bytes allocated, by part: on the device the slots and their table, the store."""
+        def total(*tensors):
+            return sum(x.nbytes for x in tensors)
+
+        cache, policy = self.cache, self.cache.policy
+        return {"slots": total(self.k_slots, self.v_slots), "store": total(*self.stores),
+                "table": total(cache.table, cache.owner, self.counts, *vars(policy).values())}
+
+    def hit_ratio(self):
+        """Share of the blocks asked for since it was made that were in a slot."""
+        hits, asked, _ = self.counts.tolist()
+        return hits / max(asked, 1)
+
+
+def copy_rows(out, source, rows):
+    """out (B, H, N, D), but rows (B, H, N) of source (B, H, T, D) where those are not negative."""
+    from retroinfer import take
+    if out.is_cuda:             # its source may be the host's memory, which only a kernel reads
+        import kernels
+        return kernels.copy_rows(out, source, rows)
+    return torch.where(rows[..., None] < 0, out, take(source, rows.clamp(min=0)))
+
+
+@torch.library.custom_op("retroinfer::copy_overlapped", mutates_args=())
+def copy_overlapped(sources: list[torch.Tensor], misses: torch.Tensor,
+                    hits: torch.Tensor) -> list[torch.Tensor]:
+    """k, v (B, H, N, D): rows `misses` of two stores and rows `hits` of two slots, side by side.
+
+    One operation to the compiler, which knows no second stream.
+    """
+    stores, slots, lane = sources[:2], sources[2:], copy_lane(hits.device)
+    outs = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots]
+    with lane.fork():           # else outs could still be used by what was there before
+        outs = [copy_rows(out, store, misses) for out, store in zip(outs, stores, strict=True)]
+    outs = [copy_rows(out, x, hits) for out, x in zip(outs, slots, strict=True)]
+    lane.join()                 # else attention could read rows that are yet to come
+    return outs
+
+
+@copy_overlapped.register_fake
+def _(sources, misses, hits):
+    return [x.new_empty(*hits.shape, x.shape[3]) for x in sources[2:]]
+
+
+class Lane:
+    """A stream beside the one of the computation; without a GPU, no stream and nothing to wait."""
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def fork(self):
+        """What is called inside starts behind what the device was given before, and goes on beside
+        what it is given next."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):            # of None: nothing
+            yield
+
+    def join(self):
+        """What the device is given next starts behind what the lane was given."""
+        if self.stream:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def drain(self):
+        """The host waits for the lane."""
+        if self.stream:
+            self.stream.synchronize()
+
+
+@functools.cache
+def copy_lane(device):
+    """The one lane of a device."""
+    return Lane(device)
+
+
+# ---------------------------------------------------------------- host memory
+
+class Store:
+    """Host memory for n tensors of one shape: plain, pinned where a GPU is, or that of a file.
+
+    A file must be new. It gets all its space at once, so that no later write can fail, and loses
+    its name: the space is free again when the process ends. ValueError if there is no such memory.
+    """
+
+    def __init__(self, n, shape, dtype, device, path=None):
+        nbytes = math.prod(shape) * dtype.itemsize
+        if path and device.type != "cpu":
+            raise ValueError(f"--store {path} is for a CPU: the kernels of {device} read pinned "
+                             "memory, which a file cannot be")
+        pieces = mapped(path, n, nbytes) if path else plain(n, nbytes, device.type == "cuda")
+        self.tensors = iter([x.view(dtype).view(shape) for x in pieces])
+
+    def take(self):
+        return next(self.tensors)
+
+
+def plain(n, nbytes, is_pinned):
+    """n tensors of bytes."""
+    try:
+        return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(n)]
+    except RuntimeError as e:
+        raise ValueError(f"the store needs {n * nbytes / 2**30:.1f} GiB of host memory, which is "
+                         f"not to be had ({str(e).splitlines()[0]}): lower --capacity, or keep it "
+                         "in a file with --store") from None
+
+
+def mapped(path, n, nbytes):
+    """n tensors of bytes in a file without a name."""
+    pitch = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(path, "x+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, n * pitch)
+                maps = [mmap.mmap(file.fileno(), nbytes, offset=i * pitch) for i in range(n)]
+            finally:
+                os.unlink(path)
+    except OSError as e:
+        raise ValueError(f"cannot keep a store of {n * pitch / 2**30:.1f} GiB in {path}: "
+                         f"{e.strerror}") from None
+    return [torch.frombuffer(x, dtype=torch.uint8) for x in maps]
+
+
+def offload(model, capacity, batch=1, path=None, **how):
+    """What makes the WaveBuffer of each layer of a model; the host memory of all is allocated now.
+
+    path: that of a new file to keep it in. how: cache_ratio, policy, overlap.
+    """
+    from retroinfer import round_up
+    c, weight = model.config, model.lm_head.weight
+    shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
+    store = Store(2 * len(model.layers), shape, weight.dtype, weight.device, path)
+    return functools.partial(WaveBuffer, store=store, **how)
