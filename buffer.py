@@ -152,6 +152,7 @@ class WaveBuffer:
         self.stores = store.take(), store.take()
         self.cache = BlockCache(B, H, C * self.n, S, policy, like.device)
         self.k_slots, self.v_slots = (like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2))
+        self.lane, self.is_near = copy_lane(like.device), like.device == self.stores[0].device
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         if overlap:
             self.fetch = self.fetch_overlapped
@@ -222,31 +223,29 @@ class WaveBuffer:
 
     def bring(self, rows, n):
         """Copies on the device of rows k, v (1, H, m, D) of the store, as far as row n; the rows
-        themselves where that is the same."""
-        device = self.k_slots.device
-        if rows[0].device == device:
+        themselves where the store is on the device too."""
+        if self.is_near:
             return rows
-        copies = [x.new_empty(x.shape, device=device) for x in rows]
+        copies = [x.new_empty(x.shape, device=self.k_slots.device) for x in rows]
         for copy, x in zip(copies, rows, strict=True):
-            for h in range(x.shape[1]):                 # runs of memory: no copy in between
+            for h in range(x.shape[1]):                 # one run of memory each: copied directly
                 copy[0, h, :n].copy_(x[0, h, :n], non_blocking=True)
         return copies
 
     def put(self, rows, copies):
         """Send what bring gave back to the store, beside what the device does next."""
-        if rows[0].device == copies[0].device:
+        if self.is_near:
             return
-        lane = copy_lane(self.k_slots.device)
-        with lane.fork():           # else the copy could begin before the tokens are in order
+        with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, copies, strict=True):
                 for h in range(x.shape[1]):
                     x[0, h].copy_(copy[0, h], non_blocking=True)
-                copy.record_stream(lane.stream)         # else its memory could be reused meanwhile
+                self.lane.hold(copy)        # else its memory could be another's before it is read
 
     def settle(self):
         """Wait for what put has sent, of any layer: else rows could be read before they arrive.
         So at most one layer's tokens are on their way while another's are attended."""
-        copy_lane(self.k_slots.device).drain()
+        self.lane.drain()
 
     def nbytes(self):
         """Bytes allocated, by part: on the device the slots and their table, the store."""
@@ -307,6 +306,11 @@ class Lane:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):            # of None: nothing
             yield
+
+    def hold(self, x):
+        """x is used inside: its memory is not given to others before that is done."""
+        if self.stream:
+            x.record_stream(self.stream)
 
     def join(self):
         """What the device is given next starts behind what the lane was given."""
