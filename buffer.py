@@ -143,8 +143,7 @@ class WaveBuffer:
 
     def __init__(self, wave, store=None, cache_ratio=0.05, policy=LRU, overlap=False):
         from retroinfer import round_up
-        if not 0 <= cache_ratio <= 1:
-            raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
+        check_ratio(cache_ratio)
         (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
         self.n, self.N = -(-wave.config.largest // BLOCK), wave.caps[0]
         S, like = round(cache_ratio * T / BLOCK), wave.k_steady
@@ -260,6 +259,12 @@ class WaveBuffer:
         """Share of the blocks asked for since it was made that were in a slot."""
         hits, asked, _ = self.counts.tolist()
         return hits / max(asked, 1)
+
+
+def check_ratio(cache_ratio):
+    """ValueError if it is no share."""
+    if not 0 <= cache_ratio <= 1:
+        raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
 
 
 def copy_rows(out, source, rows):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from buffer import check_ratio, offload
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import (
     PLAIN,
@@ -59,6 +60,12 @@ def parse_args(argv):
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
+    add("--offload", action="store_true", help="keep K and V on the host, and on the device what "
+        "steps ask for again")
+    add("--cache-ratio", type=float, help="with --offload: the share of K and V that the device "
+        "has room for (default 0.05)")
+    add("--store", metavar="FILE", help="with --offload: keep K and V in this new file, for texts "
+        "beyond the memory; it is gone in the end")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
@@ -94,6 +101,11 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise ValueError("--compare takes one answer: leave out --chat")
+    for name in ("cache_ratio", "store"):
+        if getattr(args, name) is not None and not args.offload:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
+    if args.cache_ratio is not None:
+        check_ratio(args.cache_ratio)
     if args.save_index:
         check_place(args.save_index)
 
@@ -170,8 +182,10 @@ def answer(args):
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
     hot = choose_hot(args.backend, device)
-    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot), pick, step,
-                      args.prefill_chunk)
+    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
+    buffer = offload(model, capacity, len(prompts), args.store, **ratio) if args.offload else None
+    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot, buffer), pick,
+                      step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
     said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
@@ -183,6 +197,8 @@ def answer(args):
         said += chat(session, writer, said[0], lines, args.max_new_tokens)
     facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
              "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
+    if args.offload:
+        facts |= measure_offload(session)
     if args.compare:
         facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
     print(card(facts, model.config.context), file=sys.stderr)
@@ -288,6 +304,16 @@ def measure(session):
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
 
 
+def measure_offload(session):
+    """What lies where, in bytes, and how much of what steps asked for was on the device."""
+    parts = [cache.buffer.nbytes() for cache in session.caches]
+    hits, asked, rows = sum(cache.buffer.counts for cache in session.caches).tolist()
+    *_, D = session.caches[0].k_store.shape
+    nbytes = 2 * rows * D * session.caches[0].k_store.element_size()
+    return {f"{name}_bytes": sum(part[name] for part in parts) for name in parts[0]} | {
+        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": nbytes / max(len(session.steps), 1)}
+
+
 def card(f, context):
     """The facts of a run in a few lines for a person."""
     def each(name):
@@ -310,6 +336,11 @@ def card(f, context):
         f"backend    {f['backend']}; {f['dtype']}",
         f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
         f"then {f['decode_tokens_per_s']:.1f} tokens/s"]
+    if "hit_ratio" in f:
+        store, slots, table, step = (f[f"{name}_bytes{end}"] / 2**20 for name, end in (
+            ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
+        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} + {table:.1f} MiB on "
+                     f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [
@@ -326,6 +357,9 @@ def main(argv=None):
         return answer(parse_args(argv))
     except (ValueError, ImportError) as e:
         print(f"retroinfer: {e}", file=sys.stderr)
+        return 2
+    except torch.AcceleratorError as e:         # a kernel or a copy failed: nothing after it counts
+        print(f"retroinfer: the device gave up: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -290,7 +290,7 @@ def test_a_captured_step_grows_with_its_sequence():
     torch.testing.assert_close(run(wave, q, k, v, 150, replay), eager, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["attend", "nearest", "segment_sum"])
+@pytest.mark.parametrize("op", ["attend", "nearest", "segment_sum", "copy_rows"])
 def test_operators_pass_opcheck(op):
     case = Case(*CASES["one token"])
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
@@ -298,7 +298,7 @@ def test_operators_pass_opcheck(op):
                              for xs in (case.steady, case.index, case.stores))
     shares = [n.to(DEVICE) for n in case.budget[3:]]
     args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3])),
-            "nearest": (x, x), "segment_sum": (x, ids, ids + 1)}[op]
+            "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
 
 
