@@ -73,8 +73,10 @@ def parse_args(argv):
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
         text = re.search(rf"{field.name}: .*# +(.*)", source)[1]
-        add(f"--{field.name}", type=type(field.default), default=field.default,
-            help=f"{text} (default {field.default})")
+        kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
+                else {"type": field.type})
+        add(f"--{field.name.replace('_', '-')}", default=field.default,
+            help=f"{text} (default {field.default})", **kind)
     args = parser.parse_args(argv)
     check_flags(args)
     return args

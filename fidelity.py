@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from model import DenseCache
 from retroinfer import (
     PLAIN,
+    Index,
     RetroConfig,
     WaveIndex,
     gather_clusters,
     prefill,
     rank_clusters,
-    scores,
     tripartite_attention,
 )
 
@@ -116,12 +116,13 @@ class Watched(WaveIndex):
 
     def ranks(self, q, where):
         """(H,) rank of the best cluster that holds one of the tokens `where`; 0: first, or none."""
-        sizes, offsets = self.index.sizes[1:], self.index.offsets[1:]
+        index = Index(*(x[1:] for x in self.index))
         hit = torch.isin(self.v_store[1:, :, :, 0].long(), where).cumsum(-1)
         hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
-        holds = hit.gather(-1, offsets + sizes.long()) > hit.gather(-1, offsets)
-        order = rank_clusters(scores(q * q.shape[-1] ** -0.5, self.index.centroids[1:]), sizes,
-                              sizes.shape[-1])
+        ends = index.offsets + index.sizes.long()
+        holds = hit.gather(-1, ends) > hit.gather(-1, index.offsets)
+        _, order = rank_clusters(q * q.shape[-1] ** -0.5, index, index.sizes.shape[-1],
+                                 self.config.by_mass)
         return holds.gather(-1, order)[0].long().argmax(-1)
 
 
@@ -137,7 +138,7 @@ def rows_read(cache):
         n_retrieve, n_ranked = (min(float(n[0]), clusters) for n in c.budget(cache.n_indexed))
         live = int(cache.n_tokens[0] - cache.n_indexed[0])
         D = index.centroids.shape[-1]
-        return 2 * (live + n_retrieve * c.cluster) + clusters * (1 + 1 / D) + n_ranked
+        return 2 * (live + n_retrieve * c.cluster) + clusters * (1 + (1 + c.by_mass) / D) + n_ranked
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
         return pages + 2 * cache.read[0].sum(-1).float().mean().item()

@@ -50,12 +50,13 @@ class RetroConfig:
     retrieve: float = 0.018      # share of the clusters attended exactly
     least: int = 16              # clusters attended exactly however short the text
     estimate: float = 0.232      # share of the clusters estimated by their centroids
+    by_mass: bool = True         # rank and estimate with each cluster's size and spread in mind
 
     @classmethod
     def paper(cls):
         """The published settings. A share without a floor is too few for a short text."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, iterations=10,
-                   retrieve=0.018, least=1, estimate=0.232)
+                   retrieve=0.018, least=1, estimate=0.232, by_mass=False)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
@@ -101,6 +102,7 @@ class Index(NamedTuple):
     means: torch.Tensor          # (B, H, C, D) mean of the member values
     sizes: torch.Tensor          # (B, H, C) members, fp32 as the logits they bias; 0: a free slot
     offsets: torch.Tensor        # (B, H, C) first row in the store
+    spreads: torch.Tensor        # (B, H, C) variance of the member keys, mean over D; the paper: 0
 
 
 # ---------------------------------------------------------------- building the index
@@ -117,9 +119,12 @@ def cluster_segment(k, v, config, hot=None):
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
     sizes = count(pieces, slots)                                            # (B, H, slots)
     n = sizes.clamp(min=1)[..., None]
-    sums = ((hot or PLAIN).segment_sum(x, order, sizes) for x in (k, v))
-    centroids, means = ((x / n).to(k.dtype) for x in sums)                  # (B, H, slots, D)
-    index = Index(centroids, means, sizes, sizes.cumsum(-1) - sizes)
+    squares = k.float().square().mean(-1, keepdim=True) * config.by_mass    # (B, H, L, 1)
+    sums = ((hot or PLAIN).segment_sum(x, order, sizes) for x in (k, v, squares))
+    centroids, means, squares = (x / n for x in sums)                       # (B, H, slots, D)
+    spreads = (squares[..., 0] - centroids.square().mean(-1)).clamp(min=0)  # (B, H, slots)
+    index = Index(centroids.to(k.dtype), means.to(v.dtype), sizes, sizes.cumsum(-1) - sizes,
+                  spreads)
     return index, take(k, order), take(v, order)
 
 
@@ -202,6 +207,7 @@ class Budget(NamedTuple):
     ranked: int                  # R+E, clusters retrieved or estimated
     n_retrieve: torch.Tensor     # (B,) at most R
     n_ranked: torch.Tensor       # (B,) at most R+E
+    by_mass: bool = True         # rank clusters by estimated mass; else by centroid
 
 
 def tripartite_attention(q, steady, index, budget, fetch):
@@ -210,23 +216,20 @@ def tripartite_attention(q, steady, index, budget, fetch):
     steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is free.
     fetch(ids, ends): k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R), packed so
     that cluster i ends at ends[..., i]. Those of the R best that do not fit N are estimated.
-    A centroid with bias log(size) and the mean value weighs as much as its tokens would, were they
-    all equal; by Jensen's inequality it never weighs more than they do (§4.2, eq. 2 to 4).
     """
     q, R = keep(q.float() * q.shape[-1] ** -0.5), budget.retrieve
     k_s, v_s, bias_s = steady
-    logits = scores(q, index.centroids)                                     # (B, H, G, C)
-    order = rank_clusters(logits, index.sizes, budget.ranked)               # (B, H, R+E)
+    masses, order = rank_clusters(q, index, budget.ranked, budget.by_mass)
     rank = torch.arange(budget.ranked, device=q.device)
     near = rank < budget.n_ranked[:, None, None]                            # (B, 1, R+E)
     sizes = index.sizes.gather(-1, order) * near                            # (B, H, R+E)
     ends = (sizes * (rank < budget.n_retrieve[:, None, None]))[..., :R].long().cumsum(-1)
     ends = ends.minimum(ends.masked_fill(ends > budget.tokens, 0).amax(-1, keepdim=True))
     k_r, v_r, bias_r = fetch(order[..., :R], ends)                          # (B, H, N, D)
-    left = sizes - F.pad(ends - before(ends), (0, budget.ranked - R))       # (B, H, R+E)
-    along = order[:, :, None].expand(*logits.shape[:3], -1)                 # (B, H, G, R+E)
+    is_exact = sizes == F.pad(ends - before(ends), (0, budget.ranked - R))  # (B, H, R+E), or free
+    along = order[:, :, None].expand(-1, -1, q.shape[2], -1)                # (B, H, G, R+E)
     parts = (scores(q, k_s) + bias_s, scores(q, k_r) + bias_r,
-             logits.gather(-1, along) + left.log()[:, :, None])
+             masses.gather(-1, along).masked_fill(is_exact[:, :, None], -math.inf))
     weights = torch.cat(parts, -1).softmax(-1).split([x.shape[-1] for x in parts], -1)
     o = mix(weights[0], v_s) + mix(weights[1], v_r) + mix(weights[2], take(index.means, order))
     return o.to(v_s.dtype)
@@ -264,10 +267,27 @@ def keep(x):
     return x.as_strided(x.shape, x.stride())
 
 
-def rank_clusters(logits, sizes, n):
-    """The n best clusters (B, H, n) by probability over the centroids, summed over G (§4.2)."""
-    logits = logits.masked_fill(sizes[:, :, None] == 0, torch.finfo(logits.dtype).min)
-    return logits.softmax(-1).sum(2).topk(n, sorted=True).indices
+def rank_clusters(q, index, n, by_mass=True):
+    """Logarithms of the clusters' masses for q, scaled: (B, H, G, C), and the n best (B, H, n).
+
+    The best by probability, summed over G: of masses, or as in the paper of centroids (§4.2).
+    """
+    logits = scores(q, index.centroids)                                     # (B, H, G, C)
+    masses = logits + weigh_clusters(q, index).log()
+    rank = masses if by_mass else logits.masked_fill(index.sizes[:, :, None] == 0, -math.inf)
+    rank = rank.clamp(min=torch.finfo(rank.dtype).min)              # finite where no cluster is
+    return masses, rank.softmax(-1).sum(2).topk(n, sorted=True).indices     # (B, H, n)
+
+
+def weigh_clusters(q, index):
+    """How many tokens at its centroid a cluster is worth to q (B, H, G, D), scaled: (B, H, G, C).
+
+    Were its tokens all equal, its size; by Jensen's inequality never less (§4.2, eq. 2 to 4). Were
+    they normal, with variance s of q·k, size * exp(s/2); of that only 1 + s/2, as real keys have
+    thinner tails. That factor is ours: the paper's spreads are 0.
+    """
+    half = q.square().sum(-1, keepdim=True) / 2                             # (B, H, G, 1)
+    return index.sizes[:, :, None] * (1 + half * index.spreads[:, :, None])
 
 
 def before(ends):
@@ -359,7 +379,7 @@ class WaveIndex(nn.Module):
         self.caps = round_up(R * c.cluster), min(R, C), min(round_up(ranked), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
         self.index = Index(zeros(C, D), zeros(C, D), zeros(C, dtype=torch.float32),
-                           zeros(C, dtype=torch.int64))
+                           zeros(C, dtype=torch.int64), zeros(C, dtype=torch.float32))
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, getattr(self, name).to(k.device))
         if self.offload:
@@ -424,7 +444,8 @@ class WaveIndex(nn.Module):
         is_free = slot > last[:, None]                                      # (B, W)
         bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
         steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
-        budget = Budget(*self.caps, *self.config.budget(self.n_indexed))
+        c = self.config
+        budget = Budget(*self.caps, *c.budget(self.n_indexed), c.by_mass)
         stores = self.k_store, self.v_store
         return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, budget,
                                stores).reshape(q.shape)
@@ -507,7 +528,8 @@ class WaveIndex(nn.Module):
         B, H, C, D = self.index.centroids.shape
         tokens, R, ranked = self.caps
         rows = 2 * (self.k_steady.shape[2] + tokens) + C + ranked
-        return B * H * (rows * D * self.k_steady.element_size() + 4 * C + 8 * R)
+        return B * H * (rows * D * self.k_steady.element_size() + 4 * C * (1 + self.config.by_mass)
+                        + 8 * R)
 
 
 # ---------------------------------------------------------------- generation

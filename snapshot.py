@@ -10,7 +10,8 @@ One safetensors file. Its header holds a version, a fingerprint of all that shap
 weights, dtype, RoPE, tokenizer, settings), and a CRC-32 of each tensor:
 
     token_ids (T,)   counters (2,): n_indexed, n_clusters
-    N.k_store, N.v_store (H, T, D)   N.centroids, N.means (H, C, D)   N.sizes, N.offsets (H, C)
+    N.k_store, N.v_store (H, T, D)   N.centroids, N.means (H, C, D)
+    N.sizes, N.offsets, N.spreads (H, C)
 
 Does not include: batches, compression (the file is as large as the cache). Of each weight matrix
 the fingerprint reads a sample: models that differ only between the samples are not told apart.
@@ -23,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 1"
-SHAPES = ("sink", "local", "update", "segment", "cluster", "iterations")    # what builds an index
+FORMAT = "retroinfer index 2"
+SHAPES = "sink", "local", "update", "segment", "cluster", "iterations", "by_mass"   # of an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 
@@ -140,7 +141,7 @@ def fingerprint(model, tokenizer, config):
              **{f"RoPE {name}": x for name, x in sizes.pop("rope").items()}, **sizes,
              "weights of CRC-32": weights,
              "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition()),
-             **{f"--{name}": getattr(config, name) for name in SHAPES}}
+             **{f"--{name.replace('_', '-')}": getattr(config, name) for name in SHAPES}}
     return json.loads(json.dumps(facts))                                    # as a file holds it
 
 

@@ -71,5 +71,5 @@ def test_bytes_read_are_those_of_the_tensors():
     assert dense.bytes_read() == 2 * 2 * 2000 * 16 * 4              # K and V, 2 heads, fp32
     W, C, (N, R, ranked) = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.caps
     rows = 2 * W + C + 2 * N + ranked
-    assert wave.bytes_read() == 2 * (rows * 16 * 4 + 4 * C + 8 * R)
+    assert wave.bytes_read() == 2 * (rows * 16 * 4 + 8 * C + 8 * R)
     assert wave.bytes_read() < dense.bytes_read() / 2

@@ -126,7 +126,7 @@ def test_every_field_of_the_config_is_a_flag_with_help(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     for field in fields(RetroConfig):
-        assert re.search(rf"--{field.name} .*\n? +\S.*", text), field.name
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,].*\n? +\S.*", text), field.name
 
 
 # ---------------------------------------------------------------- batches, turns, saved indexes

@@ -191,17 +191,21 @@ def test_estimated_mass_is_never_above_true_mass():
 
 # ---------------------------------------------------------------- the general case
 
+@pytest.mark.parametrize("by_mass", [False, True])
 @pytest.mark.parametrize("retrieve, estimate", [(0.0, 0.0), (0.05, 0.0), (0.1, 0.3), (0.3, 0.7)])
-def test_tripartite_attention_is_the_papers_sum(retrieve, estimate):
+def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, by_mass):
+    """Or, by mass, that sum with each centroid's weight corrected for its cluster's spread."""
     q, k, v = qkv(300, B=2)
-    wave, o = run(RetroConfig(**SMALL, retrieve=retrieve, estimate=estimate), q, k, v, 299)
+    config = RetroConfig(**SMALL, retrieve=retrieve, estimate=estimate, by_mass=by_mass)
+    wave, o = run(config, q, k, v, 299)
     n = int(wave.n_tokens[0] - wave.n_indexed[0])
     n_retrieve, n_ranked = config_budget(wave)
     for b in range(2):
         for h in range(2):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             mine, _ = oracle.tripartite(q[b, 3 * h:3 * h + 3, -1], steady, members(wave, b, h),
-                                        n_retrieve, n_ranked - n_retrieve, wave.caps[0])
+                                        n_retrieve, n_ranked - n_retrieve, wave.caps[0],
+                                        by_mass)
             torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
 
 
