@@ -303,8 +303,7 @@ def gather_clusters(index, stores, ids, ends, N):
 
 
 def unroll(first, ends, N):
-    """Rows (B, H, N) of runs that begin at rows first (B, H, R) and lie packed, so that run i ends
-    at ends[..., i]; negative where no run is, and in a run that begins at a negative row."""
+    """Rows (B, H, N) of runs from rows first (B, H, R), packed to end at ends; -1 where none is."""
     place, starts = torch.arange(N, device=ends.device), before(ends)
     which = count(starts, N + 1)[..., :N].cumsum(-1) - 1                    # (B, H, N)
     rows = (first - starts).gather(-1, which) + place
@@ -354,8 +353,8 @@ class WaveIndex(nn.Module):
 
     A step finds the latest tokens in the steady zone. update, between steps, brings them there
     behind a prefill, and indexes the older of them when the zone is full. Nothing reallocates.
-    hot=PLAIN keeps to PyTorch on a GPU too, where the kernels are the default. offload makes a
-    buffer.WaveBuffer of this WaveIndex: then the store is on the host.
+    hot=PLAIN keeps to PyTorch on a GPU too, where the kernels are the default. With offload, which
+    buffer.offload makes, the store is on the host.
     """
 
     def __init__(self, config, capacity, batch=1, hot=None, offload=None):
@@ -405,9 +404,8 @@ class WaveIndex(nn.Module):
         self.n_tokens[row] = end
         causal = causal_lower_right(q.shape[2], end)
         o = F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
-        first = self.config.sink + int(self.n_indexed[row])
-        self.index_open(row, k_all[:, :, first:], v_all[:, :, first:], self.config.segment)
-        first = min(start, first)
+        first = min(start, self.config.sink + int(self.n_indexed[row]))
+        self.index_open(row, k_all, v_all, self.config.segment)
         self.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
         return o
 
@@ -418,13 +416,12 @@ class WaveIndex(nn.Module):
         return [x[row:row + 1, :, first:end] for x in (self.k_store, self.v_store)]
 
     def bring(self, row, first, n, end):
-        """rows, on the device: where the store is on the host, a copy in which those from n on
-        are yet to be filled."""
+        """rows, on the device: behind a buffer, copies in which those from n on are yet to come."""
         rows = self.rows(row, first, end)
         return self.buffer.bring(rows, n - first) if self.buffer else rows
 
     def put(self, row, first, k, v):
-        """Store k, v (1, H, n, D), which bring brought, as rows from `first` on."""
+        """Store what bring brought, k, v (1, H, n, D), as rows from `first` on."""
         if self.buffer:
             self.buffer.put(self.rows(row, first, first + k.shape[2]), (k, v))
 
@@ -442,8 +439,8 @@ class WaveIndex(nn.Module):
         self.v_steady[batch, :, last] = v[:, :, 0]
         self.n_tokens.add_(1)
         is_free = slot > last[:, None]                                      # (B, W)
-        bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
-        steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
+        bias = bias_of(is_free[:, None]).expand(-1, H, -1, -1)              # (B, H, 1, W)
+        steady = self.k_steady, self.v_steady, bias
         c = self.config
         budget = Budget(*self.caps, *c.budget(self.n_indexed), c.by_mass)
         stores = self.k_store, self.v_store
@@ -501,15 +498,13 @@ class WaveIndex(nn.Module):
         return int(self.n_tokens[row] - self.n_indexed[row]) - c.sink - c.local
 
     def index_open(self, row, k, v, least):
-        """Index, in place, the tokens k, v (1, H, n, D) that follow what is indexed, as far as the
-        local window: a segment at a time, and of the last its whole clusters if they are `least`.
-        """
-        n, c = max(self.n_open(row), 0), self.config
-        for k, v in zip(k[:, :, :n].split(c.segment, 2), v[:, :, :n].split(c.segment, 2),
-                        strict=True):
-            L = k.shape[2] // c.cluster * c.cluster
+        """Index open tokens, segment by segment, if there are `least` in it: in place, in the last
+        tokens k, v (1, H, n, D) of a sequence."""
+        c, n, end = self.config, max(self.n_open(row), 0), k.shape[2] - self.config.local
+        for part in zip(*(x[:, :, end - n:end].split(c.segment, 2) for x in (k, v)), strict=True):
+            L = part[0].shape[2] // c.cluster * c.cluster
             if L >= least:
-                self.append(row, k[:, :, :L], v[:, :, :L])
+                self.append(row, *(x[:, :, :L] for x in part))
 
     def append(self, row, k, v):
         """Index the next tokens k, v (1, H, L, D), in place: they change their order."""
