@@ -36,6 +36,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from retroinfer import before, bias_of, flat_rows, round_up, take, tripartite_attention, unroll
+
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
 
 
@@ -72,22 +74,18 @@ class CLOCK:
     def touch(self, slots, position):
         self.mark.scatter_(-1, slots, 1)
 
-    def ahead(self):
-        """How far the hand has to go to each slot, (B, H, S)."""
-        S = self.mark.shape[-1] - 1
-        return (torch.arange(S, device=self.mark.device) - self.hand) % max(S, 1)
-
     def keys(self):
-        """How far it has to go to take each slot: a round more where it finds a mark."""
-        ahead = self.ahead()
-        return ahead + self.mark[..., :-1] * ahead.shape[-1]
+        """How far the hand has to go to take each slot: a round more where it finds a mark."""
+        S = self.mark.shape[-1] - 1
+        ahead = (torch.arange(S, device=self.mark.device) - self.hand) % max(S, 1)
+        return ahead + self.mark[..., :-1] * S
 
     def enter(self, slots, position):
         """New blocks are marked, but where the hand has come by again since."""
-        S, keys = self.mark.shape[-1] - 1, F.pad(self.keys(), (0, 1), value=-1)
-        taken = keys.gather(-1, slots)                                      # (B, H, M)
+        S, keys = self.mark.shape[-1] - 1, self.keys()
+        taken = F.pad(keys, (0, 1), value=-1).gather(-1, slots)             # (B, H, M)
         last = taken.amax(-1, keepdim=True)
-        self.mark[..., :-1].mul_(self.ahead() > last)
+        self.mark[..., :-1].mul_(keys % max(S, 1) > last)
         self.mark.scatter_(-1, slots, (taken + S > last).long())
         self.hand.copy_((self.hand + last + 1) % max(S, 1))
 
@@ -137,28 +135,27 @@ class WaveBuffer:
     """The store of one WaveIndex on the host, and its block cache.
 
     cache_ratio: slots as a share of the store's rows, 0 to 1. A cluster's last block may be partly
-    filled, so that 1 keeps most of the store and not quite all of it. store: a Store with room for
-    it, or None: one of its own. ValueError if there is no such memory.
+    filled, so that 1 keeps most of the store and not quite all of it. memory: gives a tensor of
+    the host, as one of host_memory does, and another. ValueError if there is no such memory.
     """
 
-    def __init__(self, wave, store=None, cache_ratio=0.05, policy=LRU, overlap=False):
-        from retroinfer import round_up
+    def __init__(self, wave, memory=None, cache_ratio=0.05, policy=LRU, overlap=False):
         check_ratio(cache_ratio)
         (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
-        self.n, self.N = -(-wave.config.largest // BLOCK), wave.caps[0]
-        S, like = round(cache_ratio * T / BLOCK), wave.k_steady
-        store = store or Store(2, (B, H, T, D), like.dtype, like.device)
-        self.stores = store.take(), store.take()
-        self.cache = BlockCache(B, H, C * self.n, S, policy, like.device)
+        S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]
+        memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
+        self.stores = next(memory), next(memory)
+        self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
+        self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
         self.k_slots, self.v_slots = (like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2))
-        self.lane, self.is_near = copy_lane(like.device), like.device == self.stores[0].device
+        self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
+        self.settle = self.lane.drain
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         if overlap:
             self.fetch = self.fetch_overlapped
 
     def attend(self, q, steady, index, budget, stores):
         """retroinfer.attend; behind it the blocks that were not there are admitted."""
-        from retroinfer import tripartite_attention
         seen = []
 
         def fetch(ids, ends):
@@ -185,10 +182,9 @@ class WaveBuffer:
 
     def locate(self, index, ids, ends):
         """Rows (B, H, N) in the store and in the slots, negative where the other has it; bias."""
-        from retroinfer import bias_of, unroll
         blocks, is_asked, block_ends = self.ask(ids, ends)
         slots = self.cache.lookup(blocks, is_asked)                         # (B, H, M)
-        first = index.offsets.gather(-1, ids)[..., None] + self.within(ids)
+        first = index.offsets.gather(-1, ids)[..., None] + self.within
         first = first.flatten(2).masked_fill(slots >= 0, -BLOCK)            # its rows are negative
         misses, hits = (unroll(x, block_ends, self.N) for x in (first, slots * BLOCK))
         self.counts.add_(torch.stack([x.sum() for x in (slots >= 0, is_asked, misses >= 0)]))
@@ -196,20 +192,13 @@ class WaveBuffer:
 
     def ask(self, ids, ends):
         """Blocks (B, H, M) of clusters, which of them are asked for, and where they end, packed."""
-        from retroinfer import before
-        ends, within = ends[..., None], self.within(ids)
-        starts = before(ends[..., 0])[..., None] + within                   # (B, H, R, n)
-        blocks = ids[..., None] * self.n + within // BLOCK
+        starts, ends = before(ends)[..., None] + self.within, ends[..., None]       # (B, H, R, n)
+        blocks = ids[..., None] * len(self.within) + self.within // BLOCK
         block_ends = (starts + BLOCK).minimum(ends)
         return blocks.flatten(2), (starts < ends).flatten(2), block_ends.flatten(2)
 
-    def within(self, ids):
-        """First rows (n,) of the blocks of a cluster."""
-        return torch.arange(0, self.n * BLOCK, BLOCK, device=ids.device)
-
     def admit(self, ids, ends, k, v):
         """Copy to slots what fetch brought, packed as k, v (B, H, N, D), and was not there."""
-        from retroinfer import flat_rows, take
         blocks, is_asked, block_ends = self.ask(ids, ends)
         places = self.cache.admit(blocks, is_asked, self.cache.lookup(blocks, is_asked))
         starts = F.pad(block_ends[..., :-1], (1, 0))
@@ -221,14 +210,12 @@ class WaveBuffer:
             slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
 
     def bring(self, rows, n):
-        """Copies on the device of rows k, v (1, H, m, D) of the store, as far as row n; the rows
-        themselves where the store is on the device too."""
+        """Copies on the device of rows k, v (1, H, m, D) of the store, the first n; or those."""
         if self.is_near:
             return rows
         copies = [x.new_empty(x.shape, device=self.k_slots.device) for x in rows]
         for copy, x in zip(copies, rows, strict=True):
-            for h in range(x.shape[1]):                 # one run of memory each: copied directly
-                copy[0, h, :n].copy_(x[0, h, :n], non_blocking=True)
+            send(x[:, :, :n], copy)
         return copies
 
     def put(self, rows, copies):
@@ -237,28 +224,15 @@ class WaveBuffer:
             return
         with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, copies, strict=True):
-                for h in range(x.shape[1]):
-                    x[0, h].copy_(copy[0, h], non_blocking=True)
-                self.lane.hold(copy)        # else its memory could be another's before it is read
-
-    def settle(self):
-        """Wait for what put has sent, of any layer: else rows could be read before they arrive.
-        So at most one layer's tokens are on their way while another's are attended."""
-        self.lane.drain()
+                send(copy, x)
+        self.lane.held = copies     # until the next: else their memory could be used meanwhile
 
     def nbytes(self):
         """Bytes allocated, by part: on the device the slots and their table, the store."""
-        def total(*tensors):
-            return sum(x.nbytes for x in tensors)
-
-        cache, policy = self.cache, self.cache.policy
-        return {"slots": total(self.k_slots, self.v_slots), "store": total(*self.stores),
-                "table": total(cache.table, cache.owner, self.counts, *vars(policy).values())}
-
-    def hit_ratio(self):
-        """Share of the blocks asked for since it was made that were in a slot."""
-        hits, asked, _ = self.counts.tolist()
-        return hits / max(asked, 1)
+        state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
+        return {"slots": self.k_slots.nbytes + self.v_slots.nbytes,
+                "table": sum(x.nbytes for x in (*state, self.within, self.counts)),
+                "store": sum(x.nbytes for x in self.stores)}
 
 
 def check_ratio(cache_ratio):
@@ -267,9 +241,14 @@ def check_ratio(cache_ratio):
         raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
 
 
+def send(x, to):
+    """Begin to copy x (1, H, n, D) to the first rows of each head: a run of memory each."""
+    for h in range(x.shape[1]):
+        to[0, h, :x.shape[2]].copy_(x[0, h], non_blocking=True)
+
+
 def copy_rows(out, source, rows):
     """out (B, H, N, D), but rows (B, H, N) of source (B, H, T, D) where those are not negative."""
-    from retroinfer import take
     if out.is_cuda:             # its source may be the host's memory, which only a kernel reads
         import kernels
         return kernels.copy_rows(out, source, rows)
@@ -283,7 +262,7 @@ def copy_overlapped(sources: list[torch.Tensor], misses: torch.Tensor,
 
     One operation to the compiler, which knows no second stream.
     """
-    stores, slots, lane = sources[:2], sources[2:], copy_lane(hits.device)
+    stores, slots, lane = sources[:2], sources[2:], Lane(hits.device)
     outs = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots]
     with lane.fork():           # else outs could still be used by what was there before
         outs = [copy_rows(out, store, misses) for out, store in zip(outs, stores, strict=True)]
@@ -297,62 +276,47 @@ def _(sources, misses, hits):
     return [x.new_empty(*hits.shape, x.shape[3]) for x in sources[2:]]
 
 
+@functools.cache                                        # one a device
 class Lane:
     """A stream beside the one of the computation; without a GPU, no stream and nothing to wait."""
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.held = None
 
     @contextmanager
     def fork(self):
-        """What is called inside starts behind what the device was given before, and goes on beside
-        what it is given next."""
+        """What is called inside starts behind what came before, beside what comes next."""
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):            # of None: nothing
             yield
 
-    def hold(self, x):
-        """x is used inside: its memory is not given to others before that is done."""
-        if self.stream:
-            x.record_stream(self.stream)
-
     def join(self):
-        """What the device is given next starts behind what the lane was given."""
+        """What comes next starts behind what the lane was given."""
         if self.stream:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def drain(self):
-        """The host waits for the lane."""
+        """Wait for what the lane was given: else rows of a store could be read before they arrive.
+        So at most one layer's tokens are on their way while another's are attended."""
         if self.stream:
             self.stream.synchronize()
 
 
-@functools.cache
-def copy_lane(device):
-    """The one lane of a device."""
-    return Lane(device)
-
-
 # ---------------------------------------------------------------- host memory
 
-class Store:
-    """Host memory for n tensors of one shape: plain, pinned where a GPU is, or that of a file.
+def host_memory(n, shape, dtype, device, path=None):
+    """An iterator over n tensors of the host: plain, pinned for a GPU, or those of a file.
 
     A file must be new. It gets all its space at once, so that no later write can fail, and loses
     its name: the space is free again when the process ends. ValueError if there is no such memory.
     """
-
-    def __init__(self, n, shape, dtype, device, path=None):
-        nbytes = math.prod(shape) * dtype.itemsize
-        if path and device.type != "cpu":
-            raise ValueError(f"--store {path} is for a CPU: the kernels of {device} read pinned "
-                             "memory, which a file cannot be")
-        pieces = mapped(path, n, nbytes) if path else plain(n, nbytes, device.type == "cuda")
-        self.tensors = iter([x.view(dtype).view(shape) for x in pieces])
-
-    def take(self):
-        return next(self.tensors)
+    nbytes, is_pinned = math.prod(shape) * dtype.itemsize, device.type == "cuda"
+    if path and is_pinned:
+        raise ValueError(f"a store in a file, {path}, is for a CPU: a GPU reads pinned memory only")
+    pieces = mapped(path, n, nbytes) if path else plain(n, nbytes, is_pinned)
+    return iter([x.view(dtype).view(shape) for x in pieces])
 
 
 def plain(n, nbytes, is_pinned):
@@ -386,8 +350,7 @@ def offload(model, capacity, batch=1, path=None, **how):
 
     path: that of a new file to keep it in. how: cache_ratio, policy, overlap.
     """
-    from retroinfer import round_up
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
-    store = Store(2 * len(model.layers), shape, weight.dtype, weight.device, path)
-    return functools.partial(WaveBuffer, store=store, **how)
+    memory = host_memory(2 * len(model.layers), shape, weight.dtype, weight.device, path)
+    return functools.partial(WaveBuffer, memory=memory, **how)

@@ -341,7 +341,7 @@ def card(f, context):
     if "hit_ratio" in f:
         store, slots, table, step = (f[f"{name}_bytes{end}"] / 2**20 for name, end in (
             ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
-        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} + {table:.1f} MiB on "
+        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
                      f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)

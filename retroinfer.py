@@ -312,7 +312,8 @@ def unroll(first, ends, N):
 
 def bias_of(is_free):
     """Bias (B, H, 1, N) of entries (B, H, N): -inf where one is free."""
-    return torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)[:, :, None]
+    is_free = is_free[:, :, None]
+    return torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
 
 
 def attend(q, steady, index, budget, stores):
@@ -384,7 +385,8 @@ class WaveIndex(nn.Module):
         if self.offload:
             self.buffer = self.offload(self)
             self.hot = self.hot._replace(attend=self.buffer.attend)
-        self.k_store, self.v_store = self.buffer.stores if self.buffer else (zeros(T, D), zeros(T, D))
+        stores = self.buffer.stores if self.buffer else (zeros(T, D), zeros(T, D))
+        self.k_store, self.v_store = stores
 
     def prefill(self, q, k, v, row=0):
         """Append T tokens, q (1, H*G, T, D), to sequence `row`: exactly and causally attended.

@@ -1,6 +1,7 @@
-"""The wave buffer: no bit of the output knows of it, and it holds what a Python cache would hold."""
+"""The wave buffer: no bit of the output knows of it, and it holds what a Python cache would."""
 import functools
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from hypothesis import strategies as st
 from test_generate import LONG, fixed
 from test_wave_index import SMALL, qkv
 
-import buffer
-from buffer import BLOCK, CLOCK, LRU, BlockCache, Store, WaveBuffer, offload
+from buffer import BLOCK, CLOCK, LRU, BlockCache, WaveBuffer, host_memory, offload
 from model import load
 from retroinfer import (
     RetroConfig,
@@ -69,9 +69,10 @@ class ListCLOCK(list):
         return hits
 
 
-def accesses(n_steps, heads, M, n_blocks, S, g):
-    """Blocks (heads, M) of each step, distinct, and which of them are asked for: every head has a
+def accesses(n_steps, shape, M, n_blocks, S):
+    """Blocks (B, H, M) of each step, distinct, and which of them are asked for: every head has a
     manner of its own, each made to hurt a cache in another way."""
+    heads, g = math.prod(shape), torch.Generator().manual_seed(S)
     manner = torch.arange(heads) % 6
     weight = 1 / (torch.arange(n_blocks) + 1.0)
     for t in range(n_steps):
@@ -85,7 +86,7 @@ def accesses(n_steps, heads, M, n_blocks, S, g):
         blocks[manner == 5] = torch.arange(M).roll(t % M)           # the same ones in turn
         n = torch.randint(0, M + 1, (heads, 1), generator=g)
         n[(manner >= 3) & (manner < 5)] = M
-        yield blocks, torch.arange(M) < n
+        yield blocks.view(*shape, M), (torch.arange(M) < n).view(*shape, M)
 
 
 @pytest.mark.parametrize("policy, oracle", [(LRU, DictLRU), (CLOCK, ListCLOCK)])
@@ -95,10 +96,9 @@ def test_a_million_accesses_hit_and_leave_what_a_python_cache_does(policy, oracl
     B, H, M, n_blocks = 4, 24, 24, 90
     cache, n_asked = BlockCache(B, H, n_blocks, S, policy), 0
     truth, seen = [oracle(S) for _ in range(B * H)], torch.zeros(B, H, n_blocks, dtype=torch.bool)
-    for blocks, is_asked in accesses(140, B * H, M, n_blocks, S, torch.Generator().manual_seed(S)):
-        hits = [o.step(b[:n]) for o, b, n in zip(truth, blocks.tolist(), is_asked.sum(-1).tolist(),
-                                                 strict=True)]
-        blocks, is_asked = blocks.view(B, H, M), is_asked.view(B, H, M)
+    for blocks, is_asked in accesses(140, (B, H), M, n_blocks, S):
+        hits = [o.step(b[a].tolist()) for o, b, a in zip(
+            truth, blocks.flatten(0, 1), is_asked.flatten(0, 1), strict=True)]
         slots = cache.lookup(blocks, is_asked)
         assert (slots >= 0)[is_asked].tolist() == [x for hit in hits for x in hit]
         assert seen.gather(-1, blocks)[slots >= 0].all()            # a hit only after admission
@@ -117,9 +117,8 @@ def check_agreement(cache, resident):
     """The table names exactly the resident blocks, each in a slot that names it in turn."""
     table, owner = cache.table[..., :-1], cache.owner[..., :-1]
     assert torch.equal(table >= 0, resident)
-    held = table.masked_fill(table < 0, cache.S).long()
-    named = cache.owner.gather(-1, held)                            # (B, H, n_blocks)
-    assert torch.equal(named[resident], torch.arange(cache.n_blocks).expand_as(named)[resident].int())
+    named = cache.owner.gather(-1, table.masked_fill(table < 0, cache.S).long())
+    assert torch.equal(named[resident], resident.nonzero()[:, 2].int())
     assert ((owner < cache.n_blocks).sum(-1) == resident.sum(-1)).all()     # and none besides
 
 
@@ -204,7 +203,7 @@ def test_a_fetch_brings_the_bytes_of_the_store_whatever_is_in_the_slots(policy, 
             assert x[~is_free].equal(y[~is_free]) and y[is_free].eq(0).all()
         wave.buffer.admit(ids, ends, *got[:2])
         hits.append((wave.buffer.counts - n)[0] / (wave.buffer.counts - n)[1])
-    assert min(hits[1::2]) > .9 and max(hits[2::2]) < .9
+    assert min(hits[1::2]) > .8 > max(hits[2::2])
 
 
 def test_what_is_counted_is_what_was_asked_for():
@@ -218,7 +217,7 @@ def test_what_is_counted_is_what_was_asked_for():
         for h in range(2):
             for c, n in zip(ids[0, h].tolist(), (ends - before(ends))[0, h].tolist(), strict=True):
                 for j in range(-(-n // BLOCK)):
-                    hit = wave.buffer.cache.table[0, h, c * wave.buffer.n + j] >= 0
+                    hit = wave.buffer.cache.table[0, h, c * len(wave.buffer.within) + j] >= 0
                     want.add_(torch.tensor([hit, 1, 0 if hit else min(n - j * BLOCK, BLOCK)]))
         return fetch(index, ids, ends)
 
@@ -267,33 +266,141 @@ def model(checkpoint):
     return load(checkpoint(**LONG), device="cpu")[0]
 
 
-@pytest.mark.parametrize("policy, overlap", [(LRU, False), (CLOCK, True)])
-def test_a_step_with_the_buffer_in_it_is_one_graph_that_never_asks_the_host(model, policy, overlap):
-    """Through index updates, for a ragged batch; and it hits what the eager step hits."""
+def say(model, one_step, n, **how):
+    """(caches, logits (n, B, V)) of n tokens behind a ragged batch."""
+    prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
+               for n in (30, 250)]
+    config = RetroConfig(**SMALL | {"cluster": 16}, retrieve=.1, estimate=.2)
+    make = offload(model, 400, 2, cache_ratio=.3, **how)
+    held, got = [WaveIndex(config, 400, 2, offload=make) for _ in model.layers], []
+    list(generate(model, held, prompts, n, lambda x: fixed(x, got), one_step))
+    return held, torch.stack(got)
+
+
+def compiled(graphs):
+    """A step whose graphs, with those inside them, go to a list."""
     torch._dynamo.reset()
-    graphs, asks = [], []
 
     def backend(graph, _):
-        graphs.append(graph)
-        asks.extend(n.target for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
-                    for n in m.graph.nodes if n.target in ("item", "tolist", "nonzero", "cpu"))
+        graphs.append([m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)])
         return graph
 
     region = functools.partial(step, run=torch.compiler.nested_compile_region(call))
-    fast = torch.compile(region, backend=backend, fullgraph=True, dynamic=False)
-    prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
-               for n in (30, 250)]
-    said, counts = [], []
-    for one_step in (fast, eager_step):
-        config = RetroConfig(**SMALL | {"cluster": 16, "update": 64}, retrieve=.1, estimate=.2)
-        make = offload(model, 600, 2, cache_ratio=.3, policy=policy, overlap=overlap)
-        held = [WaveIndex(config, 600, 2, offload=make) for _ in model.layers]
-        got = []
-        list(generate(model, held, prompts, 200, lambda x, got=got: fixed(x, got), one_step))
-        said.append(torch.stack(got))
-        counts.append(torch.stack([cache.buffer.counts for cache in held]))
-    assert len(graphs) == 1 and asks == []
-    assert (held[0].n_indexed >= 192).all()                 # of each sequence, three updates
-    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
-    assert (counts[0][:, 0] > 0.2 * counts[0][:, 1]).all()
-    torch.testing.assert_close(*(x.double() for x in counts), rtol=.02, atol=0)
+    return torch.compile(region, backend=backend, fullgraph=True, dynamic=False)
+
+
+def asks(graphs):
+    """What in these graphs waits for the host."""
+    return [n.target for parts in graphs for m in parts for n in m.graph.nodes
+            if n.target in ("item", "tolist", "nonzero", "cpu", "numpy")]
+
+
+@pytest.mark.parametrize("policy, overlap", [(LRU, False), (CLOCK, True)])
+def test_a_step_with_the_buffer_in_it_is_one_graph_that_never_asks_the_host(model, policy, overlap):
+    """Through index updates, for a ragged batch; and it hits what the eager step hits."""
+    graphs = []
+    (fast, logits), (slow, truth) = (say(model, one_step, 130, policy=policy, overlap=overlap)
+                                     for one_step in (compiled(graphs), eager_step))
+    assert len(graphs) == 1 and asks(graphs) == []
+    assert (fast[0].n_indexed >= 3 * 32).all()              # three updates of each sequence
+    torch.testing.assert_close(logits, truth, rtol=1e-4, atol=1e-4)
+    for a, b in zip(fast, slow, strict=True):
+        assert a.buffer.counts[0] > .2 * a.buffer.counts[1]
+        torch.testing.assert_close(a.buffer.counts, b.buffer.counts, rtol=.02, atol=0)
+
+
+class Asking(LRU):
+    """A planted fault."""
+
+    def keys(self):
+        return super().keys() * min(self.now.max().item(), 1)
+
+
+def test_a_step_that_asks_the_host_is_found_out(model):
+    graphs = []
+    say(model, compiled(graphs), 3, policy=Asking)
+    assert asks(graphs) == ["item"]
+
+
+# ---------------------------------------------------------------- host memory, and its faults
+
+def long_text(make):
+    """The last outputs of 1,500 tokens of 64 heads: 96 MiB of K and V, which are never all there
+    at once but in the store."""
+    config, outputs = RetroConfig(segment=64, update=64, least=3), []
+    wave, g = WaveIndex(config, 1500, offload=make), torch.Generator().manual_seed(0)
+    for n in [62] * 24 + [1] * 8:
+        q, k, v = (torch.randn(1, 64, n, 128, generator=g) for _ in range(3))
+        if n == 1:
+            wave.update()
+        outputs.append((wave.decode if n == 1 else wave.prefill)(q, k, v)[:, :, -1:].clone())
+    return torch.cat(outputs, 2)
+
+
+def long_text_within(path, spare, *store):
+    """Run by a process of its own, which may use no more than `spare` MiB from here on."""
+    torch.set_num_threads(1)
+    warm = torch.randn(1, 1, 64, 8)
+    torch.nn.functional.scaled_dot_product_attention(warm, warm, warm, is_causal=True)
+    now, = (int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (now * 1024 + (int(spare) << 20),) * 2)
+    try:
+        shape = 1, 64, 1536, 128
+        memory = host_memory(2, shape, torch.float32, torch.device("cpu"), *store)
+        torch.save(long_text(functools.partial(WaveBuffer, memory=memory)), path)
+    except ValueError as e:
+        sys.exit(str(e))
+
+
+def in_a_process(*args):
+    program = "import sys, test_buffer; test_buffer.long_text_within(*sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", program, *map(str, args)], text=True, check=False,
+                          cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                          capture_output=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit on private memory")
+def test_a_store_larger_than_the_memory_decodes_from_a_file(tmp_path):
+    """RLIMIT_DATA counts what is a process's own, and not a shared map of a file."""
+    path, store = tmp_path / "o.pt", tmp_path / "store"
+    done = in_a_process(path, 80, store)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(path).equal(long_text(None)) and not store.exists()
+    path.unlink()
+    done = in_a_process(path, 80)
+    assert done.returncode == 1 and not path.exists()
+    assert done.stderr.startswith("the store needs 0.1 GiB of host memory, which is not to be had")
+    assert done.stderr.count("\n") == 1
+
+
+def gibibyte(path):
+    return host_memory(4, (1 << 28,), torch.uint8, torch.device("cpu"), path)
+
+
+def test_a_full_disk_is_found_at_once_and_leaves_no_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot keep a store of 1.0 GiB in .*: File too lar"):
+            gibibyte(tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_is_left_as_it_was(tmp_path):
+    path = tmp_path / "store"
+    path.write_text("dear to someone")
+    with pytest.raises(ValueError, match="File exists"):
+        gibibyte(path)
+    assert path.read_text() == "dear to someone"
+    with pytest.raises(ValueError, match="No such file or directory"):
+        gibibyte(tmp_path / "nowhere" / "store")
+
+
+def test_memory_that_is_not_to_be_had_is_one_line():
+    with pytest.raises(ValueError, match=r"^the store needs 1048576.0 GiB .*--store$"):
+        host_memory(1, (1 << 50,), torch.uint8, torch.device("cpu"))
+    with pytest.raises(ValueError, match="is for a CPU"):
+        host_memory(1, (1,), torch.uint8, torch.device("cuda"), "file")
