@@ -364,11 +364,11 @@ def in_a_process(*args):
 def test_a_store_larger_than_the_memory_decodes_from_a_file(tmp_path):
     """RLIMIT_DATA counts what is a process's own, and not a shared map of a file."""
     path, store = tmp_path / "o.pt", tmp_path / "store"
-    done = in_a_process(path, 80, store)
+    done = in_a_process(path, 72, store)
     assert done.returncode == 0, done.stderr
     assert torch.load(path).equal(long_text(None)) and not store.exists()
     path.unlink()
-    done = in_a_process(path, 80)
+    done = in_a_process(path, 72)
     assert done.returncode == 1 and not path.exists()
     assert done.stderr.startswith("the store needs 0.1 GiB of host memory, which is not to be had")
     assert done.stderr.count("\n") == 1
