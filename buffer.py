@@ -110,10 +110,7 @@ class BlockCache:
         return self.table.gather(-1, blocks).long().masked_fill(~is_asked, -1)
 
     def admit(self, blocks, is_asked, slots):
-        """Slots (B, H, M) that now belong to those of the blocks which lookup did not find.
-
-        S where a block was there, was not asked for or is not admitted.
-        """
+        """Slots (B, H, M) that the blocks get which lookup did not find; S where one gets none."""
         position = is_asked.cumsum(-1) - 1                                  # (B, H, M)
         self.policy.touch(slots.masked_fill(slots < 0, self.S), position)
         is_new = is_asked & (slots < 0) & (position < self.S)
@@ -144,10 +141,10 @@ class WaveBuffer:
         (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
         S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
-        self.stores = next(memory), next(memory)
+        self.stores = [next(memory), next(memory)]
         self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
         self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
-        self.k_slots, self.v_slots = (like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2))
+        self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
         self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
         self.settle = self.lane.drain
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
@@ -169,16 +166,14 @@ class WaveBuffer:
     def fetch(self, index, ids, ends):
         """retroinfer.gather_clusters: what slots hold from there, the rest from the host."""
         misses, hits, bias = self.locate(index, ids, ends)
-        k, v = (copy_rows(copy_rows(slots.new_zeros(*hits.shape, slots.shape[3]), store, misses),
-                          slots, hits)
-                for store, slots in zip(self.stores, (self.k_slots, self.v_slots), strict=True))
+        k, v = (copy_rows(copy_rows(x.new_zeros(*hits.shape, x.shape[3]), store, misses), x, hits)
+                for store, x in zip(self.stores, self.slots, strict=True))
         return k, v, bias
 
     def fetch_overlapped(self, index, ids, ends):
         """fetch, with the misses on the copy stream while this one copies the hits."""
         misses, hits, bias = self.locate(index, ids, ends)
-        k, v = copy_overlapped([*self.stores, self.k_slots, self.v_slots], misses, hits)
-        return k, v, bias
+        return *copy_overlapped(self.stores, self.slots, misses, hits), bias
 
     def locate(self, index, ids, ends):
         """Rows (B, H, N) in the store and in the slots, negative where the other has it; bias."""
@@ -205,7 +200,7 @@ class WaveBuffer:
         rows = starts[..., None] + torch.arange(BLOCK, device=ids.device)   # (B, H, M, 8)
         rows = rows.masked_fill((places == self.cache.S)[..., None], 0).clamp(max=self.N - 1)
         to = flat_rows(places, self.cache.S + 1)
-        for slots, x in ((self.k_slots, k), (self.v_slots, v)):
+        for slots, x in zip(self.slots, (k, v), strict=True):
             blocks = take(x, rows.flatten(2)).view(len(to), -1)             # (B*H*M, 8*D)
             slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
 
@@ -213,7 +208,7 @@ class WaveBuffer:
         """Copies on the device of rows k, v (1, H, m, D) of the store, the first n; or those."""
         if self.is_near:
             return rows
-        copies = [x.new_empty(x.shape, device=self.k_slots.device) for x in rows]
+        copies = [x.new_empty(x.shape, device=self.slots[0].device) for x in rows]
         for copy, x in zip(copies, rows, strict=True):
             send(x[:, :, :n], copy)
         return copies
@@ -230,9 +225,9 @@ class WaveBuffer:
     def nbytes(self):
         """Bytes allocated, by part: on the device the slots and their table, the store."""
         state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
-        return {"slots": self.k_slots.nbytes + self.v_slots.nbytes,
-                "table": sum(x.nbytes for x in (*state, self.within, self.counts)),
-                "store": sum(x.nbytes for x in self.stores)}
+        parts = {"slots": self.slots, "table": (*state, self.within, self.counts),
+                 "store": self.stores}
+        return {name: sum(x.nbytes for x in part) for name, part in parts.items()}
 
 
 def check_ratio(cache_ratio):
@@ -256,24 +251,23 @@ def copy_rows(out, source, rows):
 
 
 @torch.library.custom_op("retroinfer::copy_overlapped", mutates_args=())
-def copy_overlapped(sources: list[torch.Tensor], misses: torch.Tensor,
+def copy_overlapped(stores: list[torch.Tensor], slots: list[torch.Tensor], misses: torch.Tensor,
                     hits: torch.Tensor) -> list[torch.Tensor]:
     """k, v (B, H, N, D): rows `misses` of two stores and rows `hits` of two slots, side by side.
 
     One operation to the compiler, which knows no second stream.
     """
-    stores, slots, lane = sources[:2], sources[2:], Lane(hits.device)
-    outs = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots]
-    with lane.fork():           # else outs could still be used by what was there before
-        outs = [copy_rows(out, store, misses) for out, store in zip(outs, stores, strict=True)]
-    outs = [copy_rows(out, x, hits) for out, x in zip(outs, slots, strict=True)]
+    outs, lane = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots], Lane(hits.device)
+    with lane.fork():           # else outs' memory could still be read as what it was before
+        outs = list(map(copy_rows, outs, stores, 2 * [misses]))
+    outs = list(map(copy_rows, outs, slots, 2 * [hits]))
     lane.join()                 # else attention could read rows that are yet to come
     return outs
 
 
 @copy_overlapped.register_fake
-def _(sources, misses, hits):
-    return [x.new_empty(*hits.shape, x.shape[3]) for x in sources[2:]]
+def _(stores, slots, misses, hits):
+    return [x.new_empty(*hits.shape, x.shape[3]) for x in slots]
 
 
 @functools.cache                                        # one a device

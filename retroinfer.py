@@ -541,9 +541,9 @@ class WaveIndex(nn.Module):
         tokens k, v (1, H, n, D) of a sequence."""
         c, n, end = self.config, max(self.n_open(row), 0), k.shape[2] - self.config.local
         for part in zip(*(x[:, :, end - n:end].split(c.segment, 2) for x in (k, v)), strict=True):
-            L = part[0].shape[2] // c.cluster * c.cluster
-            if L >= least:
-                self.append(row, *(x[:, :, :L] for x in part))
+            whole = part[0].shape[2] // c.cluster * c.cluster
+            if whole >= least:
+                self.append(row, *(x[:, :, :whole] for x in part))
 
     def append(self, row, k, v):
         """Index the next tokens k, v (1, H, L, D), in place: they change their order."""
