@@ -1,0 +1,292 @@
+"""Which clusters real steps ask for, what each way of keeping some would have hit, and its speed.
+
+    python replay.py                    # record four texts, replay them: half an hour on two cores
+    python replay.py --traces DIR       # keep the traces there, and use those that are
+    python replay.py --save FILE.json   # the numbers, and two plots beside them
+
+A generation of the default model is recorded: every step's retrieved clusters, by layer and head,
+best first. Replayed, as in buffer.py: a cluster is cut into blocks of 8 tokens, a head has S slots
+for blocks, S x 8 tokens being the cache ratio of its store; a step's blocks are all looked up, then
+those among the first S of the step that missed are admitted, in order of rank. Hits include the
+first step's, which are none.
+
+LRU and CLOCK are those of buffer.py; FIFO forgets what it admitted first; Belady's knows what will
+be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more.
+
+machine.py makes speeds of the hit ratios.
+
+    T steps    R clusters retrieved    S slots a head    B batch    H kv heads
+
+Does not include: caches shared by heads or layers, look-ahead, several devices.
+"""
+import argparse
+import itertools
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import texts
+from bench import cpu_name, table
+from machine import plot_speed, predicted
+from model import DEFAULT_NAME, load
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    before,
+    decode,
+    eager_step,
+    gather_clusters,
+    prefill,
+    round_up,
+    sampler,
+    tripartite_attention,
+)
+
+BLOCK = 8                                   # tokens of a block, as in buffer.py
+RATIOS = 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4
+
+
+# ---------------------------------------------------------------- recording
+
+@dataclass(frozen=True)
+class Trace:
+    """The clusters that the steps of a generation retrieved. A cluster keeps its number."""
+    ids: np.ndarray             # (T, layers, B*H, R) best first
+    sizes: np.ndarray           # (T, layers, B*H, R) tokens; 0: not asked for
+    capacity: int               # tokens the store of a head has room for
+    said: np.ndarray            # (T+1, B) the tokens generated
+
+    def save(self, path):
+        np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path):
+        with np.load(path) as file:
+            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"])
+
+    def best(self, n):
+        """As if only the n best clusters of a step had been retrieved, on the same way."""
+        return replace(self, ids=self.ids[..., :n], sizes=self.sizes[..., :n])
+
+    def slots(self, ratio):
+        """S, block slots of a head whose cache is that share of its store."""
+        return round(ratio * self.capacity / BLOCK)
+
+    @property
+    def n_blocks(self):
+        """(T, layers, B*H, R) blocks of the clusters asked for."""
+        return -(-self.sizes.astype(int) // BLOCK)
+
+    @cached_property
+    def streams(self):
+        """Of each layer and head what it asks for: step by step, numbers of blocks, best first."""
+        T, layers, heads, _ = self.ids.shape
+        largest, found = int(self.n_blocks.max(initial=1)), {}
+        ids, counts = self.ids.tolist(), self.n_blocks.tolist()
+        for layer, head in itertools.product(range(layers), range(heads)):
+            found[layer, head] = [
+                [i * largest + j for i, n in zip(ids[t][layer][head], counts[t][layer][head],
+                                                 strict=True) for j in range(n)]
+                for t in range(T)]
+        return found
+
+
+def record(model, prompts, n_steps, pick=None, config=None):
+    """The Trace of n_steps eager steps behind prompts (T,), which a wave index has read."""
+    asked, config = [], config or RetroConfig()
+
+    def attend(q, steady, index, budget, stores):
+        def fetch(ids, ends):
+            asked.append((ids.flatten(0, 1), (ends - before(ends)).flatten(0, 1)))      # (B*H, R)
+            return gather_clusters(index, stores, ids, ends, budget.tokens)
+        return tripartite_attention(q, steady, index, budget, fetch)
+
+    capacity, hot = max(map(len, prompts)) + n_steps, PLAIN._replace(attend=attend)
+    caches = [WaveIndex(config, capacity, len(prompts), hot) for _ in model.layers]
+    logits = prefill(model, caches, prompts, chunk=2048)
+    said = list(decode(model, caches, logits, n_steps + 1, pick or sampler(), eager_step))
+    ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()
+                  for x in zip(*asked, strict=True))
+    return Trace(ids.astype(np.int32), sizes.astype(np.uint8), round_up(capacity),
+                 torch.stack(said).numpy())
+
+
+# ---------------------------------------------------------------- policies
+
+def lru(steps, S):
+    """Yield the hits of each step: what was not asked for longest goes first."""
+    kept = OrderedDict()                    # the next to go is first
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        for b in reversed(blocks):
+            kept[b] = None
+            kept.move_to_end(b)
+        while len(kept) > S:
+            kept.popitem(last=False)
+
+
+def fifo(steps, S):
+    """Yield the hits of each step: what was admitted first goes first."""
+    kept = OrderedDict()
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        for b in [b for b in blocks[:S] if b not in kept]:
+            if len(kept) == S:
+                kept.popitem(last=False)
+            kept[b] = None
+
+
+def clock(steps, S):
+    """Yield the hits of each step: a hand goes round, and takes what was not asked for since."""
+    owner, is_marked, place, hand = [None] * S, [False] * S, {}, 0
+    for blocks in steps:
+        hits = [place[b] for b in blocks if b in place]
+        yield len(hits)
+        for slot in hits:
+            is_marked[slot] = True
+        for b in [b for b in blocks[:S] if b not in place]:
+            while is_marked[hand]:
+                is_marked[hand], hand = False, (hand + 1) % S
+            place.pop(owner[hand], None)
+            owner[hand], is_marked[hand], place[b], hand = b, True, hand, (hand + 1) % S
+
+
+def belady(steps, S):
+    """Yield the hits of each step: what is needed soonest stays. Blocks due together are equal."""
+    due, next_use = {}, []                  # of each step, when its blocks are asked for again
+    for t in range(len(steps) - 1, -1, -1):
+        next_use.append({b: due.get(b, len(steps)) for b in steps[t]})
+        due |= dict.fromkeys(steps[t], t)
+    kept = {}
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        kept |= next_use.pop()
+        kept = dict(sorted(kept.items(), key=lambda item: item[1])[:S])
+
+
+POLICIES = {"LRU": lru, "FIFO": fifo, "CLOCK": clock, "Belady": belady}
+
+
+def replay(trace, policy, S):
+    """Blocks hit, (T, layers, B*H), by a policy with S slots a head."""
+    hits = np.zeros(trace.ids.shape[:3], dtype=int)
+    for (layer, head), steps in trace.streams.items():
+        hits[:, layer, head] = list(policy(steps, S))
+    return hits
+
+
+# ---------------------------------------------------------------- all of it
+
+def recorded(kind, args, model, tokenizer):
+    """The Trace of a text, from its file if there is one."""
+    path = Path(args.traces) / f"{kind}.npz" if args.traces else None
+    if path and path.exists():
+        return Trace.load(path)
+    ids = tokenizer.encode(texts.KINDS[kind]("final")[:12 * args.length])
+    ids = torch.tensor(ids[:args.length - args.steps - 1])
+    trace = record(model, [ids], args.steps, sampler(0.7, 0.95))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.save(path)
+    return trace
+
+
+def measured(trace):
+    """Hit ratios of a trace as numbers, by policy and ratio, and LRU's at 5 % by layer."""
+    asked, found = trace.n_blocks.sum(-1), {}                               # (T, layers, B*H)
+    for name, policy in POLICIES.items():
+        hits = {ratio: replay(trace, policy, trace.slots(ratio)) for ratio in RATIOS}
+        found[name] = {ratio: round(float(x.sum() / asked.sum()), 4) for ratio, x in hits.items()}
+        if name == "LRU":
+            layers = hits[0.05].sum((0, 2)) / asked.sum((0, 2))
+    return {"hit": found, "layers": layers.round(4).tolist(), "blocks": round(asked.mean(), 1)}
+
+
+def averaged(cells):
+    """{policy: {ratio: mean over texts}} of what measured() gives for each."""
+    return {policy: {ratio: sum(cell["hit"][policy][ratio] for cell in cells) / len(cells)
+                     for ratio in RATIOS} for policy in POLICIES}
+
+
+def plot_hits(found, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    mean = averaged([cell["paper"] for cell in found.values()])
+    ends = []
+    for style, (name, hits) in zip(("o-", "s:", "^--", "D-."), mean.items(), strict=True):
+        left.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
+                  color="black" if name == "LRU" else "0.5")
+        ends.append(hits[0.05])
+    left.set(xscale="log", ylim=(0, 1), xlabel="cache, % of a head's store", ylabel="hit ratio",
+             title=f"At 5 % LRU hits {ends[0]:.0%}, the best possible is {max(ends):.0%}")
+    left.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
+    left.minorticks_off()
+    left.legend(frameon=False, loc="lower right")
+    right.axhspan(0.79, 0.94, color="0.9", label="average by task in the paper")
+    for style, (kind, cell) in zip(("o-", "s:", "^--", "D-."), found.items(), strict=False):
+        right.plot(cell["paper"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
+    right.set(ylim=(0, 1), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
+              title="Layers differ more than texts")
+    right.legend(frameon=False, loc="lower right", ncols=2)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def report(found, speed):
+    """The tables of a run."""
+    lines = []
+    for budget in ("paper", "ours"):
+        rows = [[kind, policy, *(f"{hit:.3f}" for hit in cell[budget]["hit"][policy].values())]
+                for kind, cell in found.items() for policy in POLICIES]
+        blocks = ", ".join(f"{cell[budget]['blocks']:g}" for cell in found.values())
+        lines += [f"clusters retrieved: {budget}; blocks a step and head: {blocks}",
+                  table(["text", "policy", *(f"{ratio:.1%}" for ratio in RATIOS)], rows)]
+    keys = "tokens", "batch", "ratio", "measured", "predicted", "bytes only"
+    rows = [[f"{row[key]:.1f}" if key in keys[3:] else row[key] for key in keys]
+            for row in speed["published"]]
+    lines += [f"the published code, tokens/s; fitted: {speed['host_seconds'] * 1e3:.3f} ms a layer",
+              table(keys, rows), "ours at 5 %, tokens/s, bytes only, not measured",
+              table(["machine", "batch 1", "batch 8"],
+                    [[name, *(f"{x:.0f}" for x in row.values())]
+                     for name, row in speed["ours"].items()])]
+    return "\n\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
+    parser.add_argument("--length", type=int, default=8192, help="tokens read and generated")
+    parser.add_argument("--steps", type=int, default=255)
+    parser.add_argument("--traces", metavar="DIR", help="where traces are kept")
+    parser.add_argument("--save", metavar="FILE", help="write the numbers to this JSON file")
+    args = parser.parse_args()
+    where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
+             f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
+    print(where, flush=True)
+    (model, tokenizer), found = load(device="cpu"), {}
+    for kind in args.texts:
+        trace = recorded(kind, args, model, tokenizer)
+        share = RetroConfig.paper().budget(torch.tensor(args.length - args.steps))[0]
+        found[kind] = {"distinct": len(np.unique(trace.said)) / trace.said.size,
+                       "paper": measured(trace.best(int(share))), "ours": measured(trace)}
+        print(f"{kind} is done", flush=True)
+    speed = predicted(averaged([cell["paper"] for cell in found.values()])["LRU"])
+    print(report(found, speed))
+    if args.save:
+        path = Path(args.save)
+        path.write_text(json.dumps({"where": where, "texts": found, "speed": speed}, indent=1))
+        plot_hits(found, path.with_suffix(".png"))
+        plot_speed(speed, path.with_name(f"{path.stem}-speed.png"))
+
+
+if __name__ == "__main__":
+    main()
