@@ -98,6 +98,8 @@ def check_flags(args):
     for name in ("max_new_tokens", "prefill_chunk", "capacity", "batch"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
     if not (args.prompt_file or args.load_index or args.chat or args.plan is not None):
         raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):

@@ -76,6 +76,7 @@ class Run:
     dtype: torch.dtype = torch.bfloat16
     chunk: int | None = None            # tokens a prefill reads at a time; None: the whole prompt
     cache_ratio: float | None = None    # of an offloaded store, on the device; None: no offload
+    is_cpu: bool = False                # there SDPA makes a mask; else it keeps only its output
     retro: RetroConfig = field(default_factory=RetroConfig)
 
 
@@ -189,6 +190,9 @@ def prefill_bytes(model, cache, run):
 
     def attend(q, k, v):
         o = torch.empty_like(q)
+        if run.is_cpu:      # 8 bytes by causal_lower_right's constructor, a bool, one as the keys
+            mask = ids.new_empty(q.shape[2], run.capacity, 9 + k.element_size(), dtype=torch.uint8)
+            del mask
         cluster_segment(segment, segment, run.retro)
         return o
 
@@ -239,7 +243,7 @@ def show(args, retro, device):
     runs_here = device.type == "cpu" and not args.plan
     dtype = getattr(torch, args.dtype or ("float32" if runs_here else "bfloat16"))
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
-              None, retro)
+              None, runs_here, retro)
     print(f"{args.plan or args.model}, {run.capacity:,} tokens x {run.batch}, "
           f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
     memory = args.memory * GIB if args.memory else installed(device)

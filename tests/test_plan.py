@@ -1,4 +1,5 @@
 """What the plan says against what is then allocated, and against published numbers."""
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,15 +7,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cli
-from model import DenseCache, load
-from plan import GIB, Run, fit, installed, largest_capacity, plan, shape
+from model import Llama
+from plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
 from retroinfer import RetroConfig, WaveIndex, eager_step, prefill
 
-SMALL = RetroConfig(segment=512, update=64)
+LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
 
 
 def most_alive(work):
-    """Bytes beyond those alive before that the allocator had given out at most, during work()."""
+    """Bytes the allocator had given out at most during work(), beyond those before: its own log."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -25,37 +26,135 @@ def most_alive(work):
     return most
 
 
-def alive(modules):
+def alive(*modules):
     """Bytes of all parameters and of all tensors that lie in attributes, each storage once."""
-    tensors = [p for module in modules for p in module.parameters()]
+    held = [p for module in modules for p in module.parameters()]
     for module in modules:
         for x in vars(module).values():
-            tensors += [t for t in (x if isinstance(x, tuple) else (x,))
-                        if isinstance(t, torch.Tensor)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                for x in tensors}.values())
+            held += [t for t in (x if isinstance(x, tuple) else (x,)) if torch.is_tensor(t)]
+    return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
 
 
 def measured(model, run):
-    """(bytes allocated for good, most in a prefill's last chunk, most in a step)."""
+    """Bytes (alive for good, most beyond them in a prefill's last chunk, most in a step)."""
     caches = [WaveIndex(run.retro, run.capacity, run.batch) for _ in model.layers]
-    ids = torch.randint(run.model.vocab_size, (run.capacity - 1,))
-    for row in range(run.batch):
-        start = len(ids) // run.chunk * run.chunk
-        for part in ids[:start].split(run.chunk):
-            positions = torch.arange(int(caches[0].n_tokens[row]), len(part))
-            positions = positions if len(positions) else None
-            del positions
-            prefill_row(model, caches, part, row)
-    reading = most_alive(lambda: prefill_row(model, caches, ids[start:], run.batch - 1))
-    return caches, reading
+    ids = torch.arange(run.capacity - 8) % run.model.vocab_size
+    prefill(model, caches, [ids[:-run.chunk]] * run.batch, run.chunk)
+    reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
+    for cache in caches:
+        cache.update()
+    step = most_alive(lambda: eager_step(model, caches, ids[:run.batch]))
+    return alive(model, *caches), reading, step
 
 
-# ---------------------------------------------------------------- published numbers
+@pytest.fixture
+def narrow(smollm2):
+    """The default model with three of its layers, and of the default model's sizes."""
+    config = replace(smollm2[0].config, num_hidden_layers=3)
+    model = Llama(config).requires_grad_(False)
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+# ---------------------------------------------------------------- against what is allocated
+
+@pytest.mark.parametrize(("batch", "chunk", "capacity"), [(1, 600, 2400), (3, 100, 1500)])
+def test_the_peak_is_within_three_percent(narrow, one_thread, batch, chunk, capacity):
+    run = Run(narrow.config, capacity, batch, torch.float32, chunk, is_cpu=True,
+              retro=RetroConfig(segment=512))
+    table = plan(run)
+    held, reading, step = measured(narrow, run)
+    assert sum(table.device.values()) == pytest.approx(held, rel=1e-4)      # all but counters
+    assert table.peak == pytest.approx(held + max(reading, step), rel=0.03)
+    assert table.prefill == pytest.approx(reading, rel=0.2)
+    assert table.step == pytest.approx(step, rel=0.1)
+
+
+def test_parts_are_those_of_the_cache_that_is_allocated(narrow):
+    run = Run(narrow.config, 1000, 2, torch.float32)
+    cache = WaveIndex(run.retro, run.capacity, run.batch)
+    cache.allocate(torch.empty(1, 3, 0, 64))
+    device = plan(run).device
+    assert device["store"] == 3 * (cache.k_store.nbytes + cache.v_store.nbytes)
+    assert device["steady zone"] == 3 * (cache.k_steady.nbytes + cache.v_steady.nbytes)
+    assert device["index"] == 3 * sum(x.nbytes for x in cache.index)
+
+
+# ---------------------------------------------------------------- against public numbers
 
 @pytest.mark.parametrize(("name", "parameters"), [
     ("Llama-3.1-8B", 8_030_261_248), ("Llama-3.1-70B", 70_553_706_496),
     ("Qwen2.5-7B", 7_615_616_512), ("Qwen2.5-72B", 72_706_203_648)])
-def test_a_named_shape_has_as_many_parameters_as_its_model_card_says(name, parameters):
-    table = plan(Run(shape(name), capacity=4096, chunk=512))
-    assert table.device["weights"] == 2 * parameters
+def test_a_named_shape_has_the_parameters_of_its_model_card(name, parameters):
+    assert weights(shape(name)) == 2 * parameters
+
+
+def test_llama_at_128k_is_the_arithmetic_of_the_papers():
+    """128 KiB of K and V a token; an index of a sixteenth, and an eighth more for splits."""
+    device = plan(LLAMA).device
+    assert device["store"] == 16 * GIB
+    assert device["index"] == pytest.approx(16 * GIB / 16 * 9 / 8, rel=0.03)
+
+
+# ---------------------------------------------------------------- what fits
+
+def test_what_fits_is_given_back_and_what_does_not_is_refused_with_what_would():
+    peak = plan(LLAMA).peak
+    assert fit(LLAMA, peak).peak == peak
+    with pytest.raises(ValueError, match=r"131,072 tokens x 1 need .* what fits: ") as refusal:
+        fit(LLAMA, peak - 1)
+    assert "\n" not in str(refusal.value)
+    n = int(re.search(r"--capacity (\d+)", str(refusal.value))[1])
+    assert plan(replace(LLAMA, capacity=n)).peak <= peak - 1
+
+
+def test_every_remedy_that_is_named_would_fit_and_no_other():
+    whole = replace(LLAMA, chunk=None)
+    for memory in (17 * GIB, 26 * GIB, 40 * GIB):
+        with pytest.raises(ValueError) as refusal:
+            fit(whole, memory)
+        for how, changes in REMEDIES.items():
+            fits = plan(replace(whole, **changes)).peak <= memory
+            assert fits == (f" {how}," in f"{refusal.value},"), (how, memory)
+
+
+def test_the_largest_capacity_fits_and_a_thousand_more_does_not():
+    n = largest_capacity(LLAMA, 24 * GIB)
+    assert plan(replace(LLAMA, capacity=n)).peak <= 24 * GIB
+    assert plan(replace(LLAMA, capacity=n + 1024)).peak > 24 * GIB
+
+
+def test_weights_that_do_not_fit_are_said_to_be_the_reason():
+    with pytest.raises(ValueError, match=r"the weights alone are 15\.0 GiB"):
+        fit(LLAMA, 12 * GIB)
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_plan_prints_the_parts_and_runs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load", None)
+    status = cli.main(["--plan", "Llama-3.1-8B", "--capacity", "131072", "--memory", "40",
+                       "--prefill-chunk", "2048"])
+    out, err = capsys.readouterr()
+    assert status == 0 and not err
+    for part in ("weights", "index", "steady zone", "store", "activations, step", "peak"):
+        assert f"\n{part}" in out
+    left = float(re.search(r"fits: ([\d.]+) GiB of 40\.0 left", out)[1])
+    assert left == pytest.approx(40 - plan(LLAMA).peak / GIB, abs=0.06)
+
+
+def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint):
+    path = checkpoint()
+    assert cli.main(["--model", str(path), "--plan", "--device", "cpu"]) == 0
+    assert f"{path}, 64 tokens x 1, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--plan", "Lama"], "no shape or model is named Lama: give a path, or one of SmolLM2"),
+    (["--plan", "Llama-3.1-8B", "--memory", "24"], "what fits: --capacity"),
+    (["--plan", "--batch", "0"], "--batch is 0: at least 1 is needed"),
+    (["--plan", "--memory", "0"], "--memory is 0.0: give GiB above 0")])
+def test_what_cannot_be_planned_is_one_line_and_status_two(capsys, flags, message):
+    assert cli.main(["--device", "cpu", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
