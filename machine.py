@@ -103,7 +103,8 @@ def predicted(hit):
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
     ours = {name: {batch: batch / our_work(config, 120_000, batch).seconds(machine, hit[0.05])
                    for batch in (1, 8)} for name, machine in MACHINES.items()}
-    return {"host_seconds": host, "published": theirs, "ours": ours}
+    own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
+    return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}
 
 
 def plot_speed(speed, path):
@@ -117,6 +118,8 @@ def plot_speed(speed, path):
                                ("bytes only", "^:", "0.6")):
         axes.plot(ratios, [row[name] for row in rows], style, color=color,
                   label={"predicted": "bytes and a fitted time on the host"}.get(name, name))
+    axes.plot([5], [speed["at its own hit ratio"]], "x", color="black", ms=9, mew=2,
+              label="the same, at the hit ratio of its own log")
     worst = max(abs(row["predicted"] / row["measured"] - 1) for row in rows)
     axes.set(xscale="log", ylim=(0, None), xlabel="cache, % of a head's store",
              ylabel="tokens/s, Llama-3-8B, 120K x 8",

@@ -10,12 +10,15 @@ shapes and no memory: what is counted is what the library itself would allocate.
 
 Activations are the most that is alive at once within a layer, beside what is allocated for good:
 in a prefill of `chunk` tokens that fills a segment, whose attention keeps nothing but its output,
-and in an eager step (a compiled one takes less). The peak has the larger of the two.
+and in an eager step (a compiled one takes less), with the execution buffer. The peak has the
+larger of the two.
 
 Does not include: what the driver, its libraries and fragmentation take (leave half a GiB or more),
 tokenizers, files read while weights are loaded, and products in a wider dtype on a CPU without
 instructions for the model's.
 """
+import functools
+import math
 import os
 import weakref
 from dataclasses import dataclass, field, replace
@@ -25,32 +28,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from buffer import WaveBuffer
 from checkpoint import config_from_json, open_checkpoint
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
-from retroinfer import RetroConfig, WaveIndex, cluster_segment, eager_step
+from retroinfer import RetroConfig, WaveIndex, cluster_segment, eager_step, round_up
 
 GIB = 2**30
-REMEDIES = {            # what is tried where a run does not fit, and what it means
-    "--prefill-chunk 2048": {"chunk": 2048}}
+REMEDIES = {    # what is tried where a run does not fit
+    "--prefill-chunk 2048": {"chunk": 2048},
+    "--offload": {"cache_ratio": 0.05},
+    "--offload --prefill-chunk 2048": {"cache_ratio": 0.05, "chunk": 2048},
+    "--offload --store FILE --prefill-chunk 2048": {"cache_ratio": 0.05, "chunk": 2048,
+                                                    "in_file": True}}
 
-# The published config.json of each, as far as it bears on bytes.
-SHAPES = {
-    "Llama-3.1-8B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "Llama-3.1-70B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
-        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "Qwen2.5-7B": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "max_position_embeddings": 131072},
-    "Qwen2.5-72B": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 8192,
-        "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "max_position_embeddings": 131072}}
+SHAPES = {      # as published: kind, vocabulary, hidden, MLP, layers, heads, kv heads
+    "Llama-3.1-8B": ("llama", 128256, 4096, 14336, 32, 32, 8),
+    "Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8),
+    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "Qwen2.5-72B": ("qwen2", 152064, 8192, 29568, 80, 64, 8)}
+KEYS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads")
 
 
 def shape(name):
@@ -59,7 +56,8 @@ def shape(name):
     Of a checkpoint no weight is read.
     """
     if name in SHAPES:
-        return ModelConfig(**config_from_json(SHAPES[name]))
+        numbers = dict(zip(KEYS, SHAPES[name], strict=True)) | {"max_position_embeddings": 131072}
+        return ModelConfig(**config_from_json(numbers))
     if name != DEFAULT_NAME and not Path(name).exists():
         raise ValueError(f"no shape or model is named {name}: give a path, or one of "
                          f"{', '.join([DEFAULT_NAME, *SHAPES])}")
@@ -76,7 +74,8 @@ class Run:
     dtype: torch.dtype = torch.bfloat16
     chunk: int | None = None            # tokens a prefill reads at a time; None: the whole prompt
     cache_ratio: float | None = None    # of an offloaded store, on the device; None: no offload
-    is_cpu: bool = False                # there SDPA makes a mask; else it keeps only its output
+    in_file: bool = False               # the offloaded store is in a file
+    is_cpu: bool = False                # device and host share one memory
     retro: RetroConfig = field(default_factory=RetroConfig)
 
 
@@ -93,6 +92,12 @@ class Plan:
     def peak(self):
         """Bytes on the device when most are in use."""
         return sum(self.device.values()) + max(self.prefill, self.step)
+
+    def fits(self, memory, host=math.inf):
+        """Whether so many bytes are enough of the device, and of the host."""
+        on_host = 0 if self.run.in_file else sum(self.host.values())
+        return (self.peak + on_host <= min(memory, host) if self.run.is_cpu
+                else self.peak <= memory and on_host <= host and not self.run.in_file)
 
     def __str__(self):
         rows = [(part, self.device.get(part, 0), self.host.get(part, 0))
@@ -146,9 +151,9 @@ def nbytes(tree):
 
 
 def on_meta(config, dtype):
-    """The model without memory."""
+    """The model without memory, and with one layer: all are alike."""
     with torch.device("meta"):
-        model = Llama(config).to(dtype).requires_grad_(False)
+        model = Llama(replace(config, num_hidden_layers=1)).to(dtype).requires_grad_(False)
     model.rope.to("meta")
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -157,28 +162,44 @@ def on_meta(config, dtype):
 
 def weights(config, dtype=torch.bfloat16):
     """Bytes of the parameters."""
-    return nbytes(list(on_meta(config, dtype).parameters()))
+    model = on_meta(config, dtype)
+    layers = (config.num_hidden_layers - 1) * nbytes(list(model.layers.parameters()))
+    return layers + nbytes(list(model.parameters()))
+
+
+class Nowhere:
+    """A buffer.Store without memory."""
+
+    def __init__(self, run, k):
+        self.like = k.new_empty(run.batch, k.shape[1], round_up(run.capacity), k.shape[3])
+
+    def take(self):
+        return torch.empty_like(self.like)
 
 
 def cache_on_meta(run):
     """The cache of one layer, allocated without memory."""
-    cache = WaveIndex(run.retro, run.capacity, run.batch)
-    cache.allocate(torch.empty(1, run.model.num_key_value_heads, 0, run.model.head_dim,
-                               dtype=run.dtype, device="meta"))
+    k = torch.empty(1, run.model.num_key_value_heads, 0, run.model.head_dim, dtype=run.dtype,
+                    device="meta")
+    buffer = None if run.cache_ratio is None else functools.partial(
+        WaveBuffer, store=Nowhere(run, k), cache_ratio=run.cache_ratio)
+    cache = WaveIndex(run.retro, run.capacity, run.batch, offload=buffer)
+    cache.allocate(k)
     return cache
 
 
 def plan(run):
     """The Plan of a Run."""
     model, cache = on_meta(run.model, run.dtype), cache_on_meta(run)
-    L = len(model.layers)
-    store = L * nbytes([cache.k_store, cache.v_store])
-    device = {"weights": weights(run.model, run.dtype),
-              "index": L * nbytes(cache.index),
-              "steady zone": L * nbytes([cache.k_steady, cache.v_steady]),
-              "store": store}
-    model.layers = model.layers[:1]         # layers are alike, and work one after the other
-    return Plan(run, device, {}, prefill_bytes(model, cache, run), step_bytes(model, cache))
+    device = {"index": nbytes(cache.index), "steady zone": nbytes([cache.k_steady, cache.v_steady])}
+    store = {"store": nbytes([cache.k_store, cache.v_store])}
+    if cache.buffer:
+        held = cache.buffer.nbytes()
+        device |= {"block cache": held["slots"], "its tables": held["table"]}
+    device, host = ({name: n * run.model.num_hidden_layers for name, n in parts.items()}
+                    for parts in ((device, store) if cache.buffer else (device | store, {})))
+    return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
+                prefill_bytes(model, cache, run), step_bytes(model, cache))
 
 
 def prefill_bytes(model, cache, run):
@@ -196,8 +217,14 @@ def prefill_bytes(model, cache, run):
         cluster_segment(segment, segment, run.retro)
         return o
 
+    def work():         # one layer's K and V are brought from the host, and sent back behind it
+        past = [torch.empty_like(x[:1]) for x in (cache.k_store, cache.v_store)
+                if cache.buffer and not run.is_cpu]
+        model.logits(model(ids, ids, [attend])[:, -1])
+        del past
+
     with Live() as live:
-        return live.peak(lambda: model.logits(model(ids, ids, [attend])[:, -1]))
+        return live.peak(work)
 
 
 def step_bytes(model, cache):
@@ -210,44 +237,46 @@ def step_bytes(model, cache):
 
 # ---------------------------------------------------------------- what would fit
 
-def fit(run, memory):
-    """The Plan of a Run, if its peak is at most `memory` bytes; else ValueError says what would be.
-    """
+def fit(run, memory, host=math.inf):
+    """The Plan of a Run if it fits so many bytes; else ValueError says what would fit."""
     table = plan(run)
-    if table.peak <= memory:
+    if table.fits(memory, host):
         return table
-    other = [how for how, changes in REMEDIES.items()
-             if plan(replace(run, **changes)).peak <= memory]
-    if n := largest_capacity(run, memory):
-        other.append(f"--capacity {n}")
-    need = f"{run.capacity:,} tokens x {run.batch} need {table.peak / GIB:.1f} GiB"
-    if not other:
-        raise ValueError(f"{need}, the device has {memory / GIB:.1f}: nothing here would fit, the "
-                         f"weights alone are {table.device['weights'] / GIB:.1f} GiB")
-    raise ValueError(f"{need}, the device has {memory / GIB:.1f}; what fits: {', or '.join(other)}")
+    what_fits = [how for how, changes in REMEDIES.items()
+                 if plan(replace(run, **changes)).fits(memory, host)][:2]
+    if n := largest_capacity(run, memory, host):
+        what_fits.append(f"--capacity {n}")
+    on_host, there = sum(table.host.values()) / GIB, f"{memory / GIB:.1f}"
+    there += f" and {host / GIB:.1f}" if host < math.inf else ""
+    what_fits = ", or ".join(what_fits) or ("nothing here, the weights alone are "
+                                            f"{table.device['weights'] / GIB:.1f} GiB")
+    raise ValueError(f"{run.capacity:,} tokens x {run.batch} need {table.peak / GIB:.1f} GiB and "
+                     f"{on_host:.1f} on the host, there are {there}; what fits: {what_fits}")
 
 
-def largest_capacity(run, memory):
+def largest_capacity(run, memory, host=math.inf):
     """The most tokens, in thousands of 1,024, that fit; 0 if none do."""
     low, high = 0, run.capacity // 1024
     while low < high:
         middle = (low + high + 1) // 2
-        fits = plan(replace(run, capacity=1024 * middle)).peak <= memory
+        fits = plan(replace(run, capacity=1024 * middle)).fits(memory, host)
         low, high = (middle, high) if fits else (low, middle - 1)
     return 1024 * low
 
 
 def show(args, retro, device):
     """Print the plan of a command line's run. The exit status, or ValueError if it cannot fit."""
-    config = shape(args.plan or args.model)
-    runs_here = device.type == "cpu" and not args.plan
-    dtype = getattr(torch, args.dtype or ("float32" if runs_here else "bfloat16"))
+    config, is_here = shape(args.plan or args.model), not (args.plan or args.memory)
+    is_cpu = is_here and device.type == "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
+    ratio = args.cache_ratio if args.cache_ratio is not None else 0.05
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
-              None, runs_here, retro)
+              ratio if args.offload else None, bool(args.store), is_cpu, retro)
     print(f"{args.plan or args.model}, {run.capacity:,} tokens x {run.batch}, "
           f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
     memory = args.memory * GIB if args.memory else installed(device)
-    print(f"fits: {(memory - fit(run, memory).peak) / GIB:.1f} GiB of {memory / GIB:.1f} left")
+    table = fit(run, memory, installed(torch.device("cpu")) if is_here else math.inf)
+    print(f"fits: {(memory - table.peak) / GIB:.1f} GiB of {memory / GIB:.1f} left")
     return 0
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cli
+from buffer import offload
 from model import Llama
 from plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
 from retroinfer import RetroConfig, WaveIndex, eager_step, prefill
@@ -26,25 +27,29 @@ def most_alive(work):
     return most
 
 
-def alive(*modules):
+def alive(model, caches):
     """Bytes of all parameters and of all tensors that lie in attributes, each storage once."""
-    held = [p for module in modules for p in module.parameters()]
-    for module in modules:
-        for x in vars(module).values():
+    held, owners = list(model.parameters()), list(caches)
+    for buffer in filter(None, (cache.buffer for cache in caches)):
+        owners += [buffer, buffer.cache, buffer.cache.policy]
+    for owner in owners:
+        for x in vars(owner).values():
             held += [t for t in (x if isinstance(x, tuple) else (x,)) if torch.is_tensor(t)]
     return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
 
 
 def measured(model, run):
     """Bytes (alive for good, most beyond them in a prefill's last chunk, most in a step)."""
-    caches = [WaveIndex(run.retro, run.capacity, run.batch) for _ in model.layers]
+    buffer = None if run.cache_ratio is None else offload(
+        model, run.capacity, run.batch, cache_ratio=run.cache_ratio)
+    caches = [WaveIndex(run.retro, run.capacity, run.batch, offload=buffer) for _ in model.layers]
     ids = torch.arange(run.capacity - 8) % run.model.vocab_size
     prefill(model, caches, [ids[:-run.chunk]] * run.batch, run.chunk)
     reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
     for cache in caches:
         cache.update()
     step = most_alive(lambda: eager_step(model, caches, ids[:run.batch]))
-    return alive(model, *caches), reading, step
+    return alive(model, caches), reading, step
 
 
 @pytest.fixture
@@ -58,14 +63,16 @@ def narrow(smollm2):
 
 # ---------------------------------------------------------------- against what is allocated
 
-@pytest.mark.parametrize(("batch", "chunk", "capacity"), [(1, 600, 2400), (3, 100, 1500)])
-def test_the_peak_is_within_three_percent(narrow, one_thread, batch, chunk, capacity):
-    run = Run(narrow.config, capacity, batch, torch.float32, chunk, is_cpu=True,
+@pytest.mark.parametrize(("batch", "chunk", "capacity", "ratio"), [
+    (1, 600, 2400, None), (3, 100, 1500, None), (2, 400, 2000, 0.1), (1, 400, 2000, 0.0)])
+def test_the_peak_is_within_three_percent(narrow, one_thread, batch, chunk, capacity, ratio):
+    run = Run(narrow.config, capacity, batch, torch.float32, chunk, ratio, is_cpu=True,
               retro=RetroConfig(segment=512))
     table = plan(run)
     held, reading, step = measured(narrow, run)
-    assert sum(table.device.values()) == pytest.approx(held, rel=1e-4)      # all but counters
-    assert table.peak == pytest.approx(held + max(reading, step), rel=0.03)
+    host = sum(table.host.values())
+    assert sum(table.device.values()) + host == pytest.approx(held, rel=1e-4)   # all but counters
+    assert table.peak + host == pytest.approx(held + max(reading, step), rel=0.03)
     assert table.prefill == pytest.approx(reading, rel=0.2)
     assert table.step == pytest.approx(step, rel=0.1)
 
@@ -78,6 +85,23 @@ def test_parts_are_those_of_the_cache_that_is_allocated(narrow):
     assert device["store"] == 3 * (cache.k_store.nbytes + cache.v_store.nbytes)
     assert device["steady zone"] == 3 * (cache.k_steady.nbytes + cache.v_steady.nbytes)
     assert device["index"] == 3 * sum(x.nbytes for x in cache.index)
+
+
+def test_offload_moves_the_store_to_the_host_and_leaves_a_share_of_it():
+    there, here = plan(LLAMA), plan(replace(LLAMA, cache_ratio=0.05))
+    assert here.host == {"store": there.device["store"]} and "store" not in here.device
+    assert here.device["block cache"] == pytest.approx(0.05 * here.host["store"], rel=0.01)
+    one_layer = here.host["store"] // 32        # a prefill brings it to the device
+    assert here.prefill == there.prefill + one_layer
+
+
+def test_a_store_must_fit_the_host_unless_it_is_in_a_file():
+    here = plan(replace(LLAMA, cache_ratio=0.05))
+    assert here.fits(24 * GIB) and here.fits(24 * GIB, 16 * GIB)
+    assert not here.fits(24 * GIB, 15 * GIB) and not here.fits(16 * GIB)
+    cpu = plan(replace(LLAMA, cache_ratio=0.05, is_cpu=True))
+    assert not cpu.fits(30 * GIB) and cpu.fits(40 * GIB)                # one memory for both
+    assert plan(replace(cpu.run, in_file=True)).fits(30 * GIB)
 
 
 # ---------------------------------------------------------------- against public numbers
@@ -125,7 +149,7 @@ def test_the_largest_capacity_fits_and_a_thousand_more_does_not():
 
 
 def test_weights_that_do_not_fit_are_said_to_be_the_reason():
-    with pytest.raises(ValueError, match=r"the weights alone are 15\.0 GiB"):
+    with pytest.raises(ValueError, match=r"fits: nothing here, the weights alone are 15\.0 GiB"):
         fit(LLAMA, 12 * GIB)
 
 

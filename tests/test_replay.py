@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import buffer
 import machine
 from model import load
 from plan import shape
@@ -62,6 +63,20 @@ def test_clock_is_a_ring_of_marked_slots(steps, S):
                     ring.append(ring.pop(0))
                 ring = [*ring[1:], [b, 1]]
     assert list(clock(steps, S)) == hits
+
+
+@settings(deadline=None, max_examples=60)
+@given(BLOCKS, SLOTS, st.sampled_from(["LRU", "CLOCK"]))
+def test_the_block_cache_hits_what_its_policy_hits_here(steps, S, name):
+    cache = buffer.BlockCache(1, 1, 10, S, getattr(buffer, name), torch.device("cpu"))
+    hits = []
+    for blocks in steps:
+        asked = torch.arange(6).view(1, 1, 6) < len(blocks)
+        ids = torch.tensor(blocks + [0] * (6 - len(blocks))).view(1, 1, 6)
+        slots = cache.lookup(ids, asked)
+        hits.append(int((slots >= 0).sum()))
+        cache.admit(ids, asked, slots)
+    assert hits == list(POLICIES[name](steps, S))
 
 
 def most_hits(steps, S):
