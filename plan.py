@@ -167,22 +167,13 @@ def weights(config, dtype=torch.bfloat16):
     return layers + nbytes(list(model.parameters()))
 
 
-class Nowhere:
-    """A buffer.Store without memory."""
-
-    def __init__(self, run, k):
-        self.like = k.new_empty(run.batch, k.shape[1], round_up(run.capacity), k.shape[3])
-
-    def take(self):
-        return torch.empty_like(self.like)
-
-
 def cache_on_meta(run):
     """The cache of one layer, allocated without memory."""
     k = torch.empty(1, run.model.num_key_value_heads, 0, run.model.head_dim, dtype=run.dtype,
                     device="meta")
+    shape = run.batch, k.shape[1], round_up(run.capacity), k.shape[3]
     buffer = None if run.cache_ratio is None else functools.partial(
-        WaveBuffer, store=Nowhere(run, k), cache_ratio=run.cache_ratio)
+        WaveBuffer, memory=(k.new_empty(shape) for _ in range(2)), cache_ratio=run.cache_ratio)
     cache = WaveIndex(run.retro, run.capacity, run.batch, offload=buffer)
     cache.allocate(k)
     return cache
