@@ -20,11 +20,12 @@ machine.py makes speeds of the hit ratios.
 Does not include: caches shared by heads or layers, look-ahead, several devices.
 """
 import argparse
+import functools
 import itertools
 import json
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ class Trace:
     sizes: np.ndarray           # (T, layers, B*H, R) tokens; 0: not asked for
     capacity: int               # tokens the store of a head has room for
     said: np.ndarray            # (T+1, B) the tokens generated
+    config: str                 # what read and ranked
 
     def save(self, path):
         np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
@@ -68,7 +70,8 @@ class Trace:
     @classmethod
     def load(cls, path):
         with np.load(path) as file:
-            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"])
+            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"],
+                       str(file["config"]))
 
     def best(self, n):
         """As if only the n best clusters of a step had been retrieved, on the same way."""
@@ -83,7 +86,7 @@ class Trace:
         """(T, layers, B*H, R) blocks of the clusters asked for."""
         return -(-self.sizes.astype(int) // BLOCK)
 
-    @cached_property
+    @functools.cached_property
     def streams(self):
         """Of each layer and head what it asks for: step by step, numbers of blocks, best first."""
         T, layers, heads, _ = self.ids.shape
@@ -114,7 +117,7 @@ def record(model, prompts, n_steps, pick=None, config=None):
     ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()
                   for x in zip(*asked, strict=True))
     return Trace(ids.astype(np.int32), sizes.astype(np.uint8), round_up(capacity),
-                 torch.stack(said).numpy())
+                 torch.stack(said).numpy(), repr(config))
 
 
 # ---------------------------------------------------------------- policies
@@ -183,11 +186,15 @@ def replay(trace, policy, S):
 
 # ---------------------------------------------------------------- all of it
 
-def recorded(kind, args, model, tokenizer):
+default = functools.cache(functools.partial(load, device="cpu"))
+
+
+def recorded(kind, args):
     """The Trace of a text, from its file if there is one."""
     path = Path(args.traces) / f"{kind}.npz" if args.traces else None
     if path and path.exists():
         return Trace.load(path)
+    model, tokenizer = default()
     ids = tokenizer.encode(texts.KINDS[kind]("final")[:12 * args.length])
     ids = torch.tensor(ids[:args.length - args.steps - 1])
     trace = record(model, [ids], args.steps, sampler(0.7, 0.95))
@@ -276,18 +283,19 @@ def main():
     where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
              f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
     print(where, flush=True)
-    (model, tokenizer), found = load(device="cpu"), {}
+    found = {}
     for kind in args.texts:
-        trace = recorded(kind, args, model, tokenizer)
+        trace = recorded(kind, args)
         share = RetroConfig.paper().budget(torch.tensor(args.length - args.steps))[0]
-        found[kind] = {"paper": measured(trace.best(int(share)), POLICIES),
+        found[kind] = {"config": trace.config, "paper": measured(trace.best(int(share)), POLICIES),
                        "ours": measured(trace, ["LRU"])}
         print(f"{kind} is done", flush=True)
     speed = predicted(averaged([cell["paper"] for cell in found.values()])["LRU"])
     print(report(found, speed))
     if args.save:
         path = Path(args.save)
-        path.write_text(json.dumps({"where": where, "texts": found, "speed": speed}, indent=1))
+        path.write_text(json.dumps({"where": where, "command": " ".join(sys.argv),
+                                    "texts": found, "speed": speed}, indent=1))
         plot_hits(found, path.with_suffix(".png"))
         plot_speed(speed, path.with_name(f"{path.stem}-speed.png"))
 
