@@ -13,9 +13,8 @@ hidden behind computation.
 from dataclasses import dataclass
 
 import plan
+from buffer import BLOCK
 from retroinfer import RetroConfig
-
-BLOCK = 8                       # tokens of a block, as in buffer.py
 
 
 @dataclass(frozen=True)

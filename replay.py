@@ -1,8 +1,7 @@
 """Which clusters real steps ask for, what each way of keeping some would have hit, and its speed.
 
     python replay.py                    # record four texts, replay them: half an hour on two cores
-    python replay.py --traces DIR       # keep the traces there, and use those that are
-    python replay.py --save FILE.json   # the numbers, and two plots beside them
+    python replay.py --traces DIR --save FILE.json      # keep traces, numbers; plots beside them
 
 A generation of the default model is recorded: every step's retrieved clusters, by layer and head,
 best first. Replayed, as in buffer.py: a cluster is cut into blocks of 8 tokens, a head has S slots
@@ -11,9 +10,8 @@ those among the first S of the step that missed are admitted, in order of rank. 
 first step's, which are none.
 
 LRU and CLOCK are those of buffer.py; FIFO forgets what it admitted first; Belady's knows what will
-be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more.
-
-machine.py makes speeds of the hit ratios.
+be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more. Speeds are
+those of machine.py.
 
     T steps    R clusters retrieved    S slots a head    B batch    H kv heads
 
@@ -25,7 +23,8 @@ import itertools
 import json
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ import torch
 
 import texts
 from bench import cpu_name, table
+from buffer import BLOCK
 from machine import plot_speed, predicted
 from model import DEFAULT_NAME, load
 from retroinfer import (
@@ -49,7 +49,6 @@ from retroinfer import (
     tripartite_attention,
 )
 
-BLOCK = 8                                   # tokens of a block, as in buffer.py
 RATIOS = 0.005, 0.025, 0.05, 0.1, 0.2, 0.4
 
 
@@ -62,16 +61,17 @@ class Trace:
     sizes: np.ndarray           # (T, layers, B*H, R) tokens; 0: not asked for
     capacity: int               # tokens the store of a head has room for
     said: np.ndarray            # (T+1, B) the tokens generated
-    config: str                 # what read and ranked
+    config: RetroConfig
 
     def save(self, path):
-        np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        np.savez_compressed(path, **arrays | {"config": json.dumps(asdict(self.config))})
 
     @classmethod
     def load(cls, path):
         with np.load(path) as file:
-            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"],
-                       str(file["config"]))
+            config = RetroConfig(**json.loads(str(file["config"])))
+            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"], config)
 
     def best(self, n):
         """As if only the n best clusters of a step had been retrieved, on the same way."""
@@ -116,8 +116,8 @@ def record(model, prompts, n_steps, pick=None, config=None):
     said = list(decode(model, caches, logits, n_steps + 1, pick or sampler(), eager_step))
     ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()
                   for x in zip(*asked, strict=True))
-    return Trace(ids.astype(np.int32), sizes.astype(np.uint8), round_up(capacity),
-                 torch.stack(said).numpy(), repr(config))
+    return Trace(ids.astype(np.int32), sizes.astype(np.uint16), round_up(capacity),
+                 torch.stack(said).numpy(), config)
 
 
 # ---------------------------------------------------------------- policies
@@ -216,6 +216,13 @@ def measured(trace, policies):
     return found | {"blocks": round(asked.mean(), 1)}
 
 
+def cell(trace):
+    """What is kept of a trace: of its share of the clusters without a floor, and of all of it."""
+    share = int(replace(trace.config, least=1).budget(torch.tensor(trace.capacity))[0])
+    return {"config": asdict(trace.config), "share": measured(trace.best(share), POLICIES),
+            "all": measured(trace, ["LRU"])}
+
+
 def averaged(cells):
     """{policy: {ratio: mean over texts}} of what measured() gives for each."""
     return {policy: {ratio: sum(cell["hit"][policy][ratio] for cell in cells) / len(cells)
@@ -227,21 +234,20 @@ def plot_hits(found, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    mean = averaged([cell["paper"] for cell in found.values()])
-    ends = []
+    mean = averaged([cell["share"] for cell in found.values()])
     for style, (name, hits) in zip(("o-", "s:", "^--", "D-."), mean.items(), strict=True):
         left.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
                   color="black" if name == "LRU" else "0.5")
-        ends.append(hits[0.05])
     left.set(xscale="log", ylim=(0, 1), xlabel="cache, % of a head's store", ylabel="hit ratio",
-             title=f"At 5 % LRU hits {ends[0]:.0%}, the best possible is {max(ends):.0%}")
+             title=f"At 5 % LRU hits {mean['LRU'][0.05]:.0%}, and none can hit more than "
+                   f"{mean['Belady'][0.05]:.0%}")
     left.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
     left.minorticks_off()
     left.legend(frameon=False, loc="lower right")
     right.axhspan(0.79, 0.94, color="0.9", label="average by task in the paper")
     for style, (kind, cell) in zip(("o-", "s:", "^--", "D-."), found.items(), strict=False):
-        right.plot(cell["paper"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
-    layers = np.mean([cell["paper"]["layers"] for cell in found.values()], 0)
+        right.plot(cell["share"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
+    layers = np.mean([cell["share"]["layers"] for cell in found.values()], 0)
     right.set(ylim=(0, 1), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
               title=f"Layers hit {layers.min():.0%} to {layers.max():.0%}")
     right.legend(frameon=False, loc="lower right", ncols=2)
@@ -253,7 +259,7 @@ def plot_hits(found, path):
 def report(found, speed):
     """The tables of a run."""
     lines = []
-    for budget in ("paper", "ours"):
+    for budget in ("share", "all"):
         rows = [[kind, policy, *(f"{hit:.3f}" for hit in hits.values())]
                 for kind, cell in found.items() for policy, hits in cell[budget]["hit"].items()]
         blocks = ", ".join(f"{cell[budget]['blocks']:g}" for cell in found.values())
@@ -283,19 +289,14 @@ def main():
     where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
              f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
     print(where, flush=True)
-    found = {}
-    for kind in args.texts:
-        trace = recorded(kind, args)
-        share = RetroConfig.paper().budget(torch.tensor(args.length - args.steps))[0]
-        found[kind] = {"config": trace.config, "paper": measured(trace.best(int(share)), POLICIES),
-                       "ours": measured(trace, ["LRU"])}
-        print(f"{kind} is done", flush=True)
-    speed = predicted(averaged([cell["paper"] for cell in found.values()])["LRU"])
+    with ProcessPoolExecutor() as pool:         # a text is replayed while the next is recorded
+        cells = {kind: pool.submit(cell, recorded(kind, args)) for kind in args.texts}
+        found = {kind: future.result() for kind, future in cells.items()}
+    speed = predicted(averaged([cell["share"] for cell in found.values()])["LRU"])
     print(report(found, speed))
     if args.save:
-        path = Path(args.save)
-        path.write_text(json.dumps({"where": where, "command": " ".join(sys.argv),
-                                    "texts": found, "speed": speed}, indent=1))
+        path, facts = Path(args.save), {"where": where, "command": " ".join(sys.argv)}
+        path.write_text(json.dumps(facts | {"texts": found, "speed": speed}, indent=1) + "\n")
         plot_hits(found, path.with_suffix(".png"))
         plot_speed(speed, path.with_name(f"{path.stem}-speed.png"))
 

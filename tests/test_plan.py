@@ -115,7 +115,7 @@ def test_a_named_shape_has_the_parameters_of_its_model_card(name, parameters):
 
 def test_llama_at_128k_is_the_arithmetic_of_the_papers():
     """128 KiB of K and V a token; an index of a sixteenth, and an eighth more."""
-    device = plan(LLAMA).device
+    device = plan(replace(LLAMA, retro=RetroConfig.paper())).device
     assert device["store"] == 16 * GIB
     assert device["index"] == pytest.approx(16 * GIB / 16 * 9 / 8, rel=0.04)
 

@@ -130,7 +130,7 @@ def test_policies_differ_where_they_should():
 
 # ---------------------------------------------------------------- traces
 
-CONFIG = RetroConfig(segment=256, update=64, least=5)
+CONFIG = RetroConfig(segment=256, update=64, cluster=16, least=5)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_trace_has_what_each_step_read(recorded):
 
 def test_streams_cut_clusters_into_blocks_of_eight_in_order_of_rank():
     ids, sizes = np.array([[[[7, 2, 5]]]]), np.array([[[[20, 0, 8]]]], dtype=np.uint8)
-    trace = Trace(ids, sizes, 64, np.zeros((2, 1)), "")
+    trace = Trace(ids, sizes, 64, np.zeros((2, 1)), CONFIG)
     assert trace.streams == {(0, 0): [[21, 22, 23, 15]]}
     assert trace.best(2).streams == {(0, 0): [[21, 22, 23]]}
     assert trace.n_blocks.tolist() == [[[[3, 0, 1]]]] and trace.slots(0.25) == 2
