@@ -10,7 +10,7 @@ one run of another batch than those it is judged by.
 Does not include: arithmetic (a step is bound by memory), peaks that are not reached, transfers
 hidden behind computation.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import plan
 from buffer import BLOCK
@@ -22,14 +22,13 @@ class Machine:
     """Peak bytes a second, as NVIDIA publishes them: an upper bound of what a step gets."""
     memory: float               # of device memory
     bus: float                  # from the host's memory, one way
-    size: float                 # GiB of device memory
+    size: int                   # GiB of device memory
 
 
-MACHINES = {                    # data sheets; PCIe 4.0 and 5.0 x16 less their 128b/130b encoding
+MACHINES = {        # NVIDIA's data sheets; PCIe 4.0 and 5.0 x16 less their 128b/130b encoding
     "A100-PCIe": Machine(1.935e12, 31.5e9, 80),
-    "H200": Machine(4.8e12, 63.0e9, 141),
+    "H200": Machine(4.8e12, 63.0e9, 140),
     "RTX 4090": Machine(1.008e12, 31.5e9, 24)}
-
 
 # Tokens a second of the published code on an A100-PCIe, Llama-3-8B: an independent run's, whose
 # blocks a head and step and whose hit ratio at 5 % are those of its log (River861, July 2026).
@@ -77,6 +76,13 @@ def our_work(config, tokens, batch):
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 
 
+def largest_batch(config, tokens, machine, most=8):
+    """Sequences, at most `most`, that fit the machine with 5 % of their K and V on it."""
+    run = plan.Run(config, tokens, chunk=2048, cache_ratio=0.05)
+    return max((batch for batch in range(1, most + 1) if plan.plan(
+        replace(run, batch=batch)).fits(machine.size * plan.GIB)), default=0)
+
+
 def host_seconds(config):
     """What the published code spends a layer beyond its bytes: the one constant that is fitted.
 
@@ -101,7 +107,8 @@ def predicted(hit):
                            "predicted": batch / work.seconds(a100, hit[ratio], host),
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
     ours = {name: {batch: batch / our_work(config, 120_000, batch).seconds(machine, hit[0.05])
-                   for batch in (1, 8)} for name, machine in MACHINES.items()}
+                   for batch in (1, largest_batch(config, 120_000, machine))}
+            for name, machine in MACHINES.items()}
     own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
     return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}
 

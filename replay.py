@@ -11,9 +11,7 @@ first step's, which are none.
 
 LRU and CLOCK are those of buffer.py; FIFO forgets what it admitted first; Belady's knows what will
 be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more. Speeds are
-those of machine.py.
-
-    T steps    R clusters retrieved    S slots a head    B batch    H kv heads
+those of machine.py. T steps, R clusters retrieved, S slots a head, B batch, H kv heads.
 
 Does not include: caches shared by heads or layers, look-ahead, several devices.
 """
@@ -179,25 +177,22 @@ POLICIES = {"LRU": lru, "FIFO": fifo, "CLOCK": clock, "Belady": belady}
 def replay(trace, policy, S):
     """Blocks hit, (T, layers, B*H), by a policy with S slots a head."""
     hits = np.zeros(trace.ids.shape[:3], dtype=int)
-    for (layer, head), steps in trace.streams.items():
-        hits[:, layer, head] = list(policy(steps, S))
+    for place, steps in trace.streams.items():
+        hits[:, *place] = list(policy(steps, S))
     return hits
 
 
 # ---------------------------------------------------------------- all of it
-
-default = functools.cache(functools.partial(load, device="cpu"))
-
 
 def recorded(kind, args):
     """The Trace of a text, from its file if there is one."""
     path = Path(args.traces) / f"{kind}.npz" if args.traces else None
     if path and path.exists():
         return Trace.load(path)
-    model, tokenizer = default()
+    model, tokenizer = load(device="cpu")
     ids = tokenizer.encode(texts.KINDS[kind]("final")[:12 * args.length])
-    ids = torch.tensor(ids[:args.length - args.steps - 1])
-    trace = record(model, [ids], args.steps, sampler(0.7, 0.95))
+    prompt = torch.tensor(ids[:args.length - args.steps - 1])
+    trace = record(model, [prompt], args.steps, sampler(0.7, 0.95))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.save(path)
@@ -268,13 +263,12 @@ def report(found, speed):
     keys = "tokens", "batch", "ratio", "measured", "predicted", "bytes only"
     rows = [[f"{row[key]:.1f}" if key in keys[3:] else row[key] for key in keys]
             for row in speed["published"]]
+    ours = [[name, batch, f"{x:.0f}"] for name, row in speed["ours"].items()
+            for batch, x in row.items()]
     lines += [f"the published code, tokens/s; fitted: {speed['host_seconds'] * 1e3:.3f} ms a layer",
-              table(keys, rows), "120K x 8 at the hit ratio of that run's own log, 5 %: "
-              f"{speed['at its own hit ratio']:.1f} predicted",
-              "ours at 5 %, tokens/s, bytes only, not measured",
-              table(["machine", "batch 1", "batch 8"],
-                    [[name, *(f"{x:.0f}" for x in row.values())]
-                     for name, row in speed["ours"].items()])]
+              table(keys, rows), "at the hit ratio of its own log, 120K x 8 and 5 %: "
+              f"{speed['at its own hit ratio']:.1f}", "ours at 120K and 5 %, not measured",
+              table(["machine", "batch", "tokens/s"], ours)]
     return "\n\n".join(lines)
 
 
@@ -282,7 +276,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
     parser.add_argument("--length", type=int, default=8192, help="tokens read and generated")
-    parser.add_argument("--steps", type=int, default=255)
+    parser.add_argument("--steps", type=int, default=255, help="of them generated, less one")
     parser.add_argument("--traces", metavar="DIR", help="where traces are kept")
     parser.add_argument("--save", metavar="FILE", help="write the numbers to this JSON file")
     args = parser.parse_args()

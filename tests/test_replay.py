@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import buffer
 import machine
 from model import load
-from plan import shape
+from plan import GIB, Run, plan, shape
 from replay import POLICIES, Trace, belady, clock, fifo, lru, record, replay
 from retroinfer import RetroConfig, WaveIndex, eager_step, generate, sampler
 
@@ -217,5 +217,14 @@ def test_a_prediction_falls_with_the_hit_ratio_and_never_above_its_bytes():
                  for hit in (0.9, 0.5))
     for a, b in zip(good["published"], bad["published"], strict=True):
         assert b["predicted"] < a["predicted"] < a["bytes only"]
-    for name in machine.MACHINES:
-        assert bad["ours"][name][8] < good["ours"][name][8]
+    assert good["ours"].keys() == machine.MACHINES.keys()
+    for name, row in good["ours"].items():
+        assert all(bad["ours"][name][batch] < speed for batch, speed in row.items())
+
+
+def test_no_batch_is_predicted_that_does_not_fit():
+    config, gpu = shape("Llama-3.1-8B"), machine.MACHINES["RTX 4090"]
+    n = machine.largest_batch(config, 120_000, gpu)
+    need = [plan(Run(config, 120_000, batch, chunk=2048, cache_ratio=0.05)).peak
+            for batch in (n, n + 1)]
+    assert 0 < n < 8 and need[0] <= 24 * GIB < need[1]
