@@ -175,6 +175,13 @@ def index(dtype, D):
         kernels.segment_sum(rows, ids, ids[..., :512])
 
 
+def fetch(dtype, D):
+    """The retrieved tokens of one head, from a store of 131,072."""
+    rows = torch.zeros(1, 1, 2368, dtype=torch.int64)
+    kernels.copy_rows(torch.zeros(1, 1, 2368, D, dtype=dtype),
+                      torch.zeros(1, 1, 131136, D, dtype=dtype), rows)
+
+
 def record(wrapper, *shape):
     """What a wrapper launches on a GPU of 132 multiprocessors: [(kernel, args, constants)]."""
     found = []
@@ -187,8 +194,8 @@ def record(wrapper, *shape):
 
 def compile_ours(capabilities, steps=STEPS, indexes=INDEXES):
     """Every distinct kernel of every shape on every target: a dict each."""
-    jobs = {}
-    for wrapper, (dtype, *shape) in [(step, s) for s in steps] + [(index, s) for s in indexes]:
+    jobs, builds = {}, [(wrapper, s) for wrapper in (index, fetch) for s in indexes]
+    for wrapper, (dtype, *shape) in [(step, s) for s in steps] + builds:
         for kernel, args, tile in record(wrapper, dtype, *shape):
             code, options = source(kernel, args, tile)
             facts = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "shape": shape, **tile}
