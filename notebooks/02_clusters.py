@@ -6,7 +6,7 @@
 # what makes it work and what it may leave out.
 #
 # **Predict first.** A text is cut into groups of about 8 tokens. A query may open one group in
-# eighteen. How many of the 100 tokens that it attends to most are in there, if the groups are
+# thirty-six. How many of the 100 tokens that it attends to most are in there, if the groups are
 # drawn by chance? And if they are clusters of keys?
 
 # %%
