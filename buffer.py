@@ -18,16 +18,18 @@ the host. What a step missed is admitted behind its attention, where older block
     offload = buffer.offload(model, capacity)               # one store for the layers of a model
     caches = [WaveIndex(config, capacity, offload=offload) for _ in model.layers]
 
-Chen et al. (arXiv 2505.02922), §4.3. As published a step looks up all it asks for before it admits
+Chen et al. (arXiv 2505.02922), §4.3. As published, a step looks up all it asks for before it admits
 anything; here a block is the unit, where they admit a whole cluster, and no CPU thread is asked.
 
-For those who account: WaveBuffer.nbytes() is what is allocated, by part. For those who trace:
-WaveBuffer.fetch(index, ids (B, H, R), ends (B, H, R)) may be replaced on the instance; ids are in
-order of rank, and cluster i is asked for where ends[..., i] exceeds the end before it.
+Prefill is exact: for it the past of a sequence comes to the device, one layer's at a time, while
+what the layer before changed is on its way back. To account: WaveBuffer.nbytes(). To trace: replace
+fetch(index, ids (B, H, R), ends (B, H, R)) of a WaveBuffer; ids are in order of rank, and cluster i
+is asked for where ends[..., i] exceeds the end before it.
 
 Does not include: look-ahead; a mapped file as the store of a GPU, whose kernels read pinned memory.
 """
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -141,7 +143,9 @@ class WaveBuffer:
         (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
         S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
-        self.stores = [next(memory), next(memory)]
+        self.stores = list(itertools.islice(memory, 2))
+        if len(self.stores) < 2:
+            raise ValueError("other caches hold this memory: call offload() once for each set")
         self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
         self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
         self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
@@ -196,8 +200,7 @@ class WaveBuffer:
         """Copy to slots what fetch brought, packed as k, v (B, H, N, D), and was not there."""
         blocks, is_asked, block_ends = self.ask(ids, ends)
         places = self.cache.admit(blocks, is_asked, self.cache.lookup(blocks, is_asked))
-        starts = F.pad(block_ends[..., :-1], (1, 0))
-        rows = starts[..., None] + torch.arange(BLOCK, device=ids.device)   # (B, H, M, 8)
+        rows = before(block_ends)[..., None] + torch.arange(BLOCK, device=k.device)     # (B,H,M,8)
         rows = rows.masked_fill((places == self.cache.S)[..., None], 0).clamp(max=self.N - 1)
         to = flat_rows(places, self.cache.S + 1)
         for slots, x in zip(self.slots, (k, v), strict=True):
@@ -208,10 +211,7 @@ class WaveBuffer:
         """Copies on the device of rows k, v (1, H, m, D) of the store, the first n; or those."""
         if self.is_near:
             return rows
-        copies = [x.new_empty(x.shape, device=self.slots[0].device) for x in rows]
-        for copy, x in zip(copies, rows, strict=True):
-            send(x[:, :, :n], copy)
-        return copies
+        return [send(x[:, :, :n], x.new_empty(x.shape, device=self.slots[0].device)) for x in rows]
 
     def put(self, rows, copies):
         """Send what bring gave back to the store, beside what the device does next."""
@@ -220,7 +220,7 @@ class WaveBuffer:
         with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, copies, strict=True):
                 send(copy, x)
-        self.lane.held = copies     # until the next: else their memory could be used meanwhile
+        self.lane.held = copies     # until the next put: else their memory could be used meanwhile
 
     def nbytes(self):
         """Bytes allocated, by part: on the device the slots and their table, the store."""
@@ -237,9 +237,10 @@ def check_ratio(cache_ratio):
 
 
 def send(x, to):
-    """Begin to copy x (1, H, n, D) to the first rows of each head: a run of memory each."""
+    """to, to whose first rows x (1, H, n, D) begins to be copied: a run of memory a head."""
     for h in range(x.shape[1]):
         to[0, h, :x.shape[2]].copy_(x[0, h], non_blocking=True)
+    return to
 
 
 def copy_rows(out, source, rows):
@@ -292,8 +293,7 @@ class Lane:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def drain(self):
-        """Wait for what the lane was given: else rows of a store could be read before they arrive.
-        So at most one layer's tokens are on their way while another's are attended."""
+        """Wait for what the lane was given: else rows could be read before they arrive."""
         if self.stream:
             self.stream.synchronize()
 

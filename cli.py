@@ -370,7 +370,7 @@ def main(argv=None):
     except (ValueError, ImportError) as e:
         print(f"retroinfer: {e}", file=sys.stderr)
         return 2
-    except torch.AcceleratorError as e:         # a kernel or a copy failed: nothing after it counts
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as e:
         print(f"retroinfer: the device gave up: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

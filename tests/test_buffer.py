@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from test_generate import LONG, fixed
 from test_wave_index import SMALL, qkv
 
-from buffer import BLOCK, CLOCK, LRU, BlockCache, WaveBuffer, host_memory, offload
+from buffer import (
+    BLOCK,
+    CLOCK,
+    LRU,
+    BlockCache,
+    WaveBuffer,
+    copy_overlapped,
+    host_memory,
+    offload,
+)
 from model import load
 from retroinfer import (
     RetroConfig,
@@ -397,6 +406,21 @@ def test_a_file_that_is_there_is_left_as_it_was(tmp_path):
     assert path.read_text() == "dear to someone"
     with pytest.raises(ValueError, match="No such file or directory"):
         gibibyte(tmp_path / "nowhere" / "store")
+
+
+def test_the_overlapped_copy_passes_opcheck():
+    x, rows = torch.randn(1, 1, 3, 8), torch.tensor([[[0, -1, 2]]])
+    torch.library.opcheck(copy_overlapped, ([x] * 2, [x + 1] * 2, rows, -1 - rows))
+
+
+def test_memory_is_given_once(model):
+    make = offload(model, 100)
+    held = [WaveIndex(RetroConfig(), 100, offload=make) for _ in range(len(model.layers) + 1)]
+    k = torch.zeros(1, 2, 1, 16)
+    for cache in held[:-1]:
+        cache.allocate(k)
+    with pytest.raises(ValueError, match="once for each set"):
+        held[-1].allocate(k)
 
 
 def test_memory_that_is_not_to_be_had_is_one_line():
