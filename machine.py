@@ -1,6 +1,6 @@
 """How fast a step can be: its bytes over a machine's bandwidths, at a hit ratio of the cache.
 
-    speed = predicted({0.005: 0.2, 0.025: 0.7, 0.05: 0.85, 0.1: 0.92})
+    speed = predicted({0.005: 0.2, 0.025: 0.7, 0.05: 0.85, 0.1: 0.92}, RetroConfig())
 
 Bytes of device memory and of the bus are moved one after the other, each at its published peak:
 that bounds a step from below. What the host adds is zero for ours, whose step never waits for it;
@@ -68,18 +68,18 @@ def published_work(config, tokens, batch):
     return Work(config.num_hidden_layers, plan.weights(config) + moved, exact)
 
 
-def our_work(config, tokens, batch):
-    """Work of a step of ours at the defaults: what is retrieved is written and read once more."""
-    run = plan.Run(config, tokens, batch)
+def our_work(config, tokens, batch, retro):
+    """Work of a step of ours: what is retrieved is written and read once more."""
+    run = plan.Run(config, tokens, batch, retro=retro)
     cache, layers = plan.cache_on_meta(run), config.num_hidden_layers
     exact = layers * batch * config.num_key_value_heads * cache.caps[0] * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 
 
-def largest_batch(config, tokens, machine, most=8):
-    """Sequences, at most `most`, that fit the machine with 5 % of their K and V on it."""
-    run = plan.Run(config, tokens, chunk=2048, cache_ratio=0.05)
-    return max((batch for batch in range(1, most + 1) if plan.plan(
+def largest_batch(config, tokens, machine, retro):
+    """Sequences, at most 8, that fit the machine with 5 % of their K and V on it."""
+    run = plan.Run(config, tokens, chunk=2048, cache_ratio=0.05, retro=retro)
+    return max((batch for batch in range(1, 9) if plan.plan(
         replace(run, batch=batch)).fits(machine.size * plan.GIB)), default=0)
 
 
@@ -93,8 +93,8 @@ def host_seconds(config):
     return (measured - work.seconds(MACHINES["A100-PCIe"], PUBLISHED_HIT)) / work.layers
 
 
-def predicted(hit):
-    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio}.
+def predicted(hit, retro):
+    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} and the config it is of.
 
     Of the published code beside what was measured of it, and of ours at 5 % on three machines.
     """
@@ -106,9 +106,9 @@ def predicted(hit):
             theirs.append({"tokens": tokens, "batch": batch, "ratio": ratio, "measured": speed,
                            "predicted": batch / work.seconds(a100, hit[ratio], host),
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
-    ours = {name: {batch: batch / our_work(config, 120_000, batch).seconds(machine, hit[0.05])
-                   for batch in (1, largest_batch(config, 120_000, machine))}
-            for name, machine in MACHINES.items()}
+    ours = {name: {batch: batch / our_work(config, 120_000, batch, retro).seconds(gpu, hit[0.05])
+                   for batch in (1, largest_batch(config, 120_000, gpu, retro))}
+            for name, gpu in MACHINES.items()}
     own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
     return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}
 
@@ -123,9 +123,9 @@ def plot_speed(speed, path):
     for name, style, color in (("measured", "o-", "black"), ("predicted", "s--", "0.4"),
                                ("bytes only", "^:", "0.6")):
         axes.plot(ratios, [row[name] for row in rows], style, color=color,
-                  label={"predicted": "bytes and a fitted time on the host"}.get(name, name))
+                  label={"predicted": "bytes, a fitted time on the host"}.get(name, name))
     axes.plot([5], [speed["at its own hit ratio"]], "x", color="black", ms=9, mew=2,
-              label="the same, at the hit ratio of its own log")
+              label="bytes, that time, the hit ratio of its own log")
     worst = max(abs(row["predicted"] / row["measured"] - 1) for row in rows)
     axes.set(xscale="log", ylim=(0, None), xlabel="cache, % of a head's store",
              ylabel="tokens/s, Llama-3-8B, 120K x 8",

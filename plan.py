@@ -208,8 +208,8 @@ def prefill_bytes(model, cache, run):
         cluster_segment(segment, segment, run.retro)
         return o
 
-    def work():         # one layer's K and V are brought from the host, and sent back behind it
-        past = [torch.empty_like(x[:1]) for x in (cache.k_store, cache.v_store)
+    def work():         # K and V of a layer are brought, while those of the one before go back
+        past = [torch.empty_like(x[:1]) for x in 2 * (cache.k_store, cache.v_store)
                 if cache.buffer and not run.is_cpu]
         model.logits(model(ids, ids, [attend])[:, -1])
         del past

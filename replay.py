@@ -233,7 +233,7 @@ def plot_hits(found, path):
     for style, (name, hits) in zip(("o-", "s:", "^--", "D-."), mean.items(), strict=True):
         left.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
                   color="black" if name == "LRU" else "0.5")
-    left.set(xscale="log", ylim=(0, 1), xlabel="cache, % of a head's store", ylabel="hit ratio",
+    left.set(xscale="log", ylim=(0, 1.03), xlabel="cache, % of a head's store", ylabel="hit ratio",
              title=f"At 5 % LRU hits {mean['LRU'][0.05]:.0%}, and none can hit more than "
                    f"{mean['Belady'][0.05]:.0%}")
     left.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
@@ -243,7 +243,7 @@ def plot_hits(found, path):
     for style, (kind, cell) in zip(("o-", "s:", "^--", "D-."), found.items(), strict=False):
         right.plot(cell["share"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
     layers = np.mean([cell["share"]["layers"] for cell in found.values()], 0)
-    right.set(ylim=(0, 1), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
+    right.set(ylim=(0, 1.03), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
               title=f"Layers hit {layers.min():.0%} to {layers.max():.0%}")
     right.legend(frameon=False, loc="lower right", ncols=2)
     for axes in (left, right):
@@ -286,7 +286,8 @@ def main():
     with ProcessPoolExecutor() as pool:         # a text is replayed while the next is recorded
         cells = {kind: pool.submit(cell, recorded(kind, args)) for kind in args.texts}
         found = {kind: future.result() for kind, future in cells.items()}
-    speed = predicted(averaged([cell["share"] for cell in found.values()])["LRU"])
+    speed = predicted(averaged([cell["share"] for cell in found.values()])["LRU"],
+                      RetroConfig(**found[args.texts[0]]["config"]))
     print(report(found, speed))
     if args.save:
         path, facts = Path(args.save), {"where": where, "command": " ".join(sys.argv)}

@@ -213,7 +213,7 @@ def test_the_fitted_constant_gives_back_the_run_it_is_fitted_to():
 
 
 def test_a_prediction_falls_with_the_hit_ratio_and_never_above_its_bytes():
-    good, bad = (machine.predicted(dict.fromkeys((0.005, 0.025, 0.05, 0.1), hit))
+    good, bad = (machine.predicted(dict.fromkeys((0.005, 0.025, 0.05, 0.1), hit), CONFIG)
                  for hit in (0.9, 0.5))
     for a, b in zip(good["published"], bad["published"], strict=True):
         assert b["predicted"] < a["predicted"] < a["bytes only"]
@@ -224,7 +224,7 @@ def test_a_prediction_falls_with_the_hit_ratio_and_never_above_its_bytes():
 
 def test_no_batch_is_predicted_that_does_not_fit():
     config, gpu = shape("Llama-3.1-8B"), machine.MACHINES["RTX 4090"]
-    n = machine.largest_batch(config, 120_000, gpu)
-    need = [plan(Run(config, 120_000, batch, chunk=2048, cache_ratio=0.05)).peak
+    n = machine.largest_batch(config, 120_000, gpu, CONFIG)
+    need = [plan(Run(config, 120_000, batch, chunk=2048, cache_ratio=0.05, retro=CONFIG)).peak
             for batch in (n, n + 1)]
     assert 0 < n < 8 and need[0] <= 24 * GIB < need[1]
