@@ -348,6 +348,15 @@ def test_a_short_text_keeps_the_least_clusters():
     assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
 
 
+@pytest.mark.parametrize("capacity", [300, 4096, 5000, 8192])
+def test_the_room_for_retrieved_tokens_is_what_their_clusters_hold_on_average(capacity):
+    """Rounded up by less than half a run of rows: ranked by mass, clusters fill whatever room."""
+    wave = WaveIndex(RetroConfig(), capacity)
+    wave.allocate(torch.zeros(1, 1, 1, 16))
+    n_tokens, n_clusters, _ = wave.caps
+    assert 0 <= n_tokens - 8 * n_clusters < 32
+
+
 # ---------------------------------------------------------------- batches, chunks, turns
 
 def test_unequal_texts_get_what_they_get_alone():
