@@ -5,6 +5,7 @@
     python retroinfer.py --prompt-file x --chat                             # a line is a turn
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
+    python retroinfer.py --plan Llama-3.1-8B --memory 24                    # runs nothing
 
 Answers go to standard output, the progress bar and the card to standard error; --json ends
 standard output with one line for machines. What a person can get wrong is one line and status 2.
@@ -24,6 +25,7 @@ import torch
 
 from buffer import check_ratio, offload
 from model import DEFAULT_NAME, DenseCache, load
+from plan import show
 from retroinfer import (
     PLAIN,
     RetroConfig,
@@ -69,6 +71,10 @@ def parse_args(argv):
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
+    add("--plan", nargs="?", const="", metavar="SHAPE", help="run nothing: print the bytes by part "
+        "of --model, or of a shape such as Llama-3.1-8B, for --capacity tokens")
+    add("--batch", type=int, default=1, help="sequences, with --plan")
+    add("--memory", type=float, help="GiB the device has, with --plan; default: this machine's")
     add("--json", action="store_true", help="end with one line of JSON on standard output")
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
@@ -89,10 +95,12 @@ class Parser(argparse.ArgumentParser):
 
 def check_flags(args):
     """ValueError for what no model is needed to refuse."""
-    for name in ("max_new_tokens", "prefill_chunk", "capacity"):
+    for name in ("max_new_tokens", "prefill_chunk", "capacity", "batch"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
-    if not (args.prompt_file or args.load_index or args.chat):
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
+    if not (args.prompt_file or args.load_index or args.chat or args.plan is not None):
         raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and len(args.prompt_file) > 1:
@@ -176,6 +184,8 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
+    if args.plan is not None:
+        return show(args, config, device)
     step, backend = choose_backend(args.backend, device)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
