@@ -6,7 +6,8 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint lines bench bench-cache bench-gpu evaluate notebooks clean
+.PHONY: help setup run test test-gpu lint lines bench bench-cache bench-gpu evaluate notebooks \
+	picture clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -55,6 +56,9 @@ $(VENV)/ready-eval: $(VENV)/ready requirements-eval.txt
 
 notebooks: setup ## run every notebook's source and keep it with its outputs
 	$(BIN)/python notebooks/execute.py $(ARGS)
+
+picture: setup  ## the README's opening picture, from real attention
+	$(BIN)/python notebooks/zones.py
 
 clean:          ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ \

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
 import kernels
-from retroinfer import PLAIN, RetroConfig, WaveIndex, attend, cluster_segment
+from retroinfer import PLAIN, RetroConfig, WaveIndex, attend, cluster_segment, halves
 
 MODELS = {"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)}         # H, G, D
 CELLS = [(tokens, batch) for tokens in (131072, 8192, 32768, 524288, 1048576)
@@ -92,21 +92,23 @@ class Cell:
 
     def truth(self):
         """Tripartite attention of the last head in float64: (G, D)."""
-        q, steady, index, budget, stores = self.args
-        q, (k_s, v_s, bias) = q[-1, -1].double() * q.shape[-1] ** -0.5, (x[-1, -1] for x in steady)
-        (centroids, means, sizes, offsets), (k_all, v_all) = (
-            [x[-1, -1] for x in xs] for xs in (index, stores))
-        weight = (q @ centroids.double().mT).masked_fill(sizes == 0, -math.inf).softmax(-1).sum(0)
-        order = weight.masked_fill(sizes == 0, -1).argsort(descending=True)[:budget.ranked]
+        q, budget = self.args[0][-1, -1].double() * self.args[0].shape[-1] ** -0.5, self.args[3]
+        (k_s, v_s, bias), (*vectors, sizes, offsets, spreads, scales), (k_all, v_all) = (
+            [x[-1, -1] for x in self.args[i]] for i in (1, 2, 4))
+        centroids, means = (torch.cat(halves(x), -1).double() * scales[:, i, None]
+                            for i, x in enumerate(vectors))
+        near = q @ k_s.double().mT + bias                                           # (G, W)
+        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
+        mass = q @ centroids.mT + (sizes * (1 + half * spreads)).log()              # (G, C)
+        share = torch.cat([mass, near], -1).softmax(-1)[:, :len(sizes)]
+        order = share.sum(0).argsort(descending=True)[:budget.ranked]
         rank, size = torch.arange(len(order), device=q.device), sizes[order].long()
         fits = (rank < budget.n_retrieve[-1]) & (size.cumsum(0) <= budget.tokens)
         rest = order[~fits & (rank < budget.n_ranked[-1]) & (size > 0)]
         spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
         rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])
-        bias = torch.cat([bias[0].double(), torch.zeros_like(rows), sizes[rest].double().log()])
-        k, v = (torch.cat(x).double() for x in (
-            (k_s, k_all[rows], centroids[rest]), (v_s, v_all[rows], means[rest])))
-        return (q @ k.mT + bias).softmax(-1) @ v
+        x = torch.cat([near, q @ k_all[rows].double().mT, mass[:, rest]], -1)
+        return x.softmax(-1) @ torch.cat([v_s.double(), v_all[rows].double(), means[rest]])
 
     def launches(self):
         """{kernel: (function that runs it alone, its arguments by name)} of a step."""
@@ -130,10 +132,10 @@ class Cell:
         clusters, tokens = launches["pack"][1]["fits"].sum((0, 1)).tolist()
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         estimated = int(budget.n_ranked.sum()) * H - clusters
-        return {"rank": live * (D * e + 4 * G) + 4 * C, "weigh": live * 4 * G + 8 * C,
-                "pack": 20 * clusters + 4 * tokens,
-                "attend": 2 * D * e * (n_steady + tokens) + 4 * tokens
-                + estimated * (D * e + 12 + 4 * G) + parts, "combine": parts + q.numel() * e}
+        return {"rank": live * (D // 2 + 4) + C * (4 + 4 * G) + n_steady * (D * e + 4),
+                "weigh": C * (4 * G + 4), "pack": 20 * clusters + 4 * tokens,
+                "attend": (2 * D * e + 4) * (n_steady + tokens)
+                + estimated * (D // 2 + 14 + 4 * G) + parts, "combine": parts + q.numel() * e}
 
 
 def flash(q, k, v):
@@ -236,8 +238,10 @@ def main():
         print("bench_gpu: a CUDA GPU is needed, and torch finds none", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    dry = [(410, 1)], 64, lambda run: [run(), 1.0][1]
-    plan = dry if args.dry_run else (CELLS, 8192, median_ms)
+    plan = CELLS, 8192, median_ms
+    if args.dry_run:
+        plan = [(410, 1)], 64, lambda run: [run(), 1.0][1]
+        MODELS.update(dict.fromkeys(MODELS, (1, 3, 16)))
     facts = collect(*plan, time.monotonic() + 60 * args.minutes)
     (args.out / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / "gpu.md").write_text(markdown(facts))

@@ -4,9 +4,9 @@ And of buffer.copy_rows, which brings tokens from the host.
 A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
 `pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
 
-    rank      q, centroids          -> logits (B, H, C, G); running max and sum of each split
-    weigh     logits, max and sum   -> probability of each cluster, summed over G
-    topk      probability           -> order (B, H, R+E)                               (PyTorch)
+    rank      q, steady, centroids  -> log mass (B, H, C, G); running max and sum of each split
+    weigh     mass, max and sum     -> share of each cluster, summed over G
+    topk      share                 -> order (B, H, R+E)                               (PyTorch)
     pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
     attend    steady | rows | order -> max, sum and weighted values of each split
     combine   of all splits         -> o (B, H, G, D)
@@ -15,20 +15,31 @@ A step over one layer is four kernels around torch.topk. No token is gathered: t
     C clusters a head   R, E clusters retrieved, estimated   N exact tokens   S splits of a head
     L tokens in a segment   K clusters ranked: R+E   BG, BD, BN, BC, BL: a tile's size along those
 
-What a step reads and writes, in bytes, of each of the B*H heads (e bytes an element):
+What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;
+centroids and means in 4 bits):
 
-    rank      C*(D*e + 4) read, 4*C*G written
-    weigh     4*C*(G + 1) read, 4*C written
-    pack      20*R read, 4*N written
-    attend    2*W*D*e + N*(2*D*e + 4) + E*(D*e + 12 + 4*G) read, 4*S*G*(D + 2) written
-    combine   4*S*G*(D + 2) read, D*e*G written
+    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 4*G*(C + 2*S) written
+    weigh     4*G*(C + 2*S) read, 4*C written
+    pack      20*R + 8 read, 4*N + 8 written
+    attend    (W + N)*(2*D*e + 4) + E*(D + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
+    combine   4*S*G*(D + 3) read, G*D*e written
+
+(weigh reads its 8*S*G once for 256 clusters or fewer; attend loads each byte of a mean twice, for
+its two numbers, the second time from cache). A test counts the bytes that interpreted kernels move,
+and finds these. Ranked as in the paper, by centroid alone, rank reads no W and writes 4*C*G more.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
 Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
+Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
+thread of stack); 99 KB of shared memory hold them too, but for float32 queries of more than 8,192
+elements a group, as 40 of 256 dims: 101 KB, which an A100 has.
+
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
-they are), and a selection of our own in place of torch.topk.
+they are), a selection of our own in place of torch.topk, and the column sums of causal attention
+by which AnTKV finds its anchors. Those belong to the building of an index, as one kernel more: a
+program owns a tile of keys and walks over the later queries, whose max and sum prefill must leave.
 """
 import functools
 
@@ -49,10 +60,11 @@ def launch(kernel, grid, *args, **tile):
         kernel[grid](*args, **tile, **OPTIONS)
 
 
-def tile_sizes(G, D):
-    """BG and BD: powers of two that tl.dot takes."""
-    return {"G": G, "D": D, "BG": max(triton.next_power_of_2(G), 16),
-            "BD": max(triton.next_power_of_2(D), 16)}
+def tile_sizes(G, D, element_size):
+    """BG and BD, powers of two that tl.dot takes, and as many warps as hold them in registers."""
+    BG, BD = (max(triton.next_power_of_2(n), low) for n, low in ((G, 16), (D, 32)))
+    is_wide = BD * element_size >= 512 or BG * BD * element_size >= 32768
+    return {"G": G, "D": D, "BG": BG, "BD": BD, "num_warps": 8 if is_wide else 4}
 
 
 def tile_rows(BG, BD, element_size):
@@ -74,70 +86,119 @@ def splits(device, heads, n_tiles):
 
 # ---------------------------------------------------------------- ranking
 
-# Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them and their
-# sizes once, D*e + 4 bytes each (4 where a slot is free), and writes 4*G bytes of logits each.
 @triton.jit
-def rank_kernel(q, centroids, sizes, logits, stats, C, n_tiles, G: tl.constexpr, D: tl.constexpr,
-                BG: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    g, d = tl.arange(0, BG), tl.arange(0, BD)
-    q = tl.load(q + (head * G + g[:, None]) * D + d, (g[:, None] < G) & (d < D), 0.0)   # (BG, BD)
+def grow(x, m, s):
+    """Running max m and sum s (BG,), grown by logits x (BG, BC)."""
+    top = tl.maximum(m, tl.max(x, 1))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return top, s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+
+
+# Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
+# spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
+# mass, 4*G bytes, -inf where a slot is free. BY_MASS: these are what is ranked, beside every S-th
+# tile of the steady zone; else the logits of the centroids, another 4*G bytes. PACKED: two numbers
+# a byte, multiplied as two halves.
+@triton.jit
+def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
+                n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
+                G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+                BC: tl.constexpr):
+    split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    g, d, h = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BD // 2)
+    q += (head * G + g[:, None]) * D
+    queries = tl.load(q + d, (g[:, None] < G) & (d < D), 0.0)                           # (BG, BD)
+    half = tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1) * (0.5 / D)       # (BG,)
+    if PACKED:
+        is_half = (g[:, None] < G) & (h < D // 2)
+        q_low, q_high = tl.load(q + h, is_half, 0.0), tl.load(q + D // 2 + h, is_half, 0.0)
     m = tl.full([BG], float("-inf"), tl.float32)
     s = tl.zeros([BG], tl.float32)
     for t in range(split * n_tiles, split * n_tiles + n_tiles):
         c = t * BC + tl.arange(0, BC)
-        is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0                         # (BC,)
-        keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
-                       is_live[:, None] & (d < D), 0.0)                                 # (BC, BD)
-        x = tl.dot(q, tl.trans(keys), input_precision="ieee") * D ** -0.5               # (BG, BC)
-        tl.store(logits + (head * C + c) * G + g[:, None], x, is_live & (g[:, None] < G))
-        x = tl.where(is_live, x, float("-inf"))
-        top = tl.maximum(m, tl.max(x, 1))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        s = s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
-        m = top
-    stats += (head * tl.num_programs(0) + split) * 2 * G + g
+        size = tl.load(sizes + head * C + c, c < C, 0.0)                                # (BC,)
+        is_live = size > 0
+        spread = tl.load(spreads + head * C + c, is_live, 0.0).to(tl.float32)
+        scale = tl.load(scales + (head * C + c) * 2, is_live, 0.0).to(tl.float32)
+        if PACKED:
+            codes = tl.load(centroids + (head * C + c[:, None]) * (D // 2) + h,
+                            is_live[:, None] & (h < D // 2), 0)                         # (BC, BD/2)
+            low, high = (((codes & 15).to(tl.float32) - 8).to(q_low.dtype),
+                         ((codes >> 4).to(tl.float32) - 8).to(q_low.dtype))
+            x = tl.dot(q_low, tl.trans(low), input_precision="ieee")
+            x = tl.dot(q_high, tl.trans(high), x, input_precision="ieee")
+        else:
+            keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
+                           is_live[:, None] & (d < D), 0.0)                             # (BC, BD)
+            x = tl.dot(queries, tl.trans(keys), input_precision="ieee")                 # (BG, BC)
+        x = tl.where(is_live, x * D ** -0.5 * scale, float("-inf"))
+        mass = x + tl.log(tl.where(is_live, size, 1.0) * (1 + half[:, None] * spread))
+        at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
+        tl.store(masses + at, mass, is_one)
+        if BY_MASS:
+            m, s = grow(mass, m, s)
+        else:
+            tl.store(ranks + at, x, is_one)
+            m, s = grow(x, m, s)
+    if BY_MASS:
+        for t in range(split, tl.cdiv(W, BC), S):
+            w = t * BC + tl.arange(0, BC)
+            b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
+            k = tl.load(k_steady + (head * W + w[:, None]) * D + d,
+                        (b[:, None] > float("-inf")) & (d < D), 0.0)                    # (BC, BD)
+            x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b
+            m, s = grow(x, m, s)
+    stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
 
 
-# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logits each and all S pairs of
-# max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every cluster.
+# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logarithms each and all S
+# pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every
+# cluster.
 @triton.jit
-def weigh_kernel(logits, sizes, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
-                 BC: tl.constexpr, BS: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
-    g, s = tl.arange(0, BG), tl.arange(0, BS)
-    pairs = stats + (head * S + s[:, None]) * 2 * G + g                                 # (BS, BG)
-    is_pair = (s[:, None] < S) & (g < G)
-    m = tl.load(pairs, is_pair, float("-inf"))
-    top = tl.max(m, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)                                      # (BG,)
-    total = tl.sum(tl.load(pairs + G, is_pair, 0.0) * tl.exp(m - top), 0)               # (BG,)
+def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
+                 BC: tl.constexpr, STEP: tl.constexpr):
+    head, g = tl.program_id(1).to(tl.int64), tl.arange(0, BG)
+    m, total = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
+    for start in range(0, S, STEP):
+        s = start + tl.arange(0, STEP)[:, None]
+        is_pair = (s < S) & (g < G)                                                     # (STEP, BG)
+        m_s = tl.load(stats + (head * S + s) * 2 * G + g, is_pair, float("-inf"))
+        sum_s = tl.load(stats + (head * S + s) * 2 * G + G + g, is_pair, 0.0)
+        top = tl.maximum(m, tl.max(m_s, 0))
+        shift = tl.where(top == float("-inf"), 0.0, top)                                # (BG,)
+        total = total * tl.exp(m - shift) + tl.sum(sum_s * tl.exp(m_s - shift), 0)
+        m = top
+    top = tl.where(m == float("-inf"), 0.0, m)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    is_live = tl.load(sizes + head * C + c, c < C, 0.0) > 0
-    is_one = is_live[:, None] & (g < G)                                                 # (BC, BG)
-    x = tl.load(logits + (head * C + c[:, None]) * G + g, is_one, 0.0)
-    p = tl.where(is_one, tl.exp(x - top) / tl.where(total > 0, total, 1.0), 0.0)
+    is_one = (c[:, None] < C) & (g < G)                                                 # (BC, BG)
+    x = tl.load(ranks + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
+    p = tl.exp(x - top) / tl.where(total > 0, total, 1.0)
+    is_live = tl.max(x, 1) > float("-inf")
     tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
 
 
-def rank_clusters(q, index, n):
-    """Logits (B, H, C, G), fp32, where a cluster is, and the n best clusters (B, H, n)."""
-    (B, H, G, D), C = q.shape, index.sizes.shape[2]
-    tile = tile_sizes(G, D)
+def rank_clusters(q, k_steady, bias, index, n, by_mass):
+    """Logarithms of masses (B, H, C, G), fp32, and the n best clusters (B, H, n)."""
+    (B, H, G, D), C, W = q.shape, index.sizes.shape[2], k_steady.shape[2]
+    tile = tile_sizes(G, D, q.element_size())
     BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
     n_tiles = triton.cdiv(C, BC)
     n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
     S = triton.cdiv(C, BC * n_tiles)
-    logits, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
+    masses, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
+    ranks = masses if by_mass else torch.empty_like(masses)
     stats = index.sizes.new_empty(B, H, S, 2, G)
-    launch(rank_kernel, (S, B * H), q, index.centroids, index.sizes, logits, stats, C, n_tiles,
-           BC=BC, **tile, num_warps=4, num_stages=3)
-    BG, BS = triton.next_power_of_2(G), triton.next_power_of_2(S)
-    launch(weigh_kernel, (triton.cdiv(C, 256), B * H), logits, index.sizes, stats, weights, C, S,
-           G=G, BG=BG, BC=256, BS=BS, num_warps=4)
-    return logits, weights.topk(n, sorted=True).indices
+    launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
+           index.scales, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0), bias.stride(1),
+           BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC, **tile,
+           num_stages=3)
+    BG = triton.next_power_of_2(G)
+    BC = min(256, 4096 // BG)
+    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), ranks, stats, weights, C, S, G=G, BG=BG,
+           BC=BC, STEP=16, num_warps=4)
+    return masses, weights.topk(n, sorted=True).indices
 
 
 # ---------------------------------------------------------------- attention
@@ -167,22 +228,24 @@ def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, H, C, K, R, N, BR
 
 
 @triton.jit
-def absorb(x, v, m, s, o):
-    """Running max m, sum s and weighted values o, grown by values v (BN, BD), logits x (BG, BN)."""
+def absorb(x, v, scale, m, s, o):
+    """Running max m, sum s and weighted values o, grown by values v*scale (BN, BD), logits x."""
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(top == float("-inf"), 0.0, top)
     p, fade = tl.exp(x - shift[:, None]), tl.exp(m - shift)
-    o = o * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    o = o * fade[:, None] + tl.dot((p * scale).to(v.dtype), v, input_precision="ieee")
     return top, s * fade + tl.sum(p, 1), o
 
 
 # Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
-# steady slots, then retrieved tokens by the work list, then the estimated clusters, whose logits
-# rank_kernel left. It reads 2*D*e bytes a token, D*e + 4*G a cluster, and writes 4*G*(D + 2).
+# steady slots, then retrieved tokens by the work list, then the estimated clusters, whose masses
+# rank_kernel left. It reads 2*D*e + 4 bytes a token, and of a cluster its mean, 4*G + 14 bytes and
+# in the end writes 4*G*(D + 2). PACKED: a mean's number d is the lower or the upper half of a byte.
 @triton.jit
-def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked, sizes,
-                  logits, means, stats, parts, H, W, T, N, C, K, bias_b, bias_h, G: tl.constexpr,
-                  D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked,
+                  masses, means, scales, stats, parts, H, W, T, N, C, K, bias_b, bias_h,
+                  PACKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
+                  BD: tl.constexpr, BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
     is_q = (g[:, None] < G) & (d < D)
@@ -198,7 +261,7 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         k = tl.load(k_steady + at, is_live, 0.0)
         v = tl.load(v_steady + at, is_live, 0.0)
         x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b        # (BG, BN)
-        m, s, o = absorb(x, v, m, s, o)
+        m, s, o = absorb(x, v, 1.0, m, s, o)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
@@ -210,17 +273,22 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         k = tl.load(k_store + at, is_live[:, None] & (d < D), 0.0)
         v = tl.load(v_store + at, is_live[:, None] & (d < D), 0.0)
         x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5
-        m, s, o = absorb(tl.where(is_live, x, float("-inf")), v, m, s, o)
+        m, s, o = absorb(tl.where(is_live, x, float("-inf")), v, 1.0, m, s, o)
     n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
         r = t * BN + n
         ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
-        size = tl.load(sizes + ids, r < n_estimate, 0.0)
-        is_live = size > 0
-        v = tl.load(means + ids[:, None] * D + d, is_live[:, None] & (d < D), 0.0)
-        x = tl.load(logits + ids * G + g[:, None], is_live & (g[:, None] < G), 0.0)     # (BG, BN)
-        x = tl.where(is_live, x + tl.log(tl.where(is_live, size, 1.0)), float("-inf"))
-        m, s, o = absorb(x, v, m, s, o)
+        is_live = tl.load(masses + ids * G, r < n_estimate, float("-inf")) > float("-inf")
+        scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
+        if PACKED:
+            codes = tl.load(means + ids[:, None] * (D // 2) + d % (D // 2),
+                            is_live[:, None] & (d < D), 8)                              # (BN, BD)
+            codes = codes.to(tl.int32) >> tl.where(d >= D // 2, 4, 0)
+            v = (codes & 15).to(tl.float32) - 8
+        else:
+            v = tl.load(means + ids[:, None] * D + d, is_live[:, None] & (d < D), 0.0)
+        x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
+        m, s, o = absorb(x, v.to(queries.dtype), scale, m, s, o)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
@@ -256,42 +324,45 @@ def attend(q, steady, index, budget, stores):
     and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on one GPU, q, k and
     v of one dtype; ValueError otherwise. Runs under torch.compile and in a CUDA graph.
     """
-    kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)}
+    kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
     shares = [budget.n_retrieve, budget.n_ranked]
-    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]))
+    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]),
+                     budget.by_mass)
 
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], shares: list[torch.Tensor],
-              caps: list[int]) -> torch.Tensor:
+              stores: list[torch.Tensor], shares: list[torch.Tensor], caps: list[int],
+              by_mass: bool) -> torch.Tensor:
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
+    index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
     (n_retrieve, n_ranked), (N, R, K) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
-    logits, order = rank_clusters(q, index, K)
+    masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
     rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits, H, C,
            K, R, N, BR=128, num_warps=4)
-    tile = tile_sizes(G, D)
+    tile = tile_sizes(G, D, q.element_size())
     BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     launch(attend_kernel, (S, B * H), q, k_steady, v_steady, bias, k_store, v_store, rows, fits,
-           order, n_ranked, index.sizes, logits, index.means, stats, parts, H, W, T, N, C, K,
-           bias.stride(0), bias.stride(1), BN=BN, **tile, num_warps=4, num_stages=3)
+           order, n_ranked, masses, index.means, index.scales, stats, parts, H, W, T, N, C, K,
+           bias.stride(0), bias.stride(1), PACKED=index.means.dtype == torch.uint8, BN=BN, **tile,
+           num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
     return o
 
 
 @attend_op.register_fake
-def _(q, steady, index, stores, shares, caps):
+def _(q, steady, index, stores, shares, caps, by_mass):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

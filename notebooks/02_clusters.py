@@ -5,8 +5,8 @@
 # the few tokens it will attend to. Build the clustering in ten lines, meet the library's, and see
 # what makes it work and what it may leave out.
 #
-# **Predict first.** A text is cut into groups of about 16 tokens. A query may open one group in
-# eighteen. How many of the 100 tokens that it attends to most are in there, if the groups are
+# **Predict first.** A text is cut into groups of about 8 tokens. A query may open one group in
+# thirty-six. How many of the 100 tokens that it attends to most are in there, if the groups are
 # drawn by chance? And if they are clusters of keys?
 
 # %%
@@ -172,7 +172,7 @@ def recall(queries, keys, ids, n_open=n_open, top=100):
 
 # %%
 by_chance = torch.randperm(N, generator=torch.Generator().manual_seed(0)) // config.cluster
-by_place = torch.arange(N) // config.cluster            # 16 tokens in a row
+by_place = torch.arange(N) // config.cluster            # as many in a row
 found = {"clusters of keys": [], "runs of text": [], "chance": []}
 for n in range(n_layers):
     k, q = layer(n)
@@ -194,7 +194,7 @@ assert mean["clusters of keys"] > mean["runs of text"] + 5 > mean["chance"] + 25
 assert all(a > b for a, b in zip(found["clusters of keys"], found["chance"], strict=True))
 
 # %% [markdown]
-# Runs of 16 tokens are no bad index either, and in some layers as good a one. Why?
+# Runs of as many tokens are no bad index either, and in some layers as good a one. Why?
 #
 # ## RoPE gives every key a place
 #

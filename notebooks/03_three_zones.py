@@ -22,7 +22,8 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 
 from retroinfer import Budget, RetroConfig, cluster_segment, gather_clusters, tripartite_attention
 
-text, config = captured(), RetroConfig(by_mass=False)     # as the paper ranks and estimates
+text = captured()                       # clusters kept, ranked and estimated as in the paper
+config = replace(RetroConfig.paper(), iterations=3, least=16)
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
@@ -300,12 +301,11 @@ assert together > 0.9
 # (`by_mass`), and it ranks the clusters by the mass so corrected.
 
 # %%
-wide = RetroConfig()
-assert wide.by_mass and replace(wide, by_mass=False) == config
-spreads = Layer(9, wide).index.spreads                                      # (1, H, C)
+wide = replace(config, by_mass=True)
+spreads = Layer(9, wide).index.spreads.float()                              # (1, H, C)
 x, q, c = a.k_store[0, 0], a.q[0, 0, 7] / D**0.5, a.index.sizes[0, 0].argmax()
 members = x[a.ids[0] == c]                                                  # (n, D)
-torch.testing.assert_close(members.var(0, correction=0).mean(), spreads[0, 0, c])
+torch.testing.assert_close(members.var(0, correction=0).mean(), spreads[0, 0, c], rtol=0.01, atol=0)
 print(f"the largest cluster: σ² is {(members @ q).var(correction=0):.2f} for this query, "
       f"and {spreads[0, 0, c] * q @ q:.2f} from its one number")
 

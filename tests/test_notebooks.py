@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 jupytext = pytest.importorskip("jupytext")
+Image = pytest.importorskip("PIL.Image")
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -57,6 +58,19 @@ def test_a_notebook_has_its_parts(path):
         assert part in text, part
     assert "assert_close(" in text and text.count("<details>") == 3
     assert path.name.replace(".py", ".ipynb") in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.notebooks
+@pytest.mark.usefixtures("smollm2")
+def test_the_opening_picture_is_drawn_from_real_attention(tmp_path):
+    """Anew, and as it lies in the repository: of one size, light, and shown by the README."""
+    kept = ROOT / "results/zones.png"
+    assert f"]({kept.relative_to(ROOT)})" in (ROOT / "README.md").read_text("utf-8")
+    subprocess.run([sys.executable, "notebooks/zones.py", "--out", tmp_path / "zones.png"],
+                   cwd=ROOT, env=os.environ | {"MPLBACKEND": "Agg"}, check=True, timeout=600)
+    new, old = (Image.open(path) for path in (tmp_path / "zones.png", kept))
+    assert new.size == old.size and len(set(old.convert("L").tobytes())) > 10
+    assert kept.stat().st_size < 150_000
 
 
 @pytest.mark.notebooks
