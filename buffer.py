@@ -26,7 +26,8 @@ what the layer before changed is on its way back. To account: WaveBuffer.nbytes(
 fetch(index, ids (B, H, R), ends (B, H, R)) of a WaveBuffer; ids are in order of rank, and cluster i
 is asked for where ends[..., i] exceeds the end before it.
 
-Does not include: look-ahead; a mapped file as the store of a GPU, whose kernels read pinned memory.
+Does not include: look-ahead (a query guessed from the layer before would find 7 in 10 misses early,
+for a second ranking and a third more traffic); files as a GPU's store: it reads pinned memory only.
 """
 import functools
 import itertools
@@ -254,10 +255,8 @@ def copy_rows(out, source, rows):
 @torch.library.custom_op("retroinfer::copy_overlapped", mutates_args=())
 def copy_overlapped(stores: list[torch.Tensor], slots: list[torch.Tensor], misses: torch.Tensor,
                     hits: torch.Tensor) -> list[torch.Tensor]:
-    """k, v (B, H, N, D): rows `misses` of two stores and rows `hits` of two slots, side by side.
-
-    One operation to the compiler, which knows no second stream.
-    """
+    """k, v (B, H, N, D): rows `misses` of two stores beside rows `hits` of two slots. To the
+    compiler, which knows no second stream, one operation."""
     outs, lane = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots], Lane(hits.device)
     with lane.fork():           # else outs' memory could still be read as what it was before
         outs = list(map(copy_rows, outs, stores, 2 * [misses]))

@@ -153,7 +153,7 @@ def test_all_retrieved_is_dense(n_prompt):
 
 @pytest.mark.parametrize("n_prompt", [1, 4, 68, 69, 1091, 1092, 1093])
 def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
-    config = RetroConfig(**ALL, update=1024)
+    config = RetroConfig(**ALL, update=1024, local=64)
     q, k, v = qkv(n_prompt + 3, H=1, G=2, D=8)
     wave, _ = run(config, *(x[:, :, :n_prompt + 1] for x in (q, k, v)), n_prompt)
     assert wave.n_indexed == (1024 if n_prompt >= 1092 else 0)              # paper §5.1
