@@ -1,76 +1,125 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
-// once. native.py compiles it. Four loops, whose turns the threads share; a barrier behind each:
+// once. native.py compiles it for a pair of types: NUM, of keys and values, and ROW, of centroids
+// and means. Four loops, whose turns the threads share, with a barrier behind each:
 //
-//     rank      q, centroids     -> mass of each live cluster, its tile's largest logit and sum
-//     select    masses           -> rows to read, means to read and the weight of each
-//     attend    rows | means     -> largest logit, sum and weighted values of a tile of them
-//     combine   of all tiles     -> o (B, H, G, D)
+//     rank      q, centroids | steady rows     -> mass of each live cluster | a part of the softmax
+//     select    masses                         -> rows and means to read, and weights of the means
+//     attend    retrieved rows | means         -> a part: largest logit, sum, weighted values
+//     combine   all parts                      -> o (B, H, G, D)
 //
-//     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady-zone slots
-//     C clusters a head   R, K clusters retrieved at most, ranked at most   N exact tokens at most
+//     B batch    H kv heads    G query heads per kv head    T tokens    D head dim    W steady slots
+//     C clusters a head   R, K clusters retrieved at most, ranked at most   N retrieved tokens at most
 //
-// Tiles depend on shapes alone, so the number of threads changes no bit. Sums are in fp32.
+// Tiles depend on shapes alone, so the number of threads changes no bit. Sums are in fp32, or exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
+#include <type_traits>
 #include <vector>
-#ifdef __F16C__
+#if defined __AVX2__ || defined __F16C__
 #include <immintrin.h>
 #endif
 
 constexpr int LANES = 8;        // numbers in a vector
-constexpr int WIDTH = 16;       // numbers of a row that are read together, as two vectors
 constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of LANES
-constexpr int GROUP = 4;        // query heads in one pass over rows: what 16 registers hold
+constexpr int GROUP = 4;        // query heads that mix serves at a time: their sums fill registers
 constexpr int AHEAD = 16;       // rows from the one that is read to the one that is fetched
 constexpr float NONE = -INFINITY;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-struct Pair { vec a, b; };      // WIDTH numbers, in an order that each element type chooses
+typedef int16_t svec __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(2 * LANES)));
+typedef uint8_t few __attribute__((vector_size(LANES)));
 
 template <class V> V load(const void* from) { V x; std::memcpy(&x, from, sizeof x); return x; }
 template <class V> void store(void* to, V x) { std::memcpy(to, &x, sizeof x); }
 
 // ---------------------------------------------------------------- element types
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+// widen reads 16 numbers as two vectors, in an order of the type's own: number i of a read at
+// element e of a row is of column place(e, i, D). A row has size(D) elements, a read takes STEP.
+struct Pair { vec a, b; };
 
-Pair widen(const float* x) { return {load<vec>(x), load<vec>(x + LANES)}; }
-void narrow(Pair x, float* to) { store(to, x.a), store(to + LANES, x.b); }
+struct float32 {
+    static constexpr int STEP = 16;
+    float x;
+    static int size(int D) { return D; }
+    static int place(int e, int i, int) { return e + i; }
+};
+Pair widen(const float32* x) { return {load<vec>(x), load<vec>(x + LANES)}; }
+float32 narrow(float x, float32) { return {x}; }
 
-// Even numbers, odd numbers: then each is a half of 32 bits, and one instruction widens eight.
-Pair widen(const bfloat16* x) {
+struct bfloat16 {
+    static constexpr int STEP = 16;
+    uint16_t bits;
+    static int size(int D) { return D; }
+    static int place(int e, int i, int) { return e + i % LANES * 2 + i / LANES; }
+};
+Pair widen(const bfloat16* x) {                 // even columns, odd columns: halves of 32 bits
     ivec both = load<ivec>(x);
     return {(vec)(both << 16), (vec)(both & ~0xffff)};
 }
-ivec rounded(vec x) { return (ivec)x + 0x7fff + (((ivec)x >> 16) & 1); }    // to nearest, even
-void narrow(Pair x, bfloat16* to) {
-    store(to, ((rounded(x.a) >> 16) & 0xffff) | (rounded(x.b) & ~0xffff));
+bfloat16 narrow(float x, bfloat16) {            // to nearest, even
+    uint32_t bits = load<uint32_t>(&x);
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
 #ifdef __F16C__
+struct float16 {
+    static constexpr int STEP = 16;
+    uint16_t bits;
+    static int size(int D) { return D; }
+    static int place(int e, int i, int) { return e + i; }
+};
 Pair widen(const float16* x) {
     return {_mm256_cvtph_ps(load<__m128i>(x)), _mm256_cvtph_ps(load<__m128i>(x + LANES))};
 }
-void narrow(Pair x, float16* to) {
-    store(to, _mm256_cvtps_ph(x.a, 0)), store(to + LANES, _mm256_cvtps_ph(x.b, 0));
-}
+float16 narrow(float x, float16) { return {_cvtss_sh(x, 0)}; }
 #endif
+
+// Two numbers of 4 bits, each plus 8: column e in the lower half, e + D/2 in the upper.
+struct uint8 {
+    static constexpr int STEP = 8;
+    uint8_t bits;
+    static int size(int D) { return D / 2; }
+    static int place(int e, int i, int D) { return e + i % LANES + i / LANES * (D / 2); }
+};
+Pair widen(const uint8* x) {
+    ivec both = __builtin_convertvector(load<few>(x), ivec);
+    return {__builtin_convertvector((both & 15) - 8, vec), __builtin_convertvector((both >> 4) - 8, vec)};
+}
+
+// How score reads a row, and what it multiplies: floats, or of 4 bits shorts, whose sums are exact.
+struct Shorts { svec a, b; };
+template <class Num> Pair read(const Num* x) { return widen(x); }
+Shorts read(const uint8* x) {
+    svec both = __builtin_convertvector(load<bytes>(x), svec);
+    return {(both & 15) - 8, (both >> 4) - 8};
+}
+void add(vec& sum, Pair x, Pair y) { sum += x.a * y.a; sum += x.b * y.b; }
+ivec product(svec x, svec y) {                  // of two neighbours each, added
+#ifdef __AVX2__
+    return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)y);
+#else
+    ivec a = (ivec)x, b = (ivec)y;
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+void add(ivec& sum, Shorts x, Shorts y) { sum += product(x.a, y.a) + product(x.b, y.b); }
 
 // ---------------------------------------------------------------- loops over rows
 
-int blocks(int D) { return (D + WIDTH - 1) / WIDTH; }
+constexpr int WIDTH = 16;       // elements that read reads
 
-// Where block b of a row begins. The last overlaps the one before it where D is no multiple of WIDTH.
-int column(int b, int D) { return std::min(b * WIDTH, D - WIDTH); }
+// Reads that cover n elements, and where each begins; the last one may overlap the one before.
+int reads(int n, int step) { return (n + step - 1) / step; }
+int start(int i, int n, int step) { return std::min(i * step, n - step); }
 
 // Sums of the lanes of 8 vectors, in their order.
-inline vec sums(vec (&x)[8]) {
+template <class V> inline V sums(V (&x)[8]) {
     auto halve = [&](int n, ivec some, ivec others) {
         for (int i = 0; i < n; i++)
             x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], some)
@@ -82,57 +131,62 @@ inline vec sums(vec (&x)[8]) {
     return x[0];
 }
 
-// Inner products x (G, TILE) of q (G, D) and n rows. Reads D*e bytes a row: four rows at a time, so
-// that each number read serves two queries from a register, and 8 sums fill one vector in the end.
-template <class Num>
-void score(const Pair* q, int G, int D, const Num* const* rows, int n, float* x) {
+// Inner products x (G, TILE) of q (G, reads) and n rows. Reads each row's bytes once: four rows at a
+// time, so that a number read serves two queries from a register, and 8 sums fill a vector at last.
+template <class Row, class Part>
+void score(const std::vector<Part>& q, int G, int D, const Row* const* rows, int n, float* x) {
+    using Sum = std::conditional_t<std::is_same_v<Part, Shorts>, ivec, vec>;
+    int size = Row::size(D), count = reads(size, WIDTH);
     for (int i = 0; i < n; i += 4) {
-        const Num* row[4];
+        const Row* row[4];
         for (int r = 0; r < 4; r++) {
             row[r] = rows[std::min(i + r, n - 1)];
-            const Num* next = rows[std::min(i + r + AHEAD, n - 1)];
-            for (int d = 0; d < D; d += 64 / sizeof(Num)) __builtin_prefetch(next + d);
+            const Row* next = rows[std::min(i + r + AHEAD, n - 1)];
+            for (int e = 0; e < size; e += 64 / sizeof(Row)) __builtin_prefetch(next + e);
         }
         for (int g = 0; g < G; g += 2) {
-            const Pair *q0 = q + g * blocks(D), *q1 = q0 + blocks(D);
-            vec sum[8];
-            for (vec& s : sum) s = vec{};
-            for (int b = 0; b < blocks(D); b++) {
-                Pair one = q0[b], two = q1[b];
+            const Part *q0 = &q[g * count], *q1 = q0 + count;
+            Sum sum[8];
+            for (Sum& s : sum) s = Sum{};
+            for (int j = 0; j < count; j++)
                 for (int r = 0; r < 4; r++) {
-                    Pair k = widen(row[r] + column(b, D));
-                    sum[r] += k.a * one.a;
-                    sum[r + 4] += k.a * two.a;
-                    sum[r] += k.b * one.b;
-                    sum[r + 4] += k.b * two.b;
+                    Part k = read(row[r] + start(j, size, WIDTH));
+                    add(sum[r], k, q0[j]), add(sum[r + 4], k, q1[j]);
                 }
-            }
-            vec all = sums(sum);
+            vec all = __builtin_convertvector(sums(sum), vec);
             std::memcpy(x + g * TILE + i, &all, 16);
             std::memcpy(x + (g + 1) * TILE + i, (char*)&all + 16, 16);
         }
     }
 }
 
-// Adds to o (G, D) n rows weighted by x (G, TILE). Reads D*e bytes a row: WIDTH columns of 32 rows
-// at a time, in which the same columns of the next 32 are fetched.
-template <class Num>
-void mix(const float* x, int G, int D, const Num* const* rows, int n, Pair* o) {
-    for (int start = 0; start < n; start += 32)
+// Puts in o (G, D) the sums of n rows weighted by x (G, TILE). Reads each row's bytes once: a few
+// columns of 32 rows at a time, in which the same columns of the next 32 are fetched.
+template <class Row>
+void mix(const float* x, int G, int D, const Row* const* rows, int n, float* o) {
+    int size = Row::size(D), count = reads(size, Row::STEP);
+    std::vector<Pair> sums(G * count);
+    for (int first = 0; first < n; first += 32)
         for (int g = 0; g < G; g += GROUP)
-            for (int b = 0; b < blocks(D); b++) {
+            for (int j = 0; j < count; j++) {
+                int at = start(j, size, Row::STEP);
                 Pair sum[GROUP];
-                for (int j = 0; j < GROUP; j++) sum[j] = o[(g + j) * blocks(D) + b];
-                for (int i = start; i < std::min(start + 32, n); i++) {
-                    __builtin_prefetch(rows[std::min(i + 32, n - 1)] + b * WIDTH);
-                    Pair v = widen(rows[i] + column(b, D));
-                    for (int j = 0; j < GROUP; j++) {
-                        sum[j].a += x[(g + j) * TILE + i] * v.a;
-                        sum[j].b += x[(g + j) * TILE + i] * v.b;
+                for (int h = 0; h < GROUP; h++) sum[h] = sums[(g + h) * count + j];
+                for (int i = first; i < std::min(first + 32, n); i++) {
+                    __builtin_prefetch(rows[std::min(i + 32, n - 1)] + at);
+                    Pair v = widen(rows[i] + at);
+                    for (int h = 0; h < GROUP; h++) {
+                        sum[h].a += x[(g + h) * TILE + i] * v.a;
+                        sum[h].b += x[(g + h) * TILE + i] * v.b;
                     }
                 }
-                for (int j = 0; j < GROUP; j++) o[(g + j) * blocks(D) + b] = sum[j];
+                for (int h = 0; h < GROUP; h++) sums[(g + h) * count + j] = sum[h];
             }
+    for (int g = 0; g < G; g++)
+        for (int j = 0; j < count; j++)
+            for (int i = 0; i < 16; i++)
+                o[g * D + Row::place(start(j, size, Row::STEP), i, D)] =
+                    ((float*)&sums[g * count + j])[i];
 }
 
 // ---------------------------------------------------------------- softmax
@@ -175,89 +229,141 @@ float fade(float m, float top) { return m == NONE ? 0 : std::exp(m - top); }
 
 // ---------------------------------------------------------------- a step
 
+typedef NUM Num;
+typedef ROW Row;
+constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
+constexpr int LIMBS = IS_PACKED && sizeof(Num) == 4 ? 2 : 1;    // shorts that hold a number of q
+
 struct Shape { int64_t B, H, G, D, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
 
-template <class Num> struct Tensors {
+struct Tensors {
     const Num *q, *k_steady, *v_steady;
     const float* bias;
-    const Num *centroids, *means;
+    const Row *centroids, *means;
     const float* sizes;
     const int64_t* offsets;
-    const float* spreads;
+    const bfloat16 *spreads, *scales;
     const Num *k_store, *v_store;
     const int64_t *n_retrieve, *n_ranked;
     Num* o;
 };
 
 int tiles(int64_t n) { return (n + TILE - 1) / TILE; }
+float wide(bfloat16 x) { uint32_t bits = x.bits << 16; return load<float>(&bits); }
 
-// One head of one sequence, and what the loops hand on: (tiles, G, TILE), (tiles, G) or, of rows,
-// (tiles, G, D) numbers, with empty query heads up to whole groups. It is kept for the next step:
-// memory fresh from the system costs more than what is done in it.
-template <class Num> struct Head {
+// One head of one sequence, and what the loops hand on. It is kept for the next step: fresh memory
+// costs more than what is done in it. G counts empty query heads too, up to whole groups.
+struct Head {
     Shape n;
-    Tensors<Num> given;
+    Tensors given;
     int64_t at, b, h;                       // its number; its sequence, and head of that
-    int G, D;
-    std::vector<Pair> q;                    // (G, D), scaled
-    std::vector<float> half, top, sum;      // (G,) |q|^2 / 2; of all clusters as m and s of a tile
-    std::vector<float> mass, m, s;          // of live clusters, over e^m; largest logit; sum of mass
+    int G, D, S;                            // S: steady tiles, the first parts
+    std::vector<Pair> q;                    // (G, reads) scaled
+    std::vector<Shorts> q_shorts;           // (LIMBS, G, reads) over unit
+    std::vector<float> unit, half;          // (G,) half: |q|^2 / 2
+    std::vector<float> mass, m, s;          // (tiles, G, TILE) over e^m; (tiles, G); sums, likewise
+    std::vector<float> top;                 // (G,) the largest m
     std::vector<int> ids, live;             // (tiles, TILE); (tiles,)
-    std::vector<uint64_t> keys, best;       // of live clusters: probability, then place
-    std::vector<const Num*> k, v, mean;     // rows to read
-    std::vector<float> bias, weight;        // of each k; of each mean, over e^top
-    std::vector<float> part_m, part_s;
-    std::vector<Pair> part_o;
+    std::vector<uint64_t> keys, best;       // of live clusters: share of attention, then place
+    std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
+    std::vector<const Row*> mean;           // means to read
+    std::vector<float> bias, weight;        // of each steady token; (tiles, G, TILE) of each mean
+    std::vector<float> part_m, part_s, part_o;      // (parts, G), (parts, G), (parts, G, D)
 
-    void begin(const Shape& shape, const Tensors<Num>& tensors, int64_t number) {
+    int parts() const { return tiles(n.W) + tiles(n.N) + tiles(n.K); }
+
+    void begin(const Shape& shape, const Tensors& tensors, int64_t number) {
         n = shape, given = tensors, at = number, b = at / n.H, h = at % n.H, D = n.D;
         G = (n.G + GROUP - 1) / GROUP * GROUP;
-        q.assign(G * blocks(D), Pair{}), half.assign(G, 0), top.assign(G, NONE), sum.assign(G, 0);
-        mass.resize(tiles(n.C) * G * TILE), m.resize(tiles(n.C) * G), s.resize(tiles(n.C) * G);
-        ids.resize(tiles(n.C) * TILE), live.resize(tiles(n.C)), keys.clear();
-        k.clear(), v.clear(), mean.clear(), bias.clear(), weight.assign(tiles(n.K) * G * TILE, 0);
-        part_m.resize(parts() * G), part_s.resize(parts() * G), part_o.resize(parts() * G * blocks(D));
-        float scale = 1 / std::sqrt((float)D);
-        for (int g = 0; g < n.G; g++)
-            for (int i = 0; i < blocks(D); i++) {
-                Num part[WIDTH];
-                std::memcpy(part, given.q + (at * n.G + g) * D + column(i, D), sizeof part);
-                std::fill(part, part + i * WIDTH - column(i, D), Num{});    // counted already
-                Pair x = widen(part);
-                q[g * blocks(D) + i] = x = {x.a * scale, x.b * scale};
-                vec squares = x.a * x.a + x.b * x.b;
-                half[g] += total((float*)&squares, LANES) / 2;
-            }
+        m.resize(tiles(n.C) * G), s.resize(m.size()), mass.resize(m.size() * TILE);
+        ids.resize(tiles(n.C) * TILE), live.resize(tiles(n.C)), keys.clear(), top.assign(G, NONE);
+        part_m.assign(parts() * G, NONE), part_s.assign(parts() * G, 0);
+        part_o.resize(parts() * G * D), weight.assign(tiles(n.K) * G * TILE, 0);
+        k.clear(), v.clear(), mean.clear(), bias.clear();
+        for (int w = 0; w < n.W; w++) {
+            float x = given.bias[b * n.bias_b + h * n.bias_h + w * n.bias_w];
+            if (x > NONE) add_token(given.k_steady, given.v_steady, at * n.W + w), bias.push_back(x);
+        }
+        S = tiles(k.size());
+        prepare();
     }
 
-    int parts() const { return tiles(n.W + n.N) + tiles(n.K); }
-
-    // How many tokens at its centroid cluster c is worth to query g.
-    float worth(int g, int64_t c) const {
-        return given.sizes[at * n.C + c] * (1 + half[g] * given.spreads[at * n.C + c]);
+    void add_token(const Num* keys, const Num* values, int64_t row) {
+        k.push_back(keys + row * D), v.push_back(values + row * D);
     }
 
-    // Reads 8 bytes a cluster, and its centroid where one is; writes 4*G + 4 of it.
-    void rank(int tile) {
-        const Num* rows[TILE];
-        int first = tile * TILE, end = std::min<int>(first + TILE, n.C), count = 0, *id = &ids[first];
-        for (int c = first; c < end; c++)
-            if (given.sizes[at * n.C + c] > 0) {
-                rows[count] = given.centroids + (at * n.C + c) * D;
-                id[count++] = c;
+    // q as score takes it: scaled, in the order of its reads, and 0 where a read repeats a column.
+    void prepare() {
+        int count = reads(D, WIDTH), packed = reads(D / 2, WIDTH);
+        q.assign(G * count, Pair{}), q_shorts.assign(LIMBS * G * packed, Shorts{});
+        unit.assign(G, 0), half.assign(G, 0);
+        std::vector<float> x(D);
+        for (int g = 0; g < n.G; g++) {
+            float most = 0;
+            for (int j = 0; j < count; j++) {
+                int e = start(j, D, WIDTH);
+                Pair read = widen(given.q + (at * n.G + g) * D + e);
+                for (int i = 0; i < 16; i++) x[Num::place(e, i, D)] = ((float*)&read)[i];
             }
-        live[tile] = count;
-        float* x = &mass[first * G];
-        score(q.data(), n.G, D, rows, count, x);
-        for (int g = 0; g < n.G; g++, x += TILE) {
-            m[tile * G + g] = exponentials(x, count);
-            if (n.by_mass) for (int i = 0; i < count; i++) x[i] *= worth(g, id[i]);
-            s[tile * G + g] = total(x, count);
+            for (float& value : x) value /= std::sqrt((float)D), half[g] += value * value / 2;
+            for (float value : x) most = std::max(most, std::abs(value));
+            unit[g] = most > 0 ? most / 32767 : 1;
+            for (int j = 0; j < count; j++)
+                for (int i = 0, e = start(j, D, WIDTH); i < 16; i++) {
+                    int d = Num::place(e, i, D);
+                    ((float*)&q[g * count + j])[i] = d < j * WIDTH ? 0 : x[d];
+                }
+            for (int j = 0; j < packed; j++)
+                for (int i = 0, e = start(j, D / 2, WIDTH); i < 32; i++) {
+                    float rest = e + i % 16 < j * WIDTH ? 0 : x[e + i % 16 + i / 16 * (D / 2)] / unit[g];
+                    for (int limb = 0; limb < LIMBS; limb++) {
+                        float whole = std::nearbyint(rest);
+                        ((int16_t*)&q_shorts[(limb * G + g) * packed + j])[i] = whole;
+                        rest = (rest - whole) * 32768;
+                    }
+                }
         }
     }
 
-    // Keys of the live clusters: probability above place, so that of equals the first is the best.
+    // How many tokens at its centroid cluster c is worth to query g.
+    float worth(int g, int64_t c) const {
+        return given.sizes[at * n.C + c] * (1 + half[g] * wide(given.spreads[at * n.C + c]));
+    }
+
+    // Reads 4 bytes a slot; 4 more and the centroid where a cluster is; writes 4*G + 4 of it.
+    void rank(int tile) {
+        const Row* rows[TILE];
+        float worth[TILE] = {}, scale[TILE] = {}, spread[TILE] = {};
+        int first = tile * TILE, end = std::min<int>(first + TILE, n.C), count = 0;
+        for (int64_t c = at * n.C + first; c < at * n.C + end; c++)
+            if (given.sizes[c] > 0) {
+                rows[count] = given.centroids + c * Row::size(D);
+                scale[count] = wide(given.scales[2 * c]), spread[count] = wide(given.spreads[c]);
+                worth[count] = given.sizes[c];
+                ids[first + count++] = c - at * n.C;
+            }
+        live[tile] = count;
+        std::vector<float> x(LIMBS * G * TILE);
+        if constexpr (IS_PACKED) score(q_shorts, LIMBS * G, D, rows, count, x.data());
+        else score(q, n.G, D, rows, count, x.data());
+        for (int g = 0; g < n.G; g++) {
+            float *logits = &mass[(first + TILE * g / G) * G], *from = &x[g * TILE];
+            logits = &mass[first * G + g * TILE];
+            for (int i = 0; i < count; i++) {
+                float sum = from[i];
+                if (LIMBS == 2) sum += from[G * TILE + i] / 32768;
+                logits[i] = sum * scale[i] * (IS_PACKED ? unit[g] : 1);
+            }
+            m[tile * G + g] = exponentials(logits, count);
+            if (n.by_mass)
+                for (int i = 0; i < count; i++) logits[i] *= worth[i] * (1 + half[g] * spread[i]);
+            s[tile * G + g] = total(logits, count);
+        }
+    }
+
+    // Keys of the live clusters: share of attention above place, so that the first of equals is best.
     void weigh() {
+        std::vector<float> sum(G), most(G, NONE);
         for (int t = 0; t < tiles(n.C); t++)
             for (int g = 0; g < n.G; g++) top[g] = std::max(top[g], m[t * G + g]);
         for (int t = 0; t < tiles(n.C); t++)
@@ -265,10 +371,17 @@ template <class Num> struct Head {
                 m[t * G + g] = fade(m[t * G + g], top[g]);
                 sum[g] += s[t * G + g] * m[t * G + g];
             }
+        std::vector<float> over(G, 1);          // all of attention, over the clusters' mass
+        for (int g = 0; g < n.G && n.by_mass; g++) {
+            float most = top[g], all = 0;
+            for (int p = 0; p < S; p++) most = std::max(most, part_m[p * G + g]);
+            for (int p = 0; p < S; p++) all += part_s[p * G + g] * fade(part_m[p * G + g], most);
+            over[g] = fade(top[g], most) / (all + sum[g] * fade(top[g], most)) * sum[g];
+        }
         for (int t = 0; t < tiles(n.C); t++) {
             float p[TILE] = {};
             for (int g = 0; g < n.G; g++) {
-                float scale = m[t * G + g] / sum[g], *x = &mass[(t * G + g) * TILE];
+                float scale = m[t * G + g] / sum[g] * over[g], *x = &mass[(t * G + g) * TILE];
                 for (int i = 0; i < TILE; i++) p[i] += x[i] * scale;
             }
             for (int i = 0; i < live[t]; i++)
@@ -289,27 +402,20 @@ template <class Num> struct Head {
         std::sort(best.begin(), best.begin() + n_retrieve, std::greater());
     }
 
-    // Reads 4 bytes a steady slot, 12 a retrieved cluster and what rank left, and writes 20 a token,
-    // 4*G + 8 an estimated cluster.
+    // Reads 12 bytes a retrieved cluster and what rank left; writes 16 a token, 4*G + 8 a mean.
     void select() {
-        auto add = [&](const Num* keys, const Num* values, int64_t row, float x) {
-            k.push_back(keys + row * D), v.push_back(values + row * D), bias.push_back(x);
-        };
-        for (int w = 0; w < n.W; w++) {
-            float x = given.bias[b * n.bias_b + h * n.bias_h + w * n.bias_w];
-            if (x > NONE) add(given.k_steady, given.v_steady, at * n.W + w, x);
-        }
         weigh();
         int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, (int64_t)keys.size()});
         int n_retrieve = std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked});
         choose(n_ranked, n_retrieve);
+        k.resize(S * TILE), v.resize(S * TILE);
         uint64_t last = UINT64_MAX;             // key of the last cluster whose tokens fit
         int64_t room = n.N;
         for (int r = 0; r < n_retrieve; r++) {
             int64_t c = at * n.C + ids[~uint32_t(best[r])], size = given.sizes[c];
             if ((room -= size) < 0) break;
             for (int i = 0; i < size; i++)
-                add(given.k_store, given.v_store, at * n.T + given.offsets[c] + i, 0);
+                add_token(given.k_store, given.v_store, at * n.T + given.offsets[c] + i);
             last = best[r];
         }
         uint64_t least = n_ranked ? *std::min_element(best.begin(), best.end()) : last;
@@ -319,56 +425,53 @@ template <class Num> struct Head {
 
     void estimate(int place) {
         int t = place / TILE, c = ids[place], j = mean.size();
-        mean.push_back(given.means + (at * n.C + c) * D);
-        for (int g = 0; g < n.G; g++)
-            weight[(j / TILE * G + g) * TILE + j % TILE] = m[t * G + g]
-                * mass[(t * G + g) * TILE + place % TILE] * (n.by_mass ? 1 : worth(g, c));
+        int part = tiles(n.W) + tiles(n.N) + j / TILE;
+        mean.push_back(given.means + (at * n.C + c) * Row::size(D));
+        for (int g = 0; g < n.G; g++) {
+            float w = mass[(t * G + g) * TILE + place % TILE] * m[t * G + g]
+                    * (n.by_mass ? 1 : worth(g, c));
+            part_m[part * G + g] = top[g], part_s[part * G + g] += w;
+            weight[(j / TILE * G + g) * TILE + j % TILE] = w * wide(given.scales[2 * (at * n.C + c) + 1]);
+        }
     }
 
-    // Reads 2*D*e bytes a token, or D*e + 4*G a cluster, and writes 4*G*(D + 2).
+    // Reads 2*D*e bytes a token, or a mean and 4*G, and writes 4*G*(D + 2).
     void attend(int part) {
-        int exact = tiles(k.size()), first = part * TILE, count;
-        Pair* o = &part_o[part * G * blocks(D)];
-        std::fill(o, o + G * blocks(D), Pair{});
-        if (part < exact) {
-            count = std::min<int>(TILE, k.size() - first);
-            std::vector<float> x(G * TILE);
-            score(q.data(), n.G, D, &k[first], count, x.data());
-            for (int g = 0; g < n.G; g++) {
-                float* logits = &x[g * TILE];
-                for (int i = 0; i < count; i++) logits[i] += bias[first + i];
-                part_m[part * G + g] = exponentials(logits, count);
-                part_s[part * G + g] = total(logits, count);
-            }
-            mix(x.data(), G, D, &v[first], count, o);
-        } else if ((first -= exact * TILE) < (int)mean.size()) {
-            count = std::min<int>(TILE, mean.size() - first);
-            for (int g = 0; g < n.G; g++) {
-                part_m[part * G + g] = top[g];
-                part_s[part * G + g] = total(&weight[first * G + g * TILE], count);
-            }
-            mix(&weight[first * G], G, D, &mean[first], count, o);
+        int from_means = tiles(n.W) + tiles(n.N), first = part * TILE;
+        float* o = &part_o[part * G * D];
+        if (part >= from_means) {
+            first -= from_means * TILE;
+            if (int count = std::min<int>(TILE, mean.size() - first); count > 0)
+                mix(&weight[first * G], G, D, &mean[first], count, o);
+            return;
         }
+        bool is_steady = part < tiles(n.W);
+        if (!is_steady) first += (S - tiles(n.W)) * TILE;
+        int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
+        if (count <= 0) return;
+        std::vector<float> x(G * TILE);
+        score(q, n.G, D, &k[first], count, x.data());
+        for (int g = 0; g < n.G; g++) {
+            float* logits = &x[g * TILE];
+            for (int i = 0; is_steady && i < count; i++) logits[i] += bias[first + i];
+            part_m[part * G + g] = exponentials(logits, count);
+            part_s[part * G + g] = total(logits, count);
+        }
+        mix(x.data(), G, D, &v[first], count, o);
     }
 
     // Reads 4*G*(D + 2) bytes a part and writes D*e*G.
     void combine() {
-        int parts = tiles(k.size()) + tiles(mean.size());
         for (int g = 0; g < n.G; g++) {
             float most = NONE, total = 0;
-            std::vector<Pair> o(blocks(D));
-            for (int p = 0; p < parts; p++) most = std::max(most, part_m[p * G + g]);
-            for (int p = 0; p < parts; p++) {
-                float scale = fade(part_m[p * G + g], most);
-                total += scale * part_s[p * G + g];
-                for (int i = 0; i < blocks(D); i++) {
-                    o[i].a += scale * part_o[(p * G + g) * blocks(D) + i].a;
-                    o[i].b += scale * part_o[(p * G + g) * blocks(D) + i].b;
+            std::vector<float> o(D);
+            for (int p = 0; p < parts(); p++) most = std::max(most, part_m[p * G + g]);
+            for (int p = 0; p < parts(); p++)
+                if (float scale = fade(part_m[p * G + g], most); scale > 0) {
+                    total += scale * part_s[p * G + g];
+                    for (int d = 0; d < D; d++) o[d] += scale * part_o[(p * G + g) * D + d];
                 }
-            }
-            for (int i = 0; i < blocks(D); i++)
-                narrow({o[i].a / total, o[i].b / total},
-                       given.o + (at * n.G + g) * D + column(i, D));
+            for (int d = 0; d < D; d++) given.o[(at * n.G + g) * D + d] = narrow(o[d] / total, Num());
         }
     }
 };
@@ -385,43 +488,32 @@ static double cpu_now(){timespec t;clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);ret
 #define INIT
 #define SAY
 #endif
-template <class Num> void step(const Tensors<Num>& given, const Shape& n, int threads) {
-    static thread_local std::vector<Head<Num>> kept;
-    std::vector<Head<Num>>& heads = kept;       // the caller's, for all threads
-    int count = n.B * n.H;
+extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
+    static thread_local std::vector<Head> kept;
+    std::vector<Head>& heads = kept;            // the caller's, for all threads
+    int count = n->B * n->H;
     if ((int)heads.size() < count) heads.resize(count);
     INIT
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for
-        for (int i = 0; i < count; i++) heads[i].begin(n, given, i);
+        for (int i = 0; i < count; i++) heads[i].begin(*n, *given, i);
         NOW(1)
+        int C = tiles(n->C), W = tiles(n->W), parts = heads[0].parts();
         #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count * tiles(n.C); i++) heads[i / tiles(n.C)].rank(i % tiles(n.C));
+        for (int i = 0; i < count * (C + W); i++)
+            if (i % (C + W) < C) heads[i / (C + W)].rank(i % (C + W));
+            else heads[i / (C + W)].attend(i % (C + W) - C);
         NOW(2)
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].select();
         NOW(3)
-        int parts = heads[0].parts();
         #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count * parts; i++) heads[i / parts].attend(i % parts);
+        for (int i = 0; i < count * (parts - W); i++)
+            heads[i / (parts - W)].attend(W + i % (parts - W));
         NOW(4)
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].combine();
     }
     SAY
-}
-
-extern "C" {
-void attend_float32(void* const* given, const Shape* n, int threads) {
-    step(*(const Tensors<float>*)given, *n, threads);
-}
-void attend_bfloat16(void* const* given, const Shape* n, int threads) {
-    step(*(const Tensors<bfloat16>*)given, *n, threads);
-}
-#ifdef __F16C__
-void attend_float16(void* const* given, const Shape* n, int threads) {
-    step(*(const Tensors<float16>*)given, *n, threads);
-}
-#endif
 }

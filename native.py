@@ -28,35 +28,38 @@ def attend(q, steady, index, budget, stores):
 
     q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
     and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on the CPU, q, k and
-    v of one dtype, D at least 16; ValueError otherwise, and where nothing compiles native.cpp. The
+    v of one dtype, D at least 32; ValueError otherwise, and where nothing compiles native.cpp. The
     number of threads, torch.get_num_threads(), changes no bit. Runs under torch.compile.
     """
-    kinds = {str(x.dtype).removeprefix("torch.") for x in (q, *steady[:2], *index[:2], *stores)}
+    kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
-    if q.device.type != "cpu" or q.shape[3] < 16:
-        raise ValueError(f"native.py runs on a CPU from 16 head dims on, and q has {q.shape[3]} on "
+    if q.device.type != "cpu" or q.shape[3] < 32:
+        raise ValueError(f"native.py runs on a CPU from 32 head dims on, and q has {q.shape[3]} on "
                          f"{q.device}: use the functions of retroinfer.py")
     shares = [budget.n_retrieve, budget.n_ranked]
     return attend_op(q, list(steady), list(index), list(stores), shares,
                      [*budget[:3], int(budget.by_mass)])
 
 
+def name(x):
+    """The dtype of a tensor as native.cpp calls it."""
+    return str(x.dtype).removeprefix("torch.")
+
+
 @torch.library.custom_op("retroinfer::attend_native", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
               stores: list[torch.Tensor], shares: list[torch.Tensor],
               caps: list[int]) -> torch.Tensor:
-    kind = str(q.dtype).removeprefix("torch.")
-    if not (run := getattr(library(), f"attend_{kind}", None)):
-        raise ValueError(f"native.cpp knows no {kind} on this processor: pass --backend compile")
     (k, v, bias), (B, H, G, D) = steady, q.shape
     given = [x.contiguous() for x in (q, k, v, *index, *stores, *shares)]
     given.insert(3, bias)
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
     sizes = (B, H, G, D, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
              bias.stride(0), bias.stride(1), bias.stride(3))
-    run((ctypes.c_void_p * 14)(*[x.data_ptr() for x in (*given, o)]),
-        (ctypes.c_int64 * 14)(*sizes), torch.get_num_threads())
+    library(name(q), name(index[0])).attend(
+        (ctypes.c_void_p * 15)(*[x.data_ptr() for x in (*given, o)]),
+        (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
     return o
 
 
@@ -68,13 +71,14 @@ def _(q, steady, index, stores, shares, caps):
 # ---------------------------------------------------------------- the compiler
 
 @functools.cache
-def library():
-    """native.cpp as a library of functions; compiled unless the cache holds it."""
-    path = cache() / f"native-{key()}.so"
+def library(kind, row):
+    """native.cpp for keys of one dtype and centroids of another; compiled unless the cache has it.
+    """
+    path = cache() / f"native-{kind}-{row}-{key()}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:                             # not there, or damaged
-        build(path)
+        build(path, f"-DNUM={kind}", f"-DROW={row}")
         return ctypes.CDLL(str(path))
 
 
@@ -85,10 +89,10 @@ def cache():
 
 
 def command():
-    """The compiler and its flags, which end with torch's own OpenMP where it has one: two would be
-    two pools of threads."""
-    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))[:1]
-    return [os.environ.get("CXX", "g++"), *FLAGS], ["-x", "none", "-Wl,--as-needed", *map(str, openmp)]
+    """The compiler with its flags, and what is linked: torch's own OpenMP where it has one, for
+    another would be another pool of threads."""
+    openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]
+    return [os.environ.get("CXX", "g++"), *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
 
 
 def key():
@@ -99,14 +103,14 @@ def key():
     return hashlib.sha256(SOURCE.read_bytes() + words + macros).hexdigest()[:16]
 
 
-def build(path):
+def build(path, *types):
     """Compile native.cpp to path, which appears whole or not at all."""
     compiler, link = command()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "native.so"
-            run_compiler([*compiler, str(SOURCE), *link, "-o", str(made)])
+            run_compiler([*compiler, *types, str(SOURCE), *link, "-o", str(made)])
             made.replace(path)
     except OSError as e:
         raise ValueError(f"cannot keep what native.cpp compiles to in {path.parent}: {e.strerror}; "

@@ -4,7 +4,7 @@ import math
 import torch
 
 import retroinfer
-from retroinfer import Budget, Index, before
+from retroinfer import Budget, Index, before, halves, pack
 
 
 def assert_as_exact(mine, eager, truth):
@@ -20,7 +20,8 @@ class Case:
     slots and clusters it has. Everything else is NaN, or an offset far outside the store.
     """
 
-    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True):
+    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True,
+                 bits=4):
         B, H, G, D, W, C = shape
         g = torch.Generator().manual_seed(0)
 
@@ -39,8 +40,11 @@ class Case:
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
         self.stores = randn(T), randn(T)
-        spreads = 2 * torch.rand(B, H, C, generator=g)
-        self.index = Index(randn(C), randn(C), sizes.float(), offsets, spreads)
+        spreads = 2 * torch.rand(B, H, C, generator=g).bfloat16()
+        (centroids, a), (means, b) = (pack(x.float()) if bits == 4 else (x, torch.ones(B, H, C))
+                                      for x in (randn(C), randn(C)))
+        self.index = Index(centroids, means, sizes.float(), offsets, spreads,
+                           torch.stack([a, b], -1).bfloat16())
         row = torch.arange(T).expand(B, H, T)
         self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
 
@@ -51,14 +55,15 @@ class Case:
     def twin(self, attend, device="cpu"):
         """The answer of a twin of retroinfer.attend, with all that is free poisoned."""
         def poison(x, is_free):
-            return x.masked_fill(is_free[..., None], math.nan)
+            return x.masked_fill(is_free[..., None], 0 if x.dtype == torch.uint8 else math.nan)
 
         k, v, bias = self.steady
         is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
         steady = poison(k, is_free), poison(v, is_free), bias
-        centroids, means, sizes, offsets, spreads = self.index
+        centroids, means, sizes, offsets, spreads, scales = self.index
         index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
-                      offsets.masked_fill(is_empty, 2**40), spreads.masked_fill(is_empty, math.nan))
+                      offsets.masked_fill(is_empty, 2**40),
+                      spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
         stores = [poison(x, self.is_free_row) for x in self.stores]
         budget = self.budget._replace(n_retrieve=self.budget.n_retrieve.to(device),
                                       n_ranked=self.budget.n_ranked.to(device))
@@ -73,22 +78,29 @@ class Case:
                 o[b, h] = self.head(b, h)
         return o
 
+    def vectors(self, i):
+        """Centroids (i = 0) or means (i = 1) of the index, (B, H, C, D) in float64."""
+        x = self.index[i]
+        x = torch.cat(halves(x), -1) if x.dtype == torch.uint8 else x
+        return x.double() * self.index.scales[..., i:i + 1].double()
+
     def head(self, b, h):
         """(G, D) in float64."""
         q = self.q[b, h].double() * self.q.shape[-1] ** -0.5
         k_s, v_s, bias = (x[b, h].double() for x in self.steady)
         k_all, v_all = (x[b, h].double() for x in self.stores)
-        centroids, means = (x[b, h].double() for x in self.index[:2])
+        centroids, means = (self.vectors(i)[b, h] for i in (0, 1))
         sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
         live = [c for c, n in enumerate(sizes) if n]
         logits = q @ centroids[live].T                                              # (G, live)
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
         mass = logits + torch.cat([half[:, :0], *worth.values()], -1).log()
-        weight = (mass if self.budget.by_mass else logits).softmax(-1).sum(0)
-        rank = [live[i] for i in weight.argsort(descending=True).tolist()]
+        is_in, share = bias[0] == 0, logits.softmax(-1)
+        if self.budget.by_mass:                     # of all attention, the steady zone's included
+            share = torch.cat([mass, q @ k_s[is_in].T], -1).softmax(-1)[:, :len(live)]
+        rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
         n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
-        is_in = bias[0] == 0
         k, v, room = [k_s[is_in]], [v_s[is_in]], self.budget.tokens
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         for i, c in enumerate(rank[:n_ranked]):

@@ -31,23 +31,30 @@ def poison():
 
 # ---------------------------------------------------------------- a decode step
 
+def make(name, *args, **more):
+    """A case of steps.py, with heads that this twin takes."""
+    (*sizes, D, W, C), *rest = CASES[name]
+    return Case((*sizes, max(D, 32), W, C), *rest, *args, **more)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_as_exact_as_pytorch(name, dtype):
-    case = Case(*CASES[name], dtype)
+def test_a_step_is_as_exact_as_pytorch(name, dtype, bits):
+    case = make(name, dtype, bits=bits)
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
 @pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "no room"])
 def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
-    case = Case(*CASES[name], by_mass=False)
+    case = make(name, by_mass=False, bits=16)
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
 @pytest.mark.parametrize("largest, tokens", [(300, 64), (300, 301), (1, 8)])
 def test_clusters_of_any_size_are_read_or_estimated(largest, tokens):
     """Giants before any split: all too large, one or two that fit; and single tokens."""
-    case = Case((1, 2, 2, 16, 4, 12), (tokens, 9, 11), [(9, 11)], [(4, 12)], largest=largest)
+    case = Case((1, 2, 2, 32, 4, 12), (tokens, 9, 11), [(9, 11)], [(4, 12)], largest=largest)
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
@@ -59,19 +66,20 @@ def test_a_step_of_any_shape_is_as_exact_as_pytorch(data):
         return data.draw(st.integers(low, high))
 
     B, W, C, R = some(1, 3), some(1, 300), some(1, 700), some(1, 20)
-    shape = B, some(1, 3), some(1, 9), some(16, 70), W, C
+    shape = B, some(1, 3), some(1, 9), 2 * some(16, 40), W, C
     K = min(R + some(0, 400), C)
     ranked = [some(0, K) for _ in range(B)]
     shares = [(some(0, min(R, n)), n) for n in ranked]
     lives = [(some(1, W), some(0, C)) for _ in range(B)]
     case = Case(shape, (some(1, 100), min(R, C), K), shares, lives, data.draw(
-        st.sampled_from(DTYPES)), by_mass=data.draw(st.booleans()))
+        st.sampled_from(DTYPES)), by_mass=data.draw(st.booleans()),
+        bits=data.draw(st.sampled_from([4, 16])))
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
 def test_a_sequence_with_nothing_to_attend_harms_no_other():
     """NaN for it, as a softmax over nothing has it, and for it alone."""
-    case = Case((2, 1, 2, 16, 8, 20), (32, 4, 12), [(4, 12)] * 2, [(0, 0), (8, 20)])
+    case = Case((2, 1, 2, 32, 8, 20), (32, 4, 12), [(4, 12)] * 2, [(0, 0), (8, 20)])
     mine = case.twin(native.attend)
     assert mine[0].isnan().all() and case.eager()[0].isnan().all()
     assert_as_exact(mine[1], case.eager()[1], case.truth()[1])
@@ -79,7 +87,7 @@ def test_a_sequence_with_nothing_to_attend_harms_no_other():
 
 def test_the_number_of_threads_changes_no_bit():
     """Heads in parts and in turns: fewer than threads, and no multiple of them."""
-    for shape in ((1, 1, 4, 64, 300, 900), (1, 3, 2, 16, 40, 600)):
+    for shape in ((1, 1, 4, 64, 300, 900), (1, 3, 2, 34, 40, 600)):
         case, found = Case(shape, (640, 60, 300), [(60, 290)], [(shape[4], 900)]), []
         n = torch.get_num_threads()
         try:
@@ -93,16 +101,16 @@ def test_the_number_of_threads_changes_no_bit():
 
 def test_of_equally_good_clusters_the_first_count():
     """All alike but for their values: those in front are read, and what is behind is left out."""
-    case = Case((1, 1, 2, 16, 1, 600), (16, 4, 300), [(4, 300)], [(1, 600)], largest=1)
+    case = Case((1, 1, 2, 32, 1, 600), (16, 4, 300), [(4, 300)], [(1, 600)], largest=1, bits=16)
     sizes = torch.ones(1, 1, 600)
     case.index = case.index._replace(
-        centroids=torch.zeros(1, 1, 600, 16), sizes=sizes, offsets=sizes.long().cumsum(-1) - 1,
-        means=torch.arange(600.).expand(1, 1, 16, 600).mT, spreads=0 * sizes)
-    case.steady = [torch.zeros(1, 1, 1, 16)] * 2 + [torch.zeros(1, 1, 1, 1)]
-    case.stores = [torch.zeros(1, 1, 600, 16), torch.full((1, 1, 600, 16), 7.0)]
+        centroids=torch.zeros(1, 1, 600, 32), sizes=sizes, offsets=sizes.long().cumsum(-1) - 1,
+        means=torch.arange(600.).expand(1, 1, 32, 600).mT, spreads=0 * sizes)
+    case.steady = [torch.zeros(1, 1, 1, 32)] * 2 + [torch.zeros(1, 1, 1, 1)]
+    case.stores = [torch.zeros(1, 1, 600, 32), torch.full((1, 1, 600, 32), 7.0)]
     case.is_free_row = torch.zeros(1, 1, 600, dtype=torch.bool)
     expected = (4 * 7 + sum(range(4, 300))) / 301
-    torch.testing.assert_close(case.twin(native.attend), torch.full((1, 1, 2, 16), expected))
+    torch.testing.assert_close(case.twin(native.attend), torch.full((1, 1, 2, 32), expected))
 
 
 def test_tensors_may_lie_as_they_like():
@@ -117,7 +125,7 @@ def test_tensors_may_lie_as_they_like():
 
 
 @pytest.mark.parametrize("D, dtype, words", [
-    (16, torch.float16, "float16.*float32.*cast to one"), (8, torch.float32, "from 16 head dims")])
+    (32, torch.float16, "float16.*float32.*cast to one"), (16, torch.float32, "from 32 head dims")])
 def test_what_it_does_not_know_is_refused(D, dtype, words):
     case = Case((1, 1, 1, D, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)])
     case.q = case.q.to(dtype)
@@ -126,7 +134,7 @@ def test_what_it_does_not_know_is_refused(D, dtype, words):
 
 
 def test_the_operator_passes_opcheck():
-    case = Case(*CASES["one token"])
+    case = make("one token")
     shares = list(case.budget[3:5])
     args = case.q, list(case.steady), list(case.index), case.stores, shares, [*case.budget[:3], 1]
     torch.library.opcheck(native.attend_op, args)
@@ -135,7 +143,7 @@ def test_the_operator_passes_opcheck():
 def test_a_wave_index_steps_on_it_whether_compiled_or_not():
     """The same outputs as PyTorch's, over tokens and updates, and one graph for all."""
     torch._dynamo.reset()
-    q, k, v = qkv(200)
+    q, k, v = qkv(200, D=32)
     config = RetroConfig(**SMALL, retrieve=0.1, estimate=0.3)
     decode, outputs = WaveIndex.decode, []
     try:
@@ -168,29 +176,29 @@ def cache(monkeypatch, tmp_path):
 
 def test_a_missing_compiler_is_one_line_with_its_remedy(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"no-such-compiler: No such file.*install g\+\+ or set CXX"):
-        native.library()
+    with pytest.raises(ValueError, match=r"no-such-compiler: No such.*install g\+\+ or set CXX"):
+        native.library("float32", "uint8")
 
 
 def test_what_does_not_compile_is_one_line_with_the_compilers_word(cache, monkeypatch, tmp_path):
     source = tmp_path / "native.cpp"
     source.write_text("int attend( { return 0; }\n")
     monkeypatch.setattr(native, "SOURCE", source)
-    with pytest.raises(ValueError, match=r"does not compile native.cpp \(.*error.*--backend compile"):
-        native.library()
+    with pytest.raises(ValueError, match=r"not compile native.cpp \(.*error.*--backend"):
+        native.library("float32", "uint8")
     assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot keep .* set TORCHINDUCTOR_CACHE_DIR"):
-        native.build(tmp_path / "file" / "native.so")
+    with pytest.raises(ValueError, match=r"cannot keep .* set TORCHINDUCTOR_CACHE_DIR"):
+        native.build(tmp_path / "file" / "native.so", "-DNUM=float32", "-DROW=uint8")
 
 
 def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
     """Both begin at a damaged file, and end with a whole one, which a third only loads."""
     cache.mkdir()
-    path = cache / f"native-{native.key()}.so"
+    path = cache / f"native-float32-uint8-{native.key()}.so"
     path.write_bytes(b"no library")
     both = [start() for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -200,8 +208,8 @@ def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
 
 
 def start():
-    return subprocess.Popen([sys.executable, "-c", "import native; native.library().attend_float32"],
-                            cwd=Path(native.__file__).parent)
+    program = "import native; native.library('float32', 'uint8').attend"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(native.__file__).parent)
 
 
 def test_the_cache_tells_sources_compilers_and_flags_apart(monkeypatch, tmp_path):
