@@ -22,6 +22,8 @@
 #include <immintrin.h>
 #endif
 
+namespace {
+
 constexpr int LANES = 8;        // numbers in a vector
 constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of LANES
 constexpr int GROUP = 4;        // query heads that mix serves at a time: their sums fill registers
@@ -87,27 +89,34 @@ struct uint8 {
     static int size(int D) { return D / 2; }
     static int place(int e, int i, int D) { return e + i % LANES + i / LANES * (D / 2); }
 };
+
+#ifdef __AVX2__                 // these three GCC 12 does not find by itself
+ivec ints(const uint8* x) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)x)); }
+svec shorts(const uint8* x) { return (svec)_mm256_cvtepu8_epi16(load<__m128i>(x)); }
+ivec product(svec x, svec y) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)y); }
+#else
+ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
+svec shorts(const uint8* x) { return __builtin_convertvector(load<bytes>(x), svec); }
+ivec product(svec x, svec y) {  // of two neighbours each, added
+    ivec a = (ivec)x, b = (ivec)y;
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+#endif
+
 Pair widen(const uint8* x) {
-    ivec both = __builtin_convertvector(load<few>(x), ivec);
-    return {__builtin_convertvector((both & 15) - 8, vec), __builtin_convertvector((both >> 4) - 8, vec)};
+    ivec both = ints(x);
+    return {__builtin_convertvector((both & 15) - 8, vec),
+            __builtin_convertvector((both >> 4) - 8, vec)};
 }
 
 // How score reads a row, and what it multiplies: floats, or of 4 bits shorts, whose sums are exact.
 struct Shorts { svec a, b; };
 template <class Num> Pair read(const Num* x) { return widen(x); }
 Shorts read(const uint8* x) {
-    svec both = __builtin_convertvector(load<bytes>(x), svec);
+    svec both = shorts(x);
     return {(both & 15) - 8, (both >> 4) - 8};
 }
 void add(vec& sum, Pair x, Pair y) { sum += x.a * y.a; sum += x.b * y.b; }
-ivec product(svec x, svec y) {                  // of two neighbours each, added
-#ifdef __AVX2__
-    return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)y);
-#else
-    ivec a = (ivec)x, b = (ivec)y;
-    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
 void add(ivec& sum, Shorts x, Shorts y) { sum += product(x.a, y.a) + product(x.b, y.b); }
 
 // ---------------------------------------------------------------- loops over rows
@@ -116,7 +125,7 @@ constexpr int WIDTH = 16;       // elements that read reads
 
 // Reads that cover n elements, and where each begins; the last one may overlap the one before.
 int reads(int n, int step) { return (n + step - 1) / step; }
-int start(int i, int n, int step) { return std::min(i * step, n - step); }
+int start(int i, int n, int step) { return (i + 1) * step <= n ? i * step : n - step; }
 
 // Sums of the lanes of 8 vectors, in their order.
 template <class V> inline V sums(V (&x)[8]) {
@@ -149,8 +158,8 @@ void score(const std::vector<Part>& q, int G, int D, const Row* const* rows, int
             Sum sum[8];
             for (Sum& s : sum) s = Sum{};
             for (int j = 0; j < count; j++)
-                for (int r = 0; r < 4; r++) {
-                    Part k = read(row[r] + start(j, size, WIDTH));
+                for (int r = 0, e = start(j, size, WIDTH); r < 4; r++) {
+                    Part k = read(row[r] + e);
                     add(sum[r], k, q0[j]), add(sum[r + 4], k, q1[j]);
                 }
             vec all = __builtin_convertvector(sums(sum), vec);
@@ -347,8 +356,7 @@ struct Head {
         if constexpr (IS_PACKED) score(q_shorts, LIMBS * G, D, rows, count, x.data());
         else score(q, n.G, D, rows, count, x.data());
         for (int g = 0; g < n.G; g++) {
-            float *logits = &mass[(first + TILE * g / G) * G], *from = &x[g * TILE];
-            logits = &mass[first * G + g * TILE];
+            float *logits = &mass[first * G + g * TILE], *from = &x[g * TILE];
             for (int i = 0; i < count; i++) {
                 float sum = from[i];
                 if (LIMBS == 2) sum += from[G * TILE + i] / 32768;
@@ -389,17 +397,20 @@ struct Head {
         }
     }
 
-    // The n_ranked largest keys, of which the first n_retrieve are in order.
+    // The n_ranked largest keys, of which the first n_retrieve are in order. Leaves in keys those
+    // that share 12 bits with one of them, or are larger.
     void choose(int n_ranked, int n_retrieve) {
         int count[4096] = {}, bin = 4096;       // keys with the same 12 leading bits
         for (uint64_t key : keys) count[key >> 52]++;
         for (int above = 0; above < n_ranked; above += count[bin]) bin--;
-        best.clear();
-        for (uint64_t key : keys) if ((int)(key >> 52) >= bin) best.push_back(key);
-        std::nth_element(best.begin(), best.begin() + n_ranked, best.end(), std::greater());
+        size_t found = 0;
+        for (uint64_t key : keys) keys[found] = key, found += key >> 52 >= (uint64_t)bin;
+        keys.resize(found), best = keys;
+        auto from = best.begin();
+        std::nth_element(from, from + n_ranked, best.end(), std::greater());
         best.resize(n_ranked);
-        std::nth_element(best.begin(), best.begin() + n_retrieve, best.end(), std::greater());
-        std::sort(best.begin(), best.begin() + n_retrieve, std::greater());
+        std::nth_element(from, from + n_retrieve, best.end(), std::greater());
+        std::sort(from, from + n_retrieve, std::greater());
     }
 
     // Reads 12 bytes a retrieved cluster and what rank left; writes 16 a token, 4*G + 8 a mean.
@@ -475,6 +486,8 @@ struct Head {
         }
     }
 };
+
+}
 
 #ifdef PROFILE
 #include <cstdio>
