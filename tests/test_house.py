@@ -86,7 +86,7 @@ print(int(index.n_indexed))
     done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == (1499 - 68) // 16 * 16
+    assert int(done.stdout) == (1499 - 36) // 8 * 8
 
 
 def test_readme_names_only_files_flags_and_targets_that_exist():
