@@ -7,10 +7,10 @@
 //     attend    retrieved rows | means         -> a part: largest logit, sum, weighted values
 //     combine   all parts                      -> o (B, H, G, D)
 //
-//     B batch    H kv heads    G query heads per kv head    T tokens    D head dim    W steady slots
-//     C clusters a head   R, K clusters retrieved at most, ranked at most   N retrieved tokens at most
+//     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady slots
+//     C clusters a head   R, K clusters retrieved, ranked at most   N tokens retrieved at most
 //
-// Tiles depend on shapes alone, so the number of threads changes no bit. Sums are in fp32, or exact.
+// Tiles depend on shapes alone: the number of threads changes no bit. Sums are in fp32, or exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -25,7 +25,7 @@
 namespace {
 
 constexpr int LANES = 8;        // numbers in a vector
-constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of LANES
+constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of 2 LANES
 constexpr int GROUP = 4;        // query heads that mix serves at a time: their sums fill registers
 constexpr int AHEAD = 16;       // rows from the one that is read to the one that is fetched
 constexpr float NONE = -INFINITY;
@@ -140,8 +140,8 @@ template <class V> inline V sums(V (&x)[8]) {
     return x[0];
 }
 
-// Inner products x (G, TILE) of q (G, reads) and n rows. Reads each row's bytes once: four rows at a
-// time, so that a number read serves two queries from a register, and 8 sums fill a vector at last.
+// Inner products x (G, TILE) of q (G, reads) and n rows. Reads each row's bytes once: four rows at
+// a time, so that what is read serves two queries from a register, and 8 sums fill a vector.
 template <class Row, class Part>
 void score(const std::vector<Part>& q, int G, int D, const Row* const* rows, int n, float* x) {
     using Sum = std::conditional_t<std::is_same_v<Part, Shorts>, ivec, vec>;
@@ -169,42 +169,37 @@ void score(const std::vector<Part>& q, int G, int D, const Row* const* rows, int
     }
 }
 
-// Puts in o (G, D) the sums of n rows weighted by x (G, TILE). Reads each row's bytes once: a few
-// columns of 32 rows at a time, in which the same columns of the next 32 are fetched.
+// Puts in o (G, reads), in the order of widen, the sums of n rows weighted by x (G, TILE). Reads
+// each row's bytes once: a few columns of 32 rows, while those of the next 32 are fetched.
 template <class Row>
-void mix(const float* x, int G, int D, const Row* const* rows, int n, float* o) {
+void mix(const float* x, int G, int D, const Row* const* rows, int n, Pair* o) {
     int size = Row::size(D), count = reads(size, Row::STEP);
-    std::vector<Pair> sums(G * count);
+    std::fill(o, o + G * count, Pair{});
     for (int first = 0; first < n; first += 32)
         for (int g = 0; g < G; g += GROUP)
             for (int j = 0; j < count; j++) {
-                int at = start(j, size, Row::STEP);
+                int e = start(j, size, Row::STEP);
                 Pair sum[GROUP];
-                for (int h = 0; h < GROUP; h++) sum[h] = sums[(g + h) * count + j];
+                for (int h = 0; h < GROUP; h++) sum[h] = o[(g + h) * count + j];
                 for (int i = first; i < std::min(first + 32, n); i++) {
-                    __builtin_prefetch(rows[std::min(i + 32, n - 1)] + at);
-                    Pair v = widen(rows[i] + at);
+                    __builtin_prefetch(rows[std::min(i + 32, n - 1)] + e);
+                    Pair v = widen(rows[i] + e);
                     for (int h = 0; h < GROUP; h++) {
                         sum[h].a += x[(g + h) * TILE + i] * v.a;
                         sum[h].b += x[(g + h) * TILE + i] * v.b;
                     }
                 }
-                for (int h = 0; h < GROUP; h++) sums[(g + h) * count + j] = sum[h];
+                for (int h = 0; h < GROUP; h++) o[(g + h) * count + j] = sum[h];
             }
-    for (int g = 0; g < G; g++)
-        for (int j = 0; j < count; j++)
-            for (int i = 0; i < 16; i++)
-                o[g * D + Row::place(start(j, size, Row::STEP), i, D)] =
-                    ((float*)&sums[g * count + j])[i];
 }
 
 // ---------------------------------------------------------------- softmax
 
 // e^x for x <= 0, to a relative error of 2e-7; 0 below -87. x = n ln 2 + r, and e^r by its series.
 vec exponential(vec x) {
-    const float MAGIC = 3 << 22;                    // added, it rounds to an integer in the low bits
+    const float MAGIC = 3 << 22;                // added, it rounds to an integer in the low bits
     vec t = x * 1.44269504f + MAGIC, n = t - MAGIC;
-    vec r = x - n * 0.693359375f - n * -2.12194440e-4f, y = r / 5040 + 1.f / 720;
+    vec r = x - n * 0.693359375f - n * -2.12194440e-4f, y = r * (1.f / 5040) + 1.f / 720;
     y = (((y * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6) * r + 1.f / 2;
     y = (y * r + 1) * r + 1;
     return x < -87.f ? vec{} : (vec)((ivec)y + ((ivec)t << 23));
@@ -212,14 +207,14 @@ vec exponential(vec x) {
 
 // Puts e^(x - m) in place of n logits, 0 behind them up to a full vector; m is the largest.
 float exponentials(float* x, int n) {
-    for (int i = n; i % LANES; i++) x[i] = NONE;
-    vec top = vec{} + NONE;
-    for (int i = 0; i < n; i += LANES) {
-        vec now = load<vec>(x + i);
-        top = now > top ? now : top;
+    for (int i = n; i % (2 * LANES); i++) x[i] = NONE;
+    vec even = vec{} + NONE, odd = even;
+    for (int i = 0; i < n; i += 2 * LANES) {
+        vec a = load<vec>(x + i), b = load<vec>(x + i + LANES);
+        even = a > even ? a : even, odd = b > odd ? b : odd;
     }
     float m = NONE;
-    for (int i = 0; i < LANES; i++) m = std::max(m, top[i]);
+    for (int i = 0; i < LANES; i++) m = std::max({m, even[i], odd[i]});
     float shift = m == NONE ? 0 : m;
     for (int i = 0; i < n; i += LANES) store(x + i, exponential(load<vec>(x + i) - shift));
     return m;
@@ -277,9 +272,14 @@ struct Head {
     std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
     std::vector<const Row*> mean;           // means to read
     std::vector<float> bias, weight;        // of each steady token; (tiles, G, TILE) of each mean
-    std::vector<float> part_m, part_s, part_o;      // (parts, G), (parts, G), (parts, G, D)
+    std::vector<float> part_m, part_s;      // (parts, G) of tokens, then of means
+    std::vector<Pair> part_o;               // (parts, G, reads)
 
-    int parts() const { return tiles(n.W) + tiles(n.N) + tiles(n.K); }
+    int of_tokens() const { return tiles(n.W) + tiles(n.N); }
+    int parts() const { return of_tokens() + tiles(n.K); }
+    Pair* o(int part) {
+        return &part_o[part * G * std::max(reads(D, WIDTH), reads(Row::size(D), Row::STEP))];
+    }
 
     void begin(const Shape& shape, const Tensors& tensors, int64_t number) {
         n = shape, given = tensors, at = number, b = at / n.H, h = at % n.H, D = n.D;
@@ -287,11 +287,13 @@ struct Head {
         m.resize(tiles(n.C) * G), s.resize(m.size()), mass.resize(m.size() * TILE);
         ids.resize(tiles(n.C) * TILE), live.resize(tiles(n.C)), keys.clear(), top.assign(G, NONE);
         part_m.assign(parts() * G, NONE), part_s.assign(parts() * G, 0);
-        part_o.resize(parts() * G * D), weight.assign(tiles(n.K) * G * TILE, 0);
+        part_o.resize(o(parts()) - o(0)), weight.assign(tiles(n.K) * G * TILE, 0);
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
             float x = given.bias[b * n.bias_b + h * n.bias_h + w * n.bias_w];
-            if (x > NONE) add_token(given.k_steady, given.v_steady, at * n.W + w), bias.push_back(x);
+            if (x == NONE) continue;
+            add_token(given.k_steady, given.v_steady, at * n.W + w);
+            bias.push_back(x);
         }
         S = tiles(k.size());
         prepare();
@@ -323,8 +325,9 @@ struct Head {
                     ((float*)&q[g * count + j])[i] = d < j * WIDTH ? 0 : x[d];
                 }
             for (int j = 0; j < packed; j++)
-                for (int i = 0, e = start(j, D / 2, WIDTH); i < 32; i++) {
-                    float rest = e + i % 16 < j * WIDTH ? 0 : x[e + i % 16 + i / 16 * (D / 2)] / unit[g];
+                for (int i = 0; i < 32; i++) {
+                    int e = start(j, D / 2, WIDTH) + i % 16, d = e + i / 16 * (D / 2);
+                    float rest = e < j * WIDTH ? 0 : x[d] / unit[g];
                     for (int limb = 0; limb < LIMBS; limb++) {
                         float whole = std::nearbyint(rest);
                         ((int16_t*)&q_shorts[(limb * G + g) * packed + j])[i] = whole;
@@ -369,9 +372,9 @@ struct Head {
         }
     }
 
-    // Keys of the live clusters: share of attention above place, so that the first of equals is best.
+    // Keys of the live clusters: share of attention above place, so that of equals the first wins.
     void weigh() {
-        std::vector<float> sum(G), most(G, NONE);
+        std::vector<float> sum(G), over(G);     // over: 1 / all that share attention, over e^top
         for (int t = 0; t < tiles(n.C); t++)
             for (int g = 0; g < n.G; g++) top[g] = std::max(top[g], m[t * G + g]);
         for (int t = 0; t < tiles(n.C); t++)
@@ -379,17 +382,19 @@ struct Head {
                 m[t * G + g] = fade(m[t * G + g], top[g]);
                 sum[g] += s[t * G + g] * m[t * G + g];
             }
-        std::vector<float> over(G, 1);          // all of attention, over the clusters' mass
-        for (int g = 0; g < n.G && n.by_mass; g++) {
-            float most = top[g], all = 0;
-            for (int p = 0; p < S; p++) most = std::max(most, part_m[p * G + g]);
-            for (int p = 0; p < S; p++) all += part_s[p * G + g] * fade(part_m[p * G + g], most);
-            over[g] = fade(top[g], most) / (all + sum[g] * fade(top[g], most)) * sum[g];
+        for (int g = 0; g < n.G; g++) {         // the paper ranks clusters among themselves
+            int steady = n.by_mass ? S : 0;
+            float most = top[g], near = 0;
+            for (int p = 0; p < steady; p++) most = std::max(most, part_m[p * G + g]);
+            for (int p = 0; p < steady; p++)
+                near += part_s[p * G + g] * fade(part_m[p * G + g], most);
+            float far = fade(top[g], most);
+            over[g] = far / (near + sum[g] * far);
         }
         for (int t = 0; t < tiles(n.C); t++) {
             float p[TILE] = {};
             for (int g = 0; g < n.G; g++) {
-                float scale = m[t * G + g] / sum[g] * over[g], *x = &mass[(t * G + g) * TILE];
+                float scale = m[t * G + g] * over[g], *x = &mass[(t * G + g) * TILE];
                 for (int i = 0; i < TILE; i++) p[i] += x[i] * scale;
             }
             for (int i = 0; i < live[t]; i++)
@@ -436,24 +441,24 @@ struct Head {
 
     void estimate(int place) {
         int t = place / TILE, c = ids[place], j = mean.size();
-        int part = tiles(n.W) + tiles(n.N) + j / TILE;
+        int part = of_tokens() + j / TILE;
+        float scale = wide(given.scales[2 * (at * n.C + c) + 1]);
         mean.push_back(given.means + (at * n.C + c) * Row::size(D));
         for (int g = 0; g < n.G; g++) {
             float w = mass[(t * G + g) * TILE + place % TILE] * m[t * G + g]
                     * (n.by_mass ? 1 : worth(g, c));
             part_m[part * G + g] = top[g], part_s[part * G + g] += w;
-            weight[(j / TILE * G + g) * TILE + j % TILE] = w * wide(given.scales[2 * (at * n.C + c) + 1]);
+            weight[(j / TILE * G + g) * TILE + j % TILE] = w * scale;
         }
     }
 
     // Reads 2*D*e bytes a token, or a mean and 4*G, and writes 4*G*(D + 2).
     void attend(int part) {
-        int from_means = tiles(n.W) + tiles(n.N), first = part * TILE;
-        float* o = &part_o[part * G * D];
-        if (part >= from_means) {
-            first -= from_means * TILE;
+        int first = part * TILE;
+        if (part >= of_tokens()) {
+            first -= of_tokens() * TILE;
             if (int count = std::min<int>(TILE, mean.size() - first); count > 0)
-                mix(&weight[first * G], G, D, &mean[first], count, o);
+                mix(&weight[first * G], G, D, &mean[first], count, o(part));
             return;
         }
         bool is_steady = part < tiles(n.W);
@@ -468,65 +473,62 @@ struct Head {
             part_m[part * G + g] = exponentials(logits, count);
             part_s[part * G + g] = total(logits, count);
         }
-        mix(x.data(), G, D, &v[first], count, o);
+        mix(x.data(), G, D, &v[first], count, o(part));
     }
 
     // Reads 4*G*(D + 2) bytes a part and writes D*e*G.
     void combine() {
         for (int g = 0; g < n.G; g++) {
             float most = NONE, total = 0;
-            std::vector<float> o(D);
             for (int p = 0; p < parts(); p++) most = std::max(most, part_m[p * G + g]);
             for (int p = 0; p < parts(); p++)
-                if (float scale = fade(part_m[p * G + g], most); scale > 0) {
-                    total += scale * part_s[p * G + g];
-                    for (int d = 0; d < D; d++) o[d] += scale * part_o[(p * G + g) * D + d];
-                }
-            for (int d = 0; d < D; d++) given.o[(at * n.G + g) * D + d] = narrow(o[d] / total, Num());
+                total += fade(part_m[p * G + g], most) * part_s[p * G + g];
+            std::vector<float> exact = add_parts<Num>(0, of_tokens(), g, most);
+            std::vector<float> estimated = add_parts<Row>(of_tokens(), parts(), g, most);
+            for (int d = 0; d < D; d++)
+                given.o[(at * n.G + g) * D + d] = narrow((exact[d] + estimated[d]) / total, Num());
         }
+    }
+
+    template <class Kind> std::vector<float> add_parts(int first, int end, int g, float most) {
+        int size = Kind::size(D), count = reads(size, Kind::STEP);
+        std::vector<Pair> sum(count);
+        for (int p = first; p < end; p++)
+            if (float scale = fade(part_m[p * G + g], most); scale > 0)
+                for (int j = 0; j < count; j++) {
+                    sum[j].a += scale * o(p)[g * count + j].a;
+                    sum[j].b += scale * o(p)[g * count + j].b;
+                }
+        std::vector<float> found(D);
+        for (int j = 0; j < count; j++)
+            for (int i = 0; i < 16; i++)
+                found[Kind::place(start(j, size, Kind::STEP), i, D)] = ((float*)&sum[j])[i];
+        return found;
     }
 };
 
 }
 
-#ifdef PROFILE
-#include <cstdio>
-#include <time.h>
-static double cpu_now(){timespec t;clock_gettime(CLOCK_THREAD_CPUTIME_ID,&t);return t.tv_sec+t.tv_nsec*1e-9;}
-#define NOW(i) _Pragma("omp single") t[i]=cpu_now();
-#define INIT double t[6]; t[0]=cpu_now();
-#define SAY t[5]=cpu_now(); fprintf(stderr, "setup %.0f rank %.0f select %.0f attend %.0f combine %.0f\n", (t[1]-t[0])*1e6, (t[2]-t[1])*1e6,(t[3]-t[2])*1e6,(t[4]-t[3])*1e6,(t[5]-t[4])*1e6);
-#else
-#define NOW(i)
-#define INIT
-#define SAY
-#endif
 extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
     static thread_local std::vector<Head> kept;
     std::vector<Head>& heads = kept;            // the caller's, for all threads
     int count = n->B * n->H;
     if ((int)heads.size() < count) heads.resize(count);
-    INIT
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for
         for (int i = 0; i < count; i++) heads[i].begin(*n, *given, i);
-        NOW(1)
         int C = tiles(n->C), W = tiles(n->W), parts = heads[0].parts();
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count * (C + W); i++)
             if (i % (C + W) < C) heads[i / (C + W)].rank(i % (C + W));
             else heads[i / (C + W)].attend(i % (C + W) - C);
-        NOW(2)
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].select();
-        NOW(3)
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count * (parts - W); i++)
             heads[i / (parts - W)].attend(W + i % (parts - W));
-        NOW(4)
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].combine();
     }
-    SAY
 }
