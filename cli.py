@@ -5,6 +5,7 @@
     python retroinfer.py --prompt-file x --chat                             # a line is a turn
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
+    python retroinfer.py --plan Llama-3.1-8B --memory 24                    # runs nothing
 
 Answers go to standard output, the progress bar and the card to standard error; --json ends
 standard output with one line for machines. What a person can get wrong is one line and status 2.
@@ -22,7 +23,9 @@ from pathlib import Path
 
 import torch
 
+from buffer import check_ratio, offload
 from model import DEFAULT_NAME, DenseCache, load
+from plan import show
 from retroinfer import (
     PLAIN,
     RetroConfig,
@@ -59,9 +62,19 @@ def parse_args(argv):
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
+    add("--offload", action="store_true", help="keep K and V on the host, and on the device what "
+        "steps ask for again")
+    add("--cache-ratio", type=float, help="with --offload: the share of K and V that the device "
+        "has room for (default 0.05)")
+    add("--store", metavar="FILE", help="with --offload: keep K and V in this new file, for texts "
+        "beyond the memory; it is gone in the end")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
+    add("--plan", nargs="?", const="", metavar="SHAPE", help="run nothing: print the bytes by part "
+        "of --model, or of a shape such as Llama-3.1-8B, for --capacity tokens")
+    add("--batch", type=int, default=1, help="sequences, with --plan")
+    add("--memory", type=float, help="GiB the device has, with --plan; default: this machine's")
     add("--json", action="store_true", help="end with one line of JSON on standard output")
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
@@ -82,10 +95,12 @@ class Parser(argparse.ArgumentParser):
 
 def check_flags(args):
     """ValueError for what no model is needed to refuse."""
-    for name in ("max_new_tokens", "prefill_chunk", "capacity"):
+    for name in ("max_new_tokens", "prefill_chunk", "capacity", "batch"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
-    if not (args.prompt_file or args.load_index or args.chat):
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
+    if not (args.prompt_file or args.load_index or args.chat or args.plan is not None):
         raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and len(args.prompt_file) > 1:
@@ -96,6 +111,13 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise ValueError("--compare takes one answer: leave out --chat")
+    for name in ("cache_ratio", "store"):
+        if getattr(args, name) is not None and not args.offload:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
+    if args.offload and args.backend == "native":
+        raise ValueError("--offload attends through its buffer: leave out --backend native")
+    if args.cache_ratio is not None:
+        check_ratio(args.cache_ratio)
     if args.save_index:
         check_place(args.save_index)
 
@@ -121,7 +143,7 @@ def choose_device(name):
         raise ValueError(f"--device {name} is not to be had: {str(e).splitlines()[0]}") from None
 
 
-def choose_backend(name, device):
+def choose_backend(name, device, offload=False):
     """(how to run a step, its hot functions, a line that says what was chosen and why)."""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if name == "eager":
@@ -132,6 +154,8 @@ def choose_backend(name, device):
                              "CXX, or pass --backend eager")
         return eager_step, PLAIN, f"eager on {where}: there is no C++ compiler"
     hot = choose_hot(name, device)
+    if offload and device.type == "cpu":        # then the buffer attends
+        hot = PLAIN
     hows = {"retroinfer": "torch.compile", "native": "native.cpp and torch.compile",
             "kernels": "Triton and torch.compile"}
     return compiled_step, hot, (f"{hows[hot.attend.__module__]} on {where}, "
@@ -173,15 +197,19 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
-    step, hot, backend = choose_backend(args.backend, device)
+    if args.plan is not None:
+        return show(args, config, device)
+    step, hot, backend = choose_backend(args.backend, device, args.offload)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
     writer = Writer(tokenizer, args.raw, device)
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
-    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot), pick, step,
-                      args.prefill_chunk)
+    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
+    buffer = offload(model, capacity, len(prompts), args.store, **ratio) if args.offload else None
+    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot, buffer), pick,
+                      step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
     said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
@@ -193,6 +221,8 @@ def answer(args):
         said += chat(session, writer, said[0], lines, args.max_new_tokens)
     facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
              "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
+    if args.offload:
+        facts |= measure_offload(session)
     if args.compare:
         facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
     print(card(facts, model.config.context), file=sys.stderr)
@@ -298,6 +328,16 @@ def measure(session):
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
 
 
+def measure_offload(session):
+    """What lies where, in bytes, and how much of what steps asked for was on the device."""
+    parts = [cache.buffer.nbytes() for cache in session.caches]
+    hits, asked, rows = sum(cache.buffer.counts for cache in session.caches).tolist()
+    *_, D = session.caches[0].k_store.shape
+    nbytes = 2 * rows * D * session.caches[0].k_store.element_size()
+    return {f"{name}_bytes": sum(part[name] for part in parts) for name in parts[0]} | {
+        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": nbytes / max(len(session.steps), 1)}
+
+
 def card(f, context):
     """The facts of a run in a few lines for a person."""
     def each(name):
@@ -320,6 +360,11 @@ def card(f, context):
         f"backend    {f['backend']}; {f['dtype']}",
         f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
         f"then {f['decode_tokens_per_s']:.1f} tokens/s"]
+    if "hit_ratio" in f:
+        store, slots, table, step = (f[f"{name}_bytes{end}"] / 2**20 for name, end in (
+            ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
+        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
+                     f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [
@@ -336,6 +381,9 @@ def main(argv=None):
         return answer(parse_args(argv))
     except (ValueError, ImportError) as e:
         print(f"retroinfer: {e}", file=sys.stderr)
+        return 2
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as e:
+        print(f"retroinfer: the device gave up: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
