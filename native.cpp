@@ -278,7 +278,8 @@ struct Head {
     int of_tokens() const { return tiles(n.W) + tiles(n.N); }
     int parts() const { return of_tokens() + tiles(n.K); }
     Pair* o(int part) {
-        return &part_o[part * G * std::max(reads(D, WIDTH), reads(Row::size(D), Row::STEP))];
+        int count = std::max(reads(D, WIDTH), reads(Row::size(D), Row::STEP));
+        return part_o.data() + part * G * count;
     }
 
     void begin(const Shape& shape, const Tensors& tensors, int64_t number) {

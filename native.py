@@ -37,7 +37,8 @@ def attend(q, steady, index, budget, stores):
     if q.device.type != "cpu" or q.shape[3] < 32:
         raise ValueError(f"native.py runs on a CPU from 32 head dims on, and q has {q.shape[3]} on "
                          f"{q.device}: use the functions of retroinfer.py")
-    assert list(map(name, index[2:])) == ["float32", "int64", "bfloat16", "bfloat16"], index
+    rest = [name(x) for x in index[2:]]
+    assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
     shares = [budget.n_retrieve, budget.n_ranked]
     return attend_op(q, list(steady), list(index), list(stores), shares,
                      [*budget[:3], int(budget.by_mass)])

@@ -104,7 +104,7 @@ def test_of_equally_good_clusters_the_first_count():
     sizes = torch.ones(1, 1, 600)
     case.index = case.index._replace(
         centroids=torch.zeros(1, 1, 600, 32), sizes=sizes, offsets=sizes.long().cumsum(-1) - 1,
-        means=torch.arange(600.).expand(1, 1, 32, 600).mT, spreads=0 * sizes)
+        means=torch.arange(600.).expand(1, 1, 32, 600).mT, spreads=0 * case.index.spreads)
     case.steady = [torch.zeros(1, 1, 1, 32)] * 2 + [torch.zeros(1, 1, 1, 1)]
     case.stores = [torch.zeros(1, 1, 600, 32), torch.full((1, 1, 600, 32), 7.0)]
     case.is_free_row = torch.zeros(1, 1, 600, dtype=torch.bool)
