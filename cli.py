@@ -57,8 +57,8 @@ def parse_args(argv):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, "
         "bfloat16 on a GPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    add("--backend", choices=["triton", "compile", "eager"], help="default: triton on a GPU, which "
-        "is compile with the kernels of kernels.py, else compile")
+    add("--backend", choices=["triton", "native", "compile", "eager"], help="default: on a GPU "
+        "triton, which is compile with the kernels of kernels.py, else native, with native.cpp")
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
@@ -114,6 +114,8 @@ def check_flags(args):
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
+    if args.offload and args.backend == "native":
+        raise ValueError("--offload attends through its buffer: leave out --backend native")
     if args.cache_ratio is not None:
         check_ratio(args.cache_ratio)
     if args.save_index:
@@ -141,25 +143,36 @@ def choose_device(name):
         raise ValueError(f"--device {name} is not to be had: {str(e).splitlines()[0]}") from None
 
 
-def choose_backend(name, device):
-    """(how to run a step, a line that says what was chosen and why)."""
+def choose_backend(name, device, offload=False):
+    """(how to run a step, its hot functions, a line that says what was chosen and why)."""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if name == "eager":
-        return eager_step, f"eager on {where}, asked for"
+        return eager_step, PLAIN, f"eager on {where}, asked for"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        if name == "compile":
-            raise ValueError("torch.compile needs a C++ compiler on a CPU: install g++ or set CXX, "
-                             "or pass --backend eager")
-        return eager_step, f"eager on {where}: torch.compile finds no C++ compiler"
-    how = "torch.compile" if choose_hot(name, device) is PLAIN else "Triton and torch.compile"
-    return compiled_step, f"{how} on {where}, " + ("asked for" if name else "the default")
+        if name:
+            raise ValueError(f"--backend {name} needs a C++ compiler on a CPU: install g++ or set "
+                             "CXX, or pass --backend eager")
+        return eager_step, PLAIN, f"eager on {where}: there is no C++ compiler"
+    hot = choose_hot(name, device)
+    if offload and device.type == "cpu":        # then the buffer attends
+        hot = PLAIN
+    hows = {"retroinfer": "torch.compile", "native": "native.cpp and torch.compile",
+            "kernels": "Triton and torch.compile"}
+    return compiled_step, hot, (f"{hows[hot.attend.__module__]} on {where}, "
+                                + ("asked for" if name else "the default"))
 
 
 def choose_hot(name, device):
-    """The hot functions: on a GPU the Triton kernels, unless PyTorch alone was asked for."""
-    if name == "triton" and device.type != "cuda":
-        raise ValueError(f"--backend triton needs a GPU, the device is {device}: leave it out")
-    return PLAIN if name in ("compile", "eager") else hot_functions(device)
+    """The hot functions where a compiler is: Triton's, native.cpp's, or PyTorch's if asked for."""
+    if (name, device.type == "cpu") in (("triton", True), ("native", False)):
+        raise ValueError(f"--backend {name} needs a {'GPU' if name == 'triton' else 'CPU'}, the "
+                         f"device is {device}: leave it out")
+    if name == "compile":
+        return PLAIN
+    if device.type != "cpu":
+        return hot_functions(device)
+    import native
+    return PLAIN._replace(attend=native.attend)
 
 
 def room_for(args, context, n_prompt):
@@ -186,14 +199,13 @@ def answer(args):
     device = choose_device(args.device)
     if args.plan is not None:
         return show(args, config, device)
-    step, backend = choose_backend(args.backend, device)
+    step, hot, backend = choose_backend(args.backend, device, args.offload)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
     writer = Writer(tokenizer, args.raw, device)
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
-    hot = choose_hot(args.backend, device)
     ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
     buffer = offload(model, capacity, len(prompts), args.store, **ratio) if args.offload else None
     session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot, buffer), pick,

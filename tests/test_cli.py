@@ -463,5 +463,20 @@ def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, cap
 def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
     pytest.importorskip("triton")
     device = torch.device("cuda:0")
-    assert cli.choose_backend(name, device)[1].startswith(words)
-    assert cli.choose_hot(name, device).attend.__module__ == ("retroinfer" if name else "kernels")
+    _, hot, said = cli.choose_backend(name, device)
+    assert said.startswith(words)
+    assert hot.attend.__module__ == ("retroinfer" if name else "kernels")
+
+
+@pytest.mark.parametrize("name, words", [
+    (None, "native.cpp and torch.compile on cpu"), ("native", "native.cpp and torch.compile"),
+    ("compile", "torch.compile on cpu"), ("eager", "eager on cpu")])
+def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
+    _, hot, said = cli.choose_backend(name, torch.device("cpu"))
+    assert said.startswith(words) and said.endswith("asked for" if name else "the default")
+    assert hot.attend.__module__ == ("native" if words[:6] == "native" else "retroinfer")
+
+
+def test_native_code_is_for_a_cpu():
+    with pytest.raises(ValueError, match="--backend native needs a CPU"):
+        cli.choose_backend("native", torch.device("cuda:0"))

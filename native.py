@@ -1,0 +1,133 @@
+"""The twin of retroinfer.attend for CPUs: native.cpp, compiled by the machine's own C++ compiler.
+
+torch.compile makes loops of what PyTorch spells out: on a CPU it sums across lanes for every score,
+copies the retrieved rows before it reads them, and sorts more than the best. native.cpp does the
+step in four loops that read each byte once. It is compiled on first use, for this processor, and
+kept in Inductor's cache directory, or the user's.
+
+Does not include: building the index, which is matrix products and sums that PyTorch does well.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+         "-fopenmp", "-shared", "-fPIC", "-x", "c++")
+REMEDY = "install g++ or set CXX, or pass --backend compile"
+
+
+def attend(q, steady, index, budget, stores):
+    """What retroinfer.tripartite_attention returns, with clusters read from the stores in place.
+
+    q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
+    and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on the CPU, q, k and
+    v of one dtype, D at least 32; ValueError otherwise, and where nothing compiles native.cpp. The
+    number of threads, torch.get_num_threads(), changes no bit. Runs under torch.compile.
+    """
+    kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
+    if len(kinds) > 1:
+        raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
+    if q.device.type != "cpu" or q.shape[3] < 32:
+        raise ValueError(f"native.py runs on a CPU from 32 head dims on, and q has {q.shape[3]} on "
+                         f"{q.device}: use the functions of retroinfer.py")
+    rest = [name(x) for x in index[2:]]
+    assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
+    shares = [budget.n_retrieve, budget.n_ranked]
+    return attend_op(q, list(steady), list(index), list(stores), shares,
+                     [*budget[:3], int(budget.by_mass)])
+
+
+def name(x):
+    """The dtype of a tensor as native.cpp calls it."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+@torch.library.custom_op("retroinfer::attend_native", mutates_args=())
+def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
+              stores: list[torch.Tensor], shares: list[torch.Tensor],
+              caps: list[int]) -> torch.Tensor:
+    (k, v, bias), (B, H, G, D) = steady, q.shape
+    given = [x.contiguous() for x in (q, k, v, *index, *stores, *shares)]
+    given.insert(3, bias)
+    o = torch.empty_like(given[0])                                          # (B, H, G, D)
+    sizes = (B, H, G, D, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
+             bias.stride(0), bias.stride(1), bias.stride(3))
+    library(name(q), name(index[0])).attend(
+        (ctypes.c_void_p * 15)(*[x.data_ptr() for x in (*given, o)]),
+        (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
+    return o
+
+
+@attend_op.register_fake
+def _(q, steady, index, stores, shares, caps):
+    return q.new_empty(q.shape)
+
+
+# ---------------------------------------------------------------- the compiler
+
+@functools.cache
+def library(kind, row):
+    """native.cpp for keys of one dtype and centroids of another; compiled unless the cache has it.
+    """
+    path = cache() / f"native-{kind}-{row}-{key()}.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:                             # not there, or damaged
+        build(path, f"-DNUM={kind}", f"-DROW={row}")
+        return ctypes.CDLL(str(path))
+
+
+def cache():
+    """The directory of what is compiled: Inductor's where one is set, else the user's."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or user) / "retroinfer"
+
+
+def command():
+    """The compiler with its flags, and what is linked: torch's own OpenMP where it has one, for
+    another would be another pool of threads."""
+    openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]
+    return [os.environ.get("CXX", "g++"), *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
+
+
+def key():
+    """Names source, flags, compiler and processor: the macros a compiler defines tell the last."""
+    compiler, link = command()
+    macros = run_compiler([*compiler, "-dM", "-E", os.devnull])
+    words = " ".join([*compiler, *link]).encode()
+    return hashlib.sha256(SOURCE.read_bytes() + words + macros).hexdigest()[:16]
+
+
+def build(path, *types):
+    """Compile native.cpp to path, which appears whole or not at all."""
+    compiler, link = command()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "native.so"
+            run_compiler([*compiler, *types, str(SOURCE), *link, "-o", str(made)])
+            made.replace(path)
+    except OSError as e:
+        raise ValueError(f"cannot keep what native.cpp compiles to in {path.parent}: {e.strerror}; "
+                         "set TORCHINDUCTOR_CACHE_DIR") from None
+
+
+def run_compiler(args):
+    """What it writes to standard output; ValueError where there is none or it fails."""
+    try:
+        done = subprocess.run(args, capture_output=True, check=False)
+    except OSError as e:
+        raise ValueError(f"no C++ compiler for native.cpp, {args[0]}: {e.strerror}: "
+                         f"{REMEDY}") from None
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").splitlines() or ["no message"]
+        said = next((line for line in words if "error" in line), words[0])
+        raise ValueError(f"{args[0]} does not compile native.cpp ({said.strip()}): {REMEDY}")
+    return done.stdout

@@ -1,0 +1,133 @@
+"""Decode steps over random clusters, and what PyTorch and float64 loops make of them."""
+import math
+
+import torch
+
+import retroinfer
+from retroinfer import Budget, Index, before, halves, pack
+
+
+def assert_as_exact(mine, eager, truth):
+    """The error to float64 is at most twice that of PyTorch."""
+    mine, eager = (((x.double().cpu() - truth).abs().max().item()) for x in (mine, eager))
+    assert mine <= 2 * eager + 1e-6, (mine, eager)
+
+
+class Case:
+    """A step over random clusters that lie anywhere in the store, and its PyTorch and float64.
+
+    shares (B, 2): clusters each sequence retrieves, retrieves or estimates. lives (B, 2): steady
+    slots and clusters it has. Everything else is NaN, or an offset far outside the store.
+    """
+
+    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True,
+                 bits=4):
+        B, H, G, D, W, C = shape
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*size):
+            return torch.randn(B, H, *size, D, generator=g).to(dtype)
+
+        sizes = torch.randint(0, largest + 1, (B, H, C), generator=g)
+        sizes *= torch.arange(C) < torch.tensor(lives)[:, 1, None, None]
+        order = torch.rand(B, H, C, generator=g).argsort(-1)            # how they lie in the store
+        ends = sizes.gather(-1, order).cumsum(-1)
+        offsets = torch.empty_like(sizes).scatter_(-1, order, before(ends) + 3)
+        T = int(sizes.sum(-1).max()) + 7
+        shares = torch.tensor(shares).T.contiguous()
+        self.q, self.budget = 2 * randn(G), Budget(*caps, *shares, by_mass)
+        is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
+        bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
+        self.steady = randn(W), randn(W), bias
+        self.stores = randn(T), randn(T)
+        spreads = 2 * torch.rand(B, H, C, generator=g).bfloat16()
+        (centroids, a), (means, b) = (pack(x.float()) if bits == 4 else (x, torch.ones(B, H, C))
+                                      for x in (randn(C), randn(C)))
+        self.index = Index(centroids, means, sizes.float(), offsets, spreads,
+                           torch.stack([a, b], -1).bfloat16())
+        row = torch.arange(T).expand(B, H, T)
+        self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
+
+    def eager(self):
+        """PyTorch's answer."""
+        return retroinfer.attend(self.q, self.steady, self.index, self.budget, self.stores)
+
+    def twin(self, attend, device="cpu"):
+        """The answer of a twin of retroinfer.attend, with all that is free poisoned."""
+        def poison(x, is_free):
+            return x.masked_fill(is_free[..., None], 0 if x.dtype == torch.uint8 else math.nan)
+
+        k, v, bias = self.steady
+        is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
+        steady = poison(k, is_free), poison(v, is_free), bias
+        centroids, means, sizes, offsets, spreads, scales = self.index
+        index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
+                      offsets.masked_fill(is_empty, 2**40),
+                      spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
+        stores = [poison(x, self.is_free_row) for x in self.stores]
+        budget = self.budget._replace(n_retrieve=self.budget.n_retrieve.to(device),
+                                      n_ranked=self.budget.n_ranked.to(device))
+        steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
+        return attend(self.q.to(device), steady, Index(*index), budget, stores).cpu()
+
+    def truth(self):
+        """(B, H, G, D) in float64: every head a loop over its clusters in order of rank."""
+        o = torch.zeros(self.q.shape, dtype=torch.float64)
+        for b in range(self.q.shape[0]):
+            for h in range(self.q.shape[1]):
+                o[b, h] = self.head(b, h)
+        return o
+
+    def vectors(self, i):
+        """Centroids (i = 0) or means (i = 1) of the index, (B, H, C, D) in float64."""
+        x = self.index[i]
+        x = torch.cat(halves(x), -1) if x.dtype == torch.uint8 else x
+        return x.double() * self.index.scales[..., i:i + 1].double()
+
+    def head(self, b, h):
+        """(G, D) in float64."""
+        q = self.q[b, h].double() * self.q.shape[-1] ** -0.5
+        k_s, v_s, bias = (x[b, h].double() for x in self.steady)
+        k_all, v_all = (x[b, h].double() for x in self.stores)
+        centroids, means = (self.vectors(i)[b, h] for i in (0, 1))
+        sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
+        live = [c for c, n in enumerate(sizes) if n]
+        logits = q @ centroids[live].T                                              # (G, live)
+        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
+        worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
+        mass = logits + torch.cat([half[:, :0], *worth.values()], -1).log()
+        is_in, share = bias[0] == 0, logits.softmax(-1)
+        if self.budget.by_mass:                     # of all attention, the steady zone's included
+            share = torch.cat([mass, q @ k_s[is_in].T], -1).softmax(-1)[:, :len(live)]
+        rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
+        n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
+        k, v, room = [k_s[is_in]], [v_s[is_in]], self.budget.tokens
+        bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
+        for i, c in enumerate(rank[:n_ranked]):
+            span = slice(offsets[c], offsets[c] + sizes[c])
+            room = room - sizes[c] if i < n_retrieve and sizes[c] <= room else -1
+            one = centroids[c:c + 1], means[c:c + 1], worth[c].log()
+            for all_, x in zip((k, v, bias), one if room < 0 else
+                               (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c])),
+                               strict=True):
+                all_.append(x)
+        return (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1) @ torch.cat(v)
+
+
+# (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
+CASES = {
+    "plain": ((1, 2, 4, 64, 40, 90), (64, 12, 60), [(12, 60)], [(40, 90)]),
+    "three queries, 80 dims": ((1, 2, 3, 80, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)]),
+    "one query, 96 dims": ((1, 1, 1, 96, 65, 130), (70, 20, 129), [(20, 129)], [(1, 130)]),
+    "twenty queries": ((1, 1, 20, 64, 16, 40), (30, 5, 20), [(5, 20)], [(16, 40)]),
+    "256 dims": ((1, 1, 2, 256, 20, 30), (30, 4, 20), [(4, 20)], [(20, 30)]),
+    "ragged": ((3, 1, 3, 16, 40, 60), (64, 20, 50), [(3, 9), (20, 50), (1, 1)],
+               [(40, 60), (7, 44), (1, 2)]),
+    "no index yet": ((2, 1, 2, 16, 33, 20), (32, 4, 16), [(4, 16)] * 2, [(33, 0), (1, 20)]),
+    "one token": ((1, 1, 1, 16, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)]),
+    "one cluster": ((1, 1, 3, 16, 5, 1), (16, 1, 1), [(1, 1)], [(0, 1)]),
+    "none retrieved": ((1, 2, 2, 32, 8, 70), (64, 8, 70), [(0, 70)], [(8, 70)]),
+    "no room": ((1, 2, 2, 32, 8, 70), (16, 40, 70), [(40, 70)], [(8, 70)]),
+    "many clusters": ((1, 1, 2, 16, 4, 300), (1310, 295, 300), [(295, 300)], [(4, 300)]),
+    "all retrieved": ((1, 2, 2, 32, 8, 70), (640, 70, 70), [(70, 70)], [(8, 70)]),
+}
