@@ -33,6 +33,7 @@ from retroinfer import (
     gather_clusters,
     prefill,
     rank_clusters,
+    scores,
     tripartite_attention,
 )
 
@@ -121,8 +122,9 @@ class Watched(WaveIndex):
         hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
         ends = index.offsets + index.sizes.long()
         holds = hit.gather(-1, ends) > hit.gather(-1, index.offsets)
-        _, order = rank_clusters(q * q.shape[-1] ** -0.5, index, index.sizes.shape[-1],
-                                 self.config.by_mass)
+        q, live = q * q.shape[-1] ** -0.5, int(self.n_tokens[1] - self.n_indexed[1])
+        _, order = rank_clusters(q, scores(q, self.k_steady[1:, :, :live]), index,
+                                 index.sizes.shape[-1], self.config.by_mass)
         return holds.gather(-1, order)[0].long().argmax(-1)
 
 
@@ -130,15 +132,23 @@ def wave(config, capacity, batch=1):
     return (Watched if batch == 2 else WaveIndex)(config, capacity, batch)
 
 
+def wave_rows(c, live, clusters, n_retrieve, n_ranked, D=64):
+    """Rows of D numbers of 16 bits that a step of config c needs of a head: keys, values, index.
+
+    A cluster has a size, of two such numbers, and if ranked by mass a spread and a scale.
+    """
+    vector = c.bits / 16
+    return (2 * (live + n_retrieve * c.cluster) + clusters * (vector + (2 + 2 * c.by_mass) / D)
+            + n_ranked * vector)
+
+
 def rows_read(cache):
-    """Rows of D numbers that the latest step of one head needed: keys, values, index."""
+    """Rows of D numbers that the latest step of one head needed."""
     if isinstance(cache, WaveIndex):
-        c, index = cache.config, cache.index
-        clusters = float((index.sizes[0] > 0).sum(-1).float().mean())
-        n_retrieve, n_ranked = (min(float(n[0]), clusters) for n in c.budget(cache.n_indexed))
+        clusters = float((cache.index.sizes[0] > 0).sum(-1).float().mean())
+        budget = (min(float(n[0]), clusters) for n in cache.config.budget(cache.n_indexed))
         live = int(cache.n_tokens[0] - cache.n_indexed[0])
-        D = index.centroids.shape[-1]
-        return 2 * (live + n_retrieve * c.cluster) + clusters * (1 + (1 + c.by_mass) / D) + n_ranked
+        return wave_rows(cache.config, live, clusters, *budget, cache.k_store.shape[-1])
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
         return pages + 2 * cache.read[0].sum(-1).float().mean().item()
@@ -152,8 +162,8 @@ def wave_at(config, rows, n, steps):
     tail = (rest - indexed) // config.cluster * config.cluster
     indexed += tail if tail >= config.update else 0
     clusters = indexed // config.cluster
-    spent = 2 * (n - indexed + steps / 2) + clusters * (1.05 + config.estimate)
-    retrieve = int((rows - spent) / (2 * config.cluster + 1))
+    spent = wave_rows(config, n - indexed + steps / 2, clusters, 0, config.estimate * clusters)
+    retrieve = int((rows - spent) / (2 * config.cluster + config.bits / 16))
     if not 1 <= retrieve <= clusters:
         return None
     return replace(config, least=1, retrieve=retrieve / clusters,
@@ -178,7 +188,7 @@ def ours_rows(n, steps):
     c, indexed = RetroConfig(), torch.tensor([n - RetroConfig().sink - RetroConfig().local])
     n_retrieve, n_ranked = (int(x[0]) for x in c.budget(indexed))
     live = c.sink + c.local + int(indexed[0]) % c.cluster + steps / 2
-    return 2 * (live + n_retrieve * c.cluster) + 1.05 * (int(indexed[0]) // c.cluster) + n_ranked
+    return wave_rows(c, live, int(indexed[0]) // c.cluster, n_retrieve, n_ranked)
 
 
 def named_methods(n, steps):

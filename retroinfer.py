@@ -45,18 +45,19 @@ class RetroConfig:
     local: int = 64              # latest tokens, always exact
     update: int = 256            # generated tokens kept exact until they are indexed together
     segment: int = 8192          # tokens clustered together
-    cluster: int = 16            # mean tokens in a cluster
+    cluster: int = 8             # mean tokens in a cluster
+    bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
     iterations: int = 3          # k-means passes over a segment
     retrieve: float = 0.018      # share of the clusters attended exactly
-    least: int = 16              # clusters attended exactly however short the text
+    least: int = 32              # clusters attended exactly however short the text
     estimate: float = 0.232      # share of the clusters estimated by their centroids
-    by_mass: bool = True         # rank and estimate with each cluster's size and spread in mind
+    by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
 
     @classmethod
     def paper(cls):
         """The published settings. A share without a floor is too few for a short text."""
-        return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, iterations=10,
-                   retrieve=0.018, least=1, estimate=0.232, by_mass=False)
+        return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, bits=16,
+                   iterations=10, retrieve=0.018, least=1, estimate=0.232, by_mass=False)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
@@ -64,6 +65,8 @@ class RetroConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
+        if self.bits not in (4, 16):
+            raise ValueError(f"bits is {self.bits}: give 4 or 16")
         for name in ("retrieve", "estimate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
@@ -98,11 +101,12 @@ class RetroConfig:
 
 class Index(NamedTuple):
     """What is known of C clusters. A cluster's tokens lie together in the store (CSR)."""
-    centroids: torch.Tensor      # (B, H, C, D) mean of the member keys
-    means: torch.Tensor          # (B, H, C, D) mean of the member values
+    centroids: torch.Tensor      # (B, H, C, D) mean of the member keys; in 4 bits (B, H, C, D/2)
+    means: torch.Tensor          # mean of the member values, likewise
     sizes: torch.Tensor          # (B, H, C) members, fp32 as the logits they bias; 0: a free slot
     offsets: torch.Tensor        # (B, H, C) first row in the store
     spreads: torch.Tensor        # (B, H, C) variance of the member keys, mean over D; the paper: 0
+    scales: torch.Tensor         # (B, H, C, 2) of the numbers of centroid and mean; in 16 bits 1
 
 
 # ---------------------------------------------------------------- building the index
@@ -123,9 +127,28 @@ def cluster_segment(k, v, config, hot=None):
     sums = ((hot or PLAIN).segment_sum(x, order, sizes) for x in (k, v, squares))
     centroids, means, squares = (x / n for x in sums)                       # (B, H, slots, D)
     spreads = (squares[..., 0] - centroids.square().mean(-1)).clamp(min=0)  # (B, H, slots)
-    index = Index(centroids.to(k.dtype), means.to(v.dtype), sizes, sizes.cumsum(-1) - sizes,
-                  spreads)
+    rows = [pack(x) if config.bits == 4 else (x.to(k.dtype), torch.ones_like(spreads))
+            for x in (centroids, means)]
+    (centroids, of_key), (means, of_value) = rows
+    index = Index(centroids, means, sizes, sizes.cumsum(-1) - sizes, spreads.bfloat16(),
+                  torch.stack([of_key, of_value], -1).bfloat16())
     return index, take(k, order), take(v, order)
+
+
+def pack(x):
+    """x (B, H, C, D) in 4 bits, two numbers a byte (B, H, C, D/2), and a scale a row (B, H, C).
+
+    A byte of column j has number j in its lower half, j + D/2 in its upper, each plus 8.
+    """
+    scale = (x.abs().amax(-1) / 7).bfloat16()
+    numbers = (x / scale.float().clamp(min=1e-30)[..., None]).round().clamp(-7, 7) + 8
+    low, high = numbers.to(torch.uint8).chunk(2, -1)
+    return low | high << 4, scale
+
+
+def halves(codes):
+    """The numbers, fp32, of rows that pack made: of columns up to D/2, and from D/2 on."""
+    return (codes & 15).float() - 8, (codes >> 4).float() - 8
 
 
 def spherical_kmeans(x, C, iterations, hot=None):
@@ -219,7 +242,8 @@ def tripartite_attention(q, steady, index, budget, fetch):
     """
     q, R = keep(q.float() * q.shape[-1] ** -0.5), budget.retrieve
     k_s, v_s, bias_s = steady
-    masses, order = rank_clusters(q, index, budget.ranked, budget.by_mass)
+    x_s = scores(q, k_s) + bias_s                                           # (B, H, G, W)
+    masses, order = rank_clusters(q, x_s, index, budget.ranked, budget.by_mass)
     rank = torch.arange(budget.ranked, device=q.device)
     near = rank < budget.n_ranked[:, None, None]                            # (B, 1, R+E)
     sizes = index.sizes.gather(-1, order) * near                            # (B, H, R+E)
@@ -228,22 +252,26 @@ def tripartite_attention(q, steady, index, budget, fetch):
     k_r, v_r, bias_r = fetch(order[..., :R], ends)                          # (B, H, N, D)
     is_exact = sizes == F.pad(ends - before(ends), (0, budget.ranked - R))  # (B, H, R+E), or free
     along = order[:, :, None].expand(-1, -1, q.shape[2], -1)                # (B, H, G, R+E)
-    parts = (scores(q, k_s) + bias_s, scores(q, k_r) + bias_r,
+    parts = (x_s, scores(q, k_r) + bias_r,
              masses.gather(-1, along).masked_fill(is_exact[:, :, None], -math.inf))
-    weights = torch.cat(parts, -1).softmax(-1).split([x.shape[-1] for x in parts], -1)
-    o = mix(weights[0], v_s) + mix(weights[1], v_r) + mix(weights[2], take(index.means, order))
-    return o.to(v_s.dtype)
+    w_s, w_r, w_e = torch.cat(parts, -1).softmax(-1).split([x.shape[-1] for x in parts], -1)
+    w_e = w_e * index.scales[..., 1].gather(-1, order)[:, :, None]          # (B, H, G, R+E)
+    return (mix(w_s, v_s) + mix(w_r, v_r) + mix(w_e, take(index.means, order))).to(v_s.dtype)
 
 
 def scores(q, k):
-    """Inner products (B, H, G, N), fp32, of q (B, H, G, D), fp32, and k (B, H, N, D)."""
+    """Inner products (B, H, G, N), fp32, of q (B, H, G, D), fp32, and k (B, H, N, D), or packed."""
+    if k.dtype == torch.uint8:
+        return sum(scores(*pair) for pair in zip(q.chunk(2, -1), halves(k), strict=True))
     if streams(k):
         return torch.stack([(x[:, :, None] * k.float()).sum(-1) for x in q.unbind(2)], 2)
     return q @ k.float().mT
 
 
 def mix(weights, v):
-    """Sums (B, H, G, D), fp32, of v (B, H, N, D) weighted by weights (B, H, G, N), fp32."""
+    """Sums (B, H, G, D), fp32, of v (B, H, N, D), or packed, weighted by weights (B, H, G, N)."""
+    if v.dtype == torch.uint8:
+        return torch.cat([mix(weights, half) for half in halves(v)], -1)
     if not streams(v):
         return weights @ v.float()
     n = math.gcd(v.shape[2], RUN)
@@ -267,16 +295,21 @@ def keep(x):
     return x.as_strided(x.shape, x.stride())
 
 
-def rank_clusters(q, index, n, by_mass=True):
+def rank_clusters(q, x_steady, index, n, by_mass=True):
     """Logarithms of the clusters' masses for q, scaled: (B, H, G, C), and the n best (B, H, n).
 
-    The best by probability, summed over G: of masses, or as in the paper of centroids (§4.2).
+    The best have the largest shares of attention, summed over G: estimated beside the steady zone's
+    logits (B, H, G, W), or as in the paper their probabilities over the centroids alone (§4.2).
     """
-    logits = scores(q, index.centroids)                                     # (B, H, G, C)
+    logits = scores(q, index.centroids) * index.scales[..., 0][:, :, None]  # (B, H, G, C)
     masses = logits + weigh_clusters(q, index).log()
-    rank = masses if by_mass else logits.masked_fill(index.sizes[:, :, None] == 0, -math.inf)
-    rank = rank.clamp(min=torch.finfo(rank.dtype).min)              # finite where no cluster is
-    return masses, rank.softmax(-1).sum(2).topk(n, sorted=True).indices     # (B, H, n)
+    if by_mass:
+        total = masses.logsumexp(-1).logaddexp(x_steady.logsumexp(-1))      # (B, H, G)
+        shares = (masses - total[..., None]).exp()
+    else:
+        is_free = index.sizes[:, :, None] == 0
+        shares = logits.masked_fill(is_free, torch.finfo(logits.dtype).min).softmax(-1)
+    return masses, shares.sum(2).topk(n, sorted=True).indices               # (B, H, n)
 
 
 def weigh_clusters(q, index):
@@ -357,6 +390,8 @@ class WaveIndex(nn.Module):
     def allocate(self, k):
         """All state, for keys like k (1, H, T, D)."""
         B, H, D, c = len(self.n_tokens), k.shape[1], k.shape[3], self.config
+        if c.bits == 4 and D % 2:
+            raise ValueError(f"a head of {D} dims cannot be kept in 4 bits: give bits 16")
         self.hot = self.hot or hot_functions(k.device)
 
         def zeros(n, *shape, **kind):   # one storage each: a compiled region may not see aliases
@@ -367,8 +402,10 @@ class WaveIndex(nn.Module):
         self.caps = round_up(R * c.cluster), min(R, C), min(round_up(ranked), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
         self.k_store, self.v_store = zeros(T, D), zeros(T, D)
-        self.index = Index(zeros(C, D), zeros(C, D), zeros(C, dtype=torch.float32),
-                           zeros(C, dtype=torch.int64), zeros(C, dtype=torch.float32))
+        row, kind = ((D // 2,), {"dtype": torch.uint8}) if c.bits == 4 else ((D,), {})
+        self.index = Index(zeros(C, *row, **kind), zeros(C, *row, **kind),
+                           zeros(C, dtype=torch.float32), zeros(C, dtype=torch.int64),
+                           zeros(C, dtype=torch.bfloat16), zeros(C, 2, dtype=torch.bfloat16))
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, getattr(self, name).to(k.device))
 
@@ -484,11 +521,10 @@ class WaveIndex(nn.Module):
 
     def bytes_read(self):
         """Bytes of K, V and index that one decode step reads at most."""
-        B, H, C, D = self.index.centroids.shape
-        tokens, R, ranked = self.caps
-        rows = 2 * (self.k_steady.shape[2] + tokens) + C + ranked
-        return B * H * (rows * D * self.k_steady.element_size() + 4 * C * (1 + self.config.by_mass)
-                        + 8 * R)
+        (B, H, C), (tokens, R, ranked) = self.index.sizes.shape, self.caps
+        row, vector = (x[0, 0, 0].nbytes for x in (self.k_store, self.index.means))
+        return B * H * (2 * (self.k_steady.shape[2] + tokens) * row     # C: size, spread, scale
+                        + (C + ranked) * vector + 8 * C + 8 * R + 2 * ranked)
 
 
 # ---------------------------------------------------------------- generation

@@ -12,6 +12,8 @@
 
 # %%
 import sys; sys.path[:0] = [".."]
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import torch
 from capture import captured
@@ -20,7 +22,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 
 from retroinfer import Budget, RetroConfig, cluster_segment, gather_clusters, tripartite_attention
 
-text, config = captured(), RetroConfig()
+text, config = captured(), RetroConfig(by_mass=False)     # as the paper ranks and estimates
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
@@ -36,7 +38,7 @@ print(f"of {N // config.cluster} clusters {R} are retrieved and {E} estimated")
 class Layer:
     """What a step meets in layer n: queries, the steady zone, and clusters of the text."""
 
-    def __init__(self, n):
+    def __init__(self, n, config=config):
         q, k, v = text.layer(n)
         middle = slice(config.sink, config.sink + N)
         self.q = q[0].view(H, G, T, D)[:, :, text.n_prompt:]            # (H, G, Tq, D)
@@ -111,11 +113,11 @@ mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7, h)) for g
 # and how many tokens there is room for, and `fetch` brings the tokens of those that are retrieved.
 
 # %%
-def library(a, t, room):
+def library(a, t, room, by_mass=False):
     """Output (H, G, D) of the library, with room for so many retrieved tokens."""
     n = text.n_prompt + t + 1 - N
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
-    budget = Budget(room, R, R + E, torch.tensor([R]), torch.tensor([R + E]))
+    budget = Budget(room, R, R + E, torch.tensor([R]), torch.tensor([R + E]), by_mass)
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
         return gather_clusters(a.index, stores, ids, ends, room)
@@ -288,10 +290,56 @@ print(f"correlation of the logarithms: {together:.2f}")
 assert together > 0.9
 
 # %% [markdown]
+# ## One number more a cluster
+#
+# The shortfall follows σ², so let us add it back. Were the logits of a cluster normal, their mean
+# exponential would be exp(σ²/2) times that of their centroid. Real ones have thinner tails, and
+# where σ² is large that factor flies off; 1 + σ²/2 starts alike and stays tame. σ² itself differs
+# from query to query, but one number a cluster gives a fair idea of it: the mean variance of its
+# keys along the D axes, times |q|². That is what the library does unless it is told not to
+# (`by_mass`), and it ranks the clusters by the mass so corrected.
+
+# %%
+wide = RetroConfig()
+assert wide.by_mass and replace(wide, by_mass=False) == config
+spreads = Layer(9, wide).index.spreads                                      # (1, H, C)
+x, q, c = a.k_store[0, 0], a.q[0, 0, 7] / D**0.5, a.index.sizes[0, 0].argmax()
+members = x[a.ids[0] == c]                                                  # (n, D)
+torch.testing.assert_close(members.var(0, correction=0).mean(), spreads[0, 0, c])
+print(f"the largest cluster: σ² is {(members @ q).var(correction=0):.2f} for this query, "
+      f"and {spreads[0, 0, c] * q @ q:.2f} from its one number")
+
+# %%
+def error_by(by_mass, every=2):
+    """|output - dense| / |dense| (layers, Tq, H, G) of the library, ranked by mass or centroid."""
+    found = []
+    for n in layers:
+        b = Layer(n, replace(wide, by_mass=by_mass))
+        for t in range(0, b.q.shape[2], every):
+            dense = outputs(b, t, R)["dense"]
+            o = library(b, t, R * config.largest, by_mass)
+            found.append((o - dense).norm(dim=-1) / dense.norm(dim=-1))
+    return torch.stack(found).view(len(layers), -1, H, G)
+
+centroid, mass = (error_by(by_mass).mean((1, 2, 3)) * 100 for by_mass in (False, True))
+fall = 1 - float(mass.mean() / centroid.mean())
+ax = axes(f"Counting the spread takes away another {fall * 100:.0f} % of the error", "layer",
+          "error, mean of the heads [%]")
+for y, colour, name, dy in ((centroid, MIDDLE, "size alone", 6),
+                            (mass, DARK, "size and spread", -6)):
+    ax.plot(list(layers), y, color=colour)
+    label(ax, list(layers)[-1], y[-1], f"{name}: {y.mean():.1f} %", dy=dy)
+ax.set(ylim=0, xlim=0, xticks=list(layers))
+plt.show()
+assert fall > 0.1 and (mass < centroid).sum() >= len(layers) - 1
+torch.testing.assert_close(centroid.mean(), torch.tensor(mean["and estimated"]), rtol=1e-3, atol=0)
+
+# %% [markdown]
 # ## Takeaway
 #
 # - One softmax holds all: tokens as they are, a cluster as one entry with log(size) on its logit.
-# - An estimate is never too large, and too small where a cluster's tokens score differently.
+# - An estimate by the centroid alone is never too large, and too small where a cluster's tokens
+#   score differently. One number a cluster, its spread, makes up for much of that.
 # - At equal exact reads, estimates take away a good part of the error. They help most where
 #   attention is wide, and there they can beat the best possible choice of tokens; where it is
 #   narrow, choosing well is what counts, and the oracle shows how much is left to gain.

@@ -19,7 +19,7 @@ def dense(q, k, v):
     return o
 
 
-def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, by_mass=False):
+def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=None):
     """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
 
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
@@ -27,17 +27,25 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, by_mass=Fa
     clusters are ranked by probability over the centroids, summed over the queries. Of the
     n_retrieve best those are exact that fit n_tokens together; the others are estimated.
 
-    by_mass: each cluster weighs its size times 1 + s/2 centroids, s being |q|^2 times the mean
-    variance of its keys along the D axes, and is ranked by that mass.
+    stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them. A cluster then
+    weighs its size times 1 + s/2 centroids, s being |q|^2 times its spread, and is ranked by the
+    share of this mass in all, that of the steady zone included.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
-    centroids = torch.stack([k.double().mean(0) for k, _ in clusters])
     sizes = torch.tensor([float(len(k)) for k, _ in clusters], dtype=torch.float64)
-    spreads = torch.stack([k.double().var(0, correction=0).mean() for k, _ in clusters])
-    worth = sizes * (1 + (q * scale).square().sum(-1, keepdim=True) * spreads / 2)      # (G, C)
-    logits = q @ centroids.T * scale
-    rank = (logits + worth.log() if by_mass else logits).softmax(-1).sum(0)
-    rank = rank.argsort(descending=True).tolist()
+    centroids, means, spreads = stored or (
+        torch.stack([k.double().mean(0) for k, _ in clusters]),
+        torch.stack([v.double().mean(0) for _, v in clusters]), 0 * sizes)
+    share = (q @ centroids.T * scale).softmax(-1)                                       # (G, C)
+    masses = torch.zeros_like(share)
+    for g, query in enumerate(q * scale):
+        for i, size in enumerate(sizes):
+            masses[g, i] = size * (1 + query @ query * spreads[i] / 2) * math.exp(
+                query @ centroids[i])
+        if stored:
+            near = sum(math.exp(query @ key) for key in steady[0].double())
+            share[g] = masses[g] / (near + masses[g].sum())
+    rank = share.sum(0).argsort(descending=True).tolist()
     fit, room = 0, n_tokens
     while fit < min(n_retrieve, len(rank)) and len(clusters[rank[fit]][0]) <= room:
         room, fit = room - len(clusters[rank[fit]][0]), fit + 1
@@ -50,10 +58,8 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, by_mass=Fa
                 weight = math.exp(query @ key * scale)
                 numerator, denominator = numerator + weight * value, denominator + weight
         for i in rank[fit:n_retrieve + n_estimate]:
-            n = worth[g, i] if by_mass else sizes[i]
-            weight = math.exp(query @ centroids[i] * scale) * n
-            numerator = numerator + weight * clusters[i][1].double().mean(0)
-            estimated += weight
+            numerator = numerator + masses[g, i] * means[i]
+            estimated += masses[g, i]
         o.append(numerator / (denominator + estimated))
         mass.append((denominator, estimated))
     return torch.stack(o), mass

@@ -19,6 +19,7 @@ from retroinfer import (
 )
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
+WHOLE = SMALL | {"bits": 16}
 ALL = {"retrieve": 1.0, "estimate": 0.0}
 
 
@@ -79,7 +80,7 @@ def test_every_token_is_in_one_cluster(L):
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
 def test_a_centroid_is_the_mean_of_its_members(spread):
     q, k, v = qkv(300, B=2, spread=spread)
-    wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
+    wave, _ = run(RetroConfig(**WHOLE), q, k, v, 299)
     live = wave.index.sizes > 0
     for b, h in ((0, 0), (1, 1)):
         keys, values = zip(*members(wave, b, h), strict=True)
@@ -164,14 +165,14 @@ def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
 def test_equal_keys_make_estimation_exact():
     q, k, v = qkv(200)
     k[:, :, 2:] = k[:, :, 2:3]                                  # every token but the sink
-    wave, o = run(RetroConfig(**SMALL, retrieve=0.0, estimate=1.0), q, k, v, 190)
+    wave, o = run(RetroConfig(**WHOLE, retrieve=0.0, estimate=1.0), q, k, v, 190)
     assert wave.caps[1] == 1 and config_budget(wave)[1] > 30
     torch.testing.assert_close(o[:, :, 190:].double(), oracle.dense(q[:, :, 190:], k, v), **CLOSE)
 
 
 def test_one_token_a_cluster_is_exact():
     q, k, v = qkv(160)
-    config = RetroConfig(**SMALL | {"cluster": 1}, retrieve=0.0, estimate=1.0)
+    config = RetroConfig(**WHOLE | {"cluster": 1}, retrieve=0.0, estimate=1.0)
     wave, o = run(config, q, k, v, 155)
     assert (wave.index.sizes <= 2).all()
     single = wave.index.sizes[:, :, :int(wave.n_clusters)]
@@ -191,12 +192,13 @@ def test_estimated_mass_is_never_above_true_mass():
 
 # ---------------------------------------------------------------- the general case
 
-@pytest.mark.parametrize("by_mass", [False, True])
+@pytest.mark.parametrize("bits, by_mass", [(16, False), (16, True), (4, True)])
 @pytest.mark.parametrize("retrieve, estimate", [(0.0, 0.0), (0.05, 0.0), (0.1, 0.3), (0.3, 0.7)])
-def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, by_mass):
+def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, bits, by_mass):
     """Or, by mass, that sum with each centroid's weight corrected for its cluster's spread."""
     q, k, v = qkv(300, B=2)
-    config = RetroConfig(**SMALL, retrieve=retrieve, estimate=estimate, by_mass=by_mass)
+    config = RetroConfig(**SMALL | {"bits": bits, "by_mass": by_mass}, retrieve=retrieve,
+                         estimate=estimate)
     wave, o = run(config, q, k, v, 299)
     n = int(wave.n_tokens[0] - wave.n_indexed[0])
     n_retrieve, n_ranked = config_budget(wave)
@@ -205,8 +207,35 @@ def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, by_mass):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             mine, _ = oracle.tripartite(q[b, 3 * h:3 * h + 3, -1], steady, members(wave, b, h),
                                         n_retrieve, n_ranked - n_retrieve, wave.caps[0],
-                                        by_mass)
+                                        stored(wave.index, b, h) if by_mass else None)
             torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
+
+
+def stored(index, b, h):
+    """Centroids, means and spreads of the clusters of one head, as numbers."""
+    live = index.sizes[b, h] > 0
+    rows = [index.centroids[b, h, live], index.means[b, h, live]]
+    if rows[0].dtype == torch.uint8:
+        rows = [torch.tensor([[byte % 16 - 8 for byte in row] + [byte // 16 - 8 for byte in row]
+                              for row in x.tolist()]) for x in rows]
+    scales = index.scales[b, h, live].double()
+    return (*(x * scales[:, i:i + 1] for i, x in enumerate(rows)),
+            index.spreads[b, h, live].double())
+
+
+def test_what_four_bits_keep_is_within_half_a_step():
+    """Of the mean keys and values, and their spread, that the tokens have."""
+    q, k, v = qkv(300)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
+    for h in range(2):
+        tokens, live = members(wave, 0, h), wave.index.sizes[0, h] > 0
+        kept, steps = stored(wave.index, 0, h), wave.index.scales[0, h, live].double()
+        for i in range(2):
+            true = torch.stack([x[i].double().mean(0) for x in tokens])
+            assert ((kept[i] - true).abs() <= 0.501 * steps[:, i:i + 1] + 1e-6).all()
+            assert (steps[:, i] <= true.abs().amax(-1) / 7 * 1.01).all()
+        true = torch.stack([x.double().var(0, correction=0).mean() for x, _ in tokens])
+        torch.testing.assert_close(kept[2], true, rtol=0.005, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -299,7 +328,8 @@ def test_more_tokens_than_capacity_are_refused():
 
 @pytest.mark.parametrize("field, value", [
     ("sink", -1), ("local", 0), ("update", 0), ("cluster", 0), ("segment", 0), ("iterations", 0),
-    ("least", 0), ("retrieve", 1.5), ("estimate", -0.1), ("segment", 100), ("update", 24)])
+    ("least", 0), ("bits", 8), ("retrieve", 1.5), ("estimate", -0.1), ("segment", 100),
+    ("update", 20)])
 def test_budgets_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         RetroConfig(**{field: value})
@@ -314,7 +344,7 @@ def test_paper_settings():
 
 def test_a_short_text_keeps_the_least_clusters():
     tokens = torch.tensor([0, 4096, 131072])
-    assert RetroConfig().budget(tokens)[0].tolist() == [16, 16, 147]
+    assert RetroConfig().budget(tokens)[0].tolist() == [32, 32, 295]
     assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
 
 
@@ -369,7 +399,7 @@ def test_an_index_grown_by_updates_is_the_one_built_at_once(n_prompt):
 def test_a_cluster_is_its_members_mean_however_long_the_index_grows():
     """No sum is carried from update to update, so rounding does not add up: one bf16 rounding of
     the mean is all there is."""
-    config = RetroConfig(**SMALL, retrieve=0.1)
+    config = RetroConfig(**WHOLE, retrieve=0.1)
     q, k, v = (x.bfloat16() for x in qkv(1500))
     wave, _ = run(config, q, k, v, 10)
     assert wave.n_clusters[0] >= 40 * 8 and wave.n_indexed[0] == 46 * 32
