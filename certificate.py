@@ -34,7 +34,7 @@ What fp32 loses in q·k (D terms of up to |q| |k| each) is added to both bounds.
 attention mass may lie in tokens that are not read. That share is known before a member is read and
 means the same in every head; an error relative to an output is known only behind it.
 
-    python certificate.py               # bounds against float64 on real text: results/certificate.json
+    python certificate.py           # a million of them against float64: results/certificate.json
 
     B batch   H kv heads   G query heads per kv head   D head dim   C clusters   P tokens in one
 
@@ -54,6 +54,7 @@ from retroinfer import (
     WaveIndex,
     before,
     gather_clusters,
+    halves,
     rank_clusters,
     scores,
     take,
@@ -74,8 +75,8 @@ class Bounds(NamedTuple):
     value_radii: torch.Tensor   # (B, H, C) R
     value_spreads: torch.Tensor     # (B, H, C) square root of p'
     value_slacks: torch.Tensor  # (B, H, C) e'
-    key_norms: torch.Tensor     # (B, H, C) the longest key
-    value_norms: torch.Tensor   # (B, H, C) the longest value
+    key_norms: torch.Tensor     # (B, H, C) no key and not c is longer
+    value_norms: torch.Tensor   # (B, H, C) the longest member value
 
 
 class Certificate(NamedTuple):
@@ -93,19 +94,25 @@ def measure(index, stores):
     P = max(int(index.sizes.max()), 1)
     place = torch.arange(P, device=index.sizes.device)
     parts = []
-    for chunk in zip(*(x.split(CHUNK, 2) for x in index), strict=True):
-        chunk = Index(*chunk)
+    for chunk in (Index(*x) for x in zip(*(x.split(CHUNK, 2) for x in index), strict=True)):
         is_member = (place < chunk.sizes[..., None])[..., None]             # (B, H, c, P, 1)
         rows = (chunk.offsets[..., None] + place) * is_member[..., 0]       # (B, H, c, P)
         k, v = (take(x, rows.flatten(2)).view(*rows.shape, -1).double() * is_member
                 for x in stores)
         (k_radii, k_spreads, slacks), (_, v_spreads, v_slacks) = (
-            deviations(x, is_member, mean) for x, mean in ((k, chunk.centroids), (v, chunk.means)))
-        far = ((v - chunk.means.double()[..., None, :]) * is_member).norm(dim=-1).amax(-1)
+            deviations(x, is_member, mean) for x, mean in zip((k, v), stored(chunk), strict=True))
+        far = ((v - stored(chunk)[1][..., None, :]) * is_member).norm(dim=-1).amax(-1)
         ratios = torch.where(k_radii > 0, (k_spreads / k_radii).square(), 1).clamp(max=1)
-        norms = (x.norm(dim=-1).amax(-1) for x in (k, v))
-        parts.append((k_radii, ratios, slacks, far, v_spreads, v_slacks, *norms))
+        key_norms, value_norms = (x.norm(dim=-1).amax(-1) for x in (k, v))
+        parts.append((k_radii, ratios, slacks, far, v_spreads, v_slacks, key_norms + slacks,
+                      value_norms))
     return Bounds(*(round_up(torch.cat(x, 2)) for x in zip(*parts, strict=True)))
+
+
+def stored(index):
+    """Centroids and means (B, H, C, D) in float64, unpacked."""
+    return [(torch.cat(halves(x), -1) if x.dtype == torch.uint8 else x).double() * scale[..., None]
+            for x, scale in zip(index[:2], index.scales.double().unbind(-1), strict=True)]
 
 
 def deviations(x, is_member, mean):
@@ -120,7 +127,7 @@ def deviations(x, is_member, mean):
     power = gram @ gram                     # root of the norm of its fourth power
     top = (power @ power).norm(dim=(-1, -2)).pow(0.25)
     spread = (total / n[..., 0] * top.clamp(max=1)).sqrt()
-    return x.norm(dim=-1).amax(-1), spread, (own - mean.double()).norm(dim=-1)
+    return x.norm(dim=-1).amax(-1), spread, (own - mean).norm(dim=-1)
 
 
 def round_up(x):
@@ -136,6 +143,7 @@ class Step(NamedTuple):
     steady: tuple               # k, v, bias as tripartite_attention takes them
     index: Index
     bounds: Bounds
+    x_steady: torch.Tensor      # (B, H, G, W) logits of the steady zone
     exact: torch.Tensor         # (B, H, G, 1) log mass of the steady zone
     low: torch.Tensor           # (B, H, G, C) the least log mass of each cluster
     high: torch.Tensor          # (B, H, G, C) the largest
@@ -149,11 +157,14 @@ def look(q, steady, index, bounds):
     longest = torch.maximum(*(x.amax(-1) for x in (steady[0].float().norm(dim=-1),
                                                    bounds.key_norms)))      # (B, H)
     rounding = length * longest[..., None, None] * (q.shape[-1] * ROUNDING) + ARITHMETIC
-    center = (scores(q, index.centroids) + index.sizes.log()[:, :, None]).double()
+    center = scores(q, index.centroids) * index.scales[..., 0][:, :, None]  # (B, H, G, C)
+    center = (center + index.sizes.log()[:, :, None]).double()
     slack = length * bounds.slacks[:, :, None] + rounding
     spread = log_spread(length * bounds.radii[:, :, None], bounds.ratios[:, :, None])
-    exact = (scores(q, steady[0]) + steady[2]).double().logsumexp(-1, keepdim=True)
-    return Step(q, steady, index, bounds, exact, center - slack, center + slack + spread, rounding)
+    x_steady = scores(q, steady[0]) + steady[2]
+    exact = x_steady.double().logsumexp(-1, keepdim=True)
+    return Step(q, steady, index, bounds, x_steady, exact, center - slack, center + slack + spread,
+                rounding)
 
 
 def log_spread(b, t):
@@ -186,7 +197,8 @@ def certified_attention(q, step, budget, stores):
 
 def estimates(step, budget):
     """Log mass (B, H, G, C) that each ranked cluster has if it is estimated; -inf: dropped."""
-    masses, order = rank_clusters(step.q, step.index, budget.ranked, budget.by_mass)
+    masses, order = rank_clusters(step.q, step.x_steady, step.index, budget.ranked,
+                                  budget.by_mass)
     near = torch.arange(budget.ranked, device=order.device) < budget.n_ranked[:, None, None]
     ranked = torch.zeros_like(masses[:, :, 0], dtype=torch.bool).scatter(
         -1, order, near.expand_as(order))
@@ -199,7 +211,7 @@ def bound_error(left, estimated, o):
     exact, low, high, guess = ((x - peak).exp() for x in (
         left.exact - left.rounding, left.low, left.high, estimated))
     a, b = o.double(), left.bounds
-    away = torch.cdist(a, left.index.means.double())                        # (B, H, G, C)
+    away = torch.cdist(a, stored(left.index)[1])                        # (B, H, G, C)
     slope, fixed = value_terms(left, peak, high)
     ends = [(x, (x - guess).abs() * away + slope * x + fixed) for x in (low, high)]
     tiny, ratio = 1e-200, torch.zeros_like(exact)      # of the peak
@@ -236,7 +248,8 @@ def needed(step, by_mass, max_err):
     """(B,): of how many of the best clusters, in the worst of a sequence's heads, all members must
     be read so that the others hold at most max_err of the attention mass for certain."""
     C = step.low.shape[-1]
-    order = rank_clusters(step.q, step.index, C, by_mass)[1][:, :, None].expand_as(step.low)
+    _, order = rank_clusters(step.q, step.x_steady, step.index, C, by_mass)
+    order = order[:, :, None].expand_as(step.low)
     low, high = (x.gather(-1, order) for x in (step.low, step.high))        # best first
     rest = high.flip(-1).logcumsumexp(-1).flip(-1)          # behind so many read: (B, H, G, C)
     read = F.pad(low.logcumsumexp(-1)[..., :-1], (1, 0), value=-math.inf)
@@ -264,7 +277,7 @@ class CheckedIndex(WaveIndex):
 
     def allocate(self, k):
         super().allocate(k)
-        self.bounds = Bounds(*(torch.zeros_like(self.index.spreads) for _ in Bounds._fields))
+        self.bounds = Bounds(*(torch.zeros_like(self.index.sizes) for _ in Bounds._fields))
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=k.device)
         self.worst = torch.zeros(len(WORST), dtype=torch.float64, device=k.device)
 
@@ -326,8 +339,8 @@ def summary(caches):
             | dict(zip(WORST, worst, strict=True)) | {"max_err": caches[0].max_err})
 
 
-def lines(f):
-    """A summary in lines of the card."""
+def check_lines(f):
+    """A summary as lines of the card."""
     if not f["checked"]:
         return ["check      no step was taken"]
     said = [

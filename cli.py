@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from certificate import CheckedIndex, check_lines, check_shares, summary
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import (
     PLAIN,
@@ -62,6 +63,12 @@ def parse_args(argv):
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
+    add("--check", action="store_true", help="say what is certain of the steps: attention mass "
+        "read exactly, distance from dense attention's output")
+    add("--max-err", type=float, metavar="SHARE", help="retrieve more clusters, head by head, "
+        "until at most this share of the attention mass may lie in tokens not read; and --check")
+    add("--max-retrieve", type=float, default=1.0, metavar="SHARE", help="of the clusters, that "
+        "--max-err may retrieve: a step has room for as many (default 1.0)")
     add("--json", action="store_true", help="end with one line of JSON on standard output")
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
@@ -71,6 +78,7 @@ def parse_args(argv):
         add(f"--{field.name.replace('_', '-')}", default=field.default,
             help=f"{text} (default {field.default})", **kind)
     args = parser.parse_args(argv)
+    args.check |= args.max_err is not None
     check_flags(args)
     return args
 
@@ -96,6 +104,10 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise ValueError("--compare takes one answer: leave out --chat")
+    check_shares(args.max_err, args.max_retrieve)
+    if args.check and args.backend not in (None, "compile", "eager"):
+        raise ValueError(f"--check and --max-err need --backend compile or eager, not "
+                         f"{args.backend}")
     if args.save_index:
         check_place(args.save_index)
 
@@ -164,6 +176,8 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
+    if args.check and device.type == "cuda":                # the kernels do not say what they read
+        args.backend = args.backend or "compile"
     step, backend = choose_backend(args.backend, device)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
@@ -172,8 +186,10 @@ def answer(args):
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
     hot = choose_hot(args.backend, device)
-    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot), pick, step,
-                      args.prefill_chunk)
+    shape = config, capacity, len(prompts)
+    session = Session(
+        model, lambda: CheckedIndex(*shape, args.max_err, args.max_retrieve) if args.check
+        else WaveIndex(*shape, hot), pick, step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
     said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
@@ -187,6 +203,8 @@ def answer(args):
              "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
     if args.compare:
         facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
+    if args.check:
+        facts["check"] = summary(session.caches)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
@@ -312,6 +330,8 @@ def card(f, context):
         f"backend    {f['backend']}; {f['dtype']}",
         f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
         f"then {f['decode_tokens_per_s']:.1f} tokens/s"]
+    if "check" in f:
+        lines += check_lines(f["check"])
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [
