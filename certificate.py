@@ -42,7 +42,7 @@ Does not include: the buffer of offloaded keys, Triton kernels. The statistics h
 cluster, and checking a step costs more than taking it.
 """
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from retroinfer import (
     PLAIN,
     Index,
+    RetroConfig,
     WaveIndex,
     before,
     gather_clusters,
@@ -354,3 +355,136 @@ def check_lines(f):
         said.append(f"max-err    {f['max_err']:g}: not reached in {f['above']:,} of "
                     f"{f['checked']:,}")
     return said
+
+
+# ---------------------------------------------------------------- a million pairs of head and query
+
+class Witness(CheckedIndex):
+    """Keeps the latest step and what was certified of it."""
+
+    def record(self, step, o, certificate):
+        super().record(step, o, certificate)
+        self.kept = step, o, certificate
+
+    def copy_row(self, one):
+        """Become many sequences of one text, which `one` has read, to be asked side by side."""
+        self.allocate(one.k_store)
+        mine, theirs = ((x.k_store, x.v_store, x.k_steady, x.v_steady, *x.index, *x.bounds,
+                         x.n_tokens, x.n_indexed, x.n_clusters) for x in (self, one))
+        for here, there in zip(mine, theirs, strict=True):
+            here.copy_(there)
+        self.is_reading = [False] * len(self.is_reading)
+
+
+def truth(cache, q):
+    """In float64: log masses (B, H, G, C) of the clusters, which all sequences share, and of the
+    steady zone (B, H, G, 1), and dense attention's output (B, H, G, D) to q (B, H*G, 1, D)."""
+    start, n, live = cache.config.sink, int(cache.n_indexed[0]), cache.n_tokens - cache.n_indexed
+    k, v = (x[0, :, start:start + n].double() for x in (cache.k_store, cache.v_store))
+    k_s, v_s = (x[:, :, :live[0]].double() for x in (cache.k_steady, cache.v_steady))
+    (B, H, C), D = cache.index.sizes.shape, q.shape[-1]
+    q = q.view(B, H, -1, D).double() * D ** -0.5
+    x = torch.cat([shared(q, k.mT), q @ k_s.mT], -1)                        # (B, H, G, n + live)
+    peak = x.amax(-1, keepdim=True)
+    w, s = (x - peak).exp().split([n, x.shape[-1] - n], -1)
+    which = torch.stack([torch.repeat_interleave(torch.arange(C), sizes.long())
+                         for sizes in cache.index.sizes[0]])                # (H, n)
+    masses = w.new_zeros(*w.shape[:3], C).scatter_add_(-1, which[:, None].expand_as(w), w)
+    steady = s.sum(-1, keepdim=True)
+    o = (shared(w, v) + s @ v_s) / (w.sum(-1, keepdim=True) + steady)
+    return masses.log() + peak, steady.log() + peak, o
+
+
+def shared(x, y):
+    """Products (B, H, G, M) of x (B, H, G, N) and y (H, N, M), which are the same for all B."""
+    B, H, G, _ = x.shape
+    return (x.transpose(0, 1).flatten(1, 2) @ y).view(H, B, G, -1).transpose(0, 1)
+
+
+def examine(cache, q, o):
+    """By name, of each head and query of the latest step (B*H*G,): true, certain, violated."""
+    step, _, found = cache.kept
+    masses, steady, dense = truth(cache, q)
+    low, high, is_read = (x.view(*cache.index.sizes.shape[:2], -1, masses.shape[-1])
+                          for x in (step.low, step.high, found.is_read))
+    exact = torch.cat([masses.masked_fill(~is_read, -math.inf), steady], -1).logsumexp(-1)
+    unread = torch.sigmoid(masses.masked_fill(is_read, -math.inf).logsumexp(-1) - exact)
+    o = o.view_as(dense).double()
+    length, error = o.norm(dim=-1), (o - dense).norm(dim=-1)
+    least, most, bound = (x.view_as(error) for x in (1 - found.high, 1 - found.low, found.error))
+    violated = ((low > masses).any(-1) | (high < masses).any(-1) | (least > unread + 1e-12)
+                | (most < unread - 1e-12) | (bound < error))
+    return {name: x.flatten() for name, x in {
+        "unread": unread, "unread_least": least, "unread_most": most, "error": error / length,
+        "error_bound": bound / length, "times": bound / error, "violated": violated}.items()}
+
+
+def examine_layers(config, case, n_steps, batch=32):
+    """What examine says of n_steps queries of every layer, each behind one text: (pairs,)."""
+    parts = []
+    for (k, v), (q, k1, v1, _) in zip(case.past, case.steps, strict=True):
+        one, many = (Witness(config, k.shape[2] + 1, n) for n in (1, batch))
+        one.prefill(k[:, :, -1:], k, v)
+        one.update()
+        many.copy_row(one)
+        for t in range(0, n_steps // batch * batch, batch):
+            now = [x[0, :, t:t + batch].transpose(0, 1)[:, :, None].contiguous()
+                   for x in (q, k1, v1)]
+            parts.append(examine(many, now[0], many.decode(*now)))
+            many.n_tokens.copy_(one.n_tokens)
+    return {name: torch.cat([x[name] for x in parts]) for name in parts[0]}
+
+
+def tightness(found):
+    """How many pairs, how many violated and vacuous, and quantiles of the rest."""
+    at = [0.01, 0.1, 0.5, 0.9, 0.99]
+    numbers = {name: dict(zip(map(str, at), x.quantile(x.new_tensor(at)).tolist(), strict=True))
+               for name, x in found.items() if name != "violated"}
+    return {"pairs": len(found["violated"]), "violated": int(found["violated"].sum()),
+            "vacuous": float((found["error_bound"] >= 1).double().mean()), "quantiles": numbers}
+
+
+RUNS = {    # a config, texts of texts.py, tokens that are read of each, queries behind them
+    "a million": (RetroConfig(), ("prose", "documents", "code", "table"), 1024, 928),
+    "4,096 tokens": (RetroConfig(), ("prose",), 4096, 32),
+    "4,096 tokens, bits 16": (RetroConfig(bits=16), ("prose",), 4096, 32),
+    "4,096 tokens, cluster 4": (RetroConfig(cluster=4, bits=16, least=64), ("prose",), 4096, 32),
+    "4,096 tokens, cluster 2": (RetroConfig(cluster=2, bits=16, least=128), ("prose",), 4096, 32)}
+
+
+def main():
+    """Examine every layer and head of the default model in each of RUNS."""
+    import json
+    import platform
+    import sys
+    from functools import lru_cache
+    from pathlib import Path
+
+    import texts
+    from fidelity import read
+    from model import load
+    torch.set_grad_enabled(False)
+    model, tokenizer = load(dtype=torch.float32, device="cpu")
+
+    @lru_cache(maxsize=1)
+    def case(kind, n_tokens, n_steps):
+        ids = tokenizer.encode(texts.KINDS[kind]("final")[:60000])[:n_tokens + n_steps + 1]
+        return read(model, torch.tensor(ids), n_steps)
+
+    found = {}
+    for name, (config, kinds, *sizes) in RUNS.items():
+        parts = [examine_layers(config, case(kind, *sizes), sizes[1]) for kind in kinds]
+        found[name] = {"config": asdict(config), "texts": kinds, "tokens, steps": sizes, **tightness(
+            {x: torch.cat([part[x] for part in parts]) for x in parts[0]})}
+        print(name, found[name]["violated"], file=sys.stderr)
+    out = Path(__file__).parent / "results" / "certificate.json"
+    out.write_text(json.dumps({
+        "command": "python certificate.py", "versions": {
+            "python": platform.python_version(), "torch": torch.__version__},
+        "model": "SmolLM2-135M-Instruct", "half": "final", "seed": "none: nothing is drawn",
+        "results": found}, indent=1) + "\n", "utf-8")
+    print(out.read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    main()
