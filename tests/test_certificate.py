@@ -88,7 +88,8 @@ def test_bennetts_bound_is_met_by_two_points():
 def test_statistics_hold_of_every_member(bits):
     _, k, v = qkv(128, B=2)
     index, *stores = cluster_segment(k.bfloat16(), v.bfloat16(), RetroConfig(**SMALL, bits=bits))
-    found, (centroids, means) = measure(index, stores), stored(index)
+    found = measure(index, stores)
+    centroids, means = (x.double() for x in map(stored, index[:2], index.scales.unbind(-1)))
     for b, h, c in (index.sizes > 0).nonzero().tolist():
         rows = slice(start := int(index.offsets[b, h, c]), start + int(index.sizes[b, h, c]))
         k, v = (x[b, h, rows].double() for x in stores)
