@@ -38,7 +38,7 @@ means the same in every head; an error relative to an output is known only behin
 
     B batch   H kv heads   G query heads per kv head   D head dim   C clusters   P tokens in one
 
-Does not include: the buffer of offloaded keys, Triton kernels. The statistics hold 24 bytes a
+Does not include: the buffer of offloaded keys, Triton kernels. The statistics take 32 bytes a
 cluster, and checking a step costs more than taking it.
 """
 import math
@@ -345,15 +345,15 @@ def check_lines(f):
     if not f["checked"]:
         return ["check      no step was taken"]
     said = [
-        f"check      of the attention mass {f['read_low']:.1%} to {f['read_high']:.1%} is read "
-        f"exactly, mean of {f['checked']:,} (layer, head, step); at worst {f['unread_worst']:.1%} "
-        "may not be",
-        f"           outputs are within {f['error']:.3g} of their length of dense attention's, at "
-        f"worst {f['error_worst']:.3g}; {f['vacuous'] / f['checked']:.1%} of these bounds are "
-        "vacuous (1 or more)"]
+        f"check      {f['read_low']:.1%} to {f['read_high']:.1%} of the attention mass is read "
+        f"exactly, on average over {f['checked']:,} (layer, head, step);",
+        f"           in the worst at least {1 - f['unread_worst']:.1%}. Outputs are within "
+        f"{f['error']:.3g} times their length of dense attention's,",
+        f"           the worst {f['error_worst']:.3g}; {f['vacuous'] / f['checked']:.1%} of the "
+        "bounds are vacuous: 1 or more"]
     if f["max_err"] is not None:
         said.append(f"max-err    {f['max_err']:g}: not reached in {f['above']:,} of "
-                    f"{f['checked']:,}")
+                    f"{f['checked']:,} (layer, head, step)")
     return said
 
 

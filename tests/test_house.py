@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"retroinfer.py": 680, "model.py": 400, "checkpoint.py": 380, "cli.py": 350,
+BUDGETS = {"retroinfer.py": 680, "model.py": 400, "checkpoint.py": 380, "cli.py": 370,
            "session.py": 200, "snapshot.py": 180, "bench.py": 400, "kernels.py": 450,
            "bench_gpu.py": 250, "evaluate.py": 450, "fidelity.py": 350, "ruler.py": 470,
-           "texts.py": 150}
+           "texts.py": 150, "certificate.py": 510}
 OURS = {Path(name).stem for name in BUDGETS}
 # at top level; the others import ours inside functions only
-MAY_IMPORT = {"cli", "session", "bench", "bench_gpu", "evaluate", "fidelity", "ruler"}
+MAY_IMPORT = {"cli", "certificate", "session", "bench", "bench_gpu", "evaluate", "fidelity", "ruler"}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
