@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wave_index import SMALL, qkv, read
 
+import certificate
 from certificate import CheckedIndex, Witness, examine, log_spread, measure, stored, summary
 from fidelity import feed, filled
 from fidelity import read as dense
@@ -162,6 +163,36 @@ def test_a_bound_is_met():
     error = (o[:, 0] - v.double()[0, 0].mean(0)).norm(dim=-1)
     assert error.min() > 0.5
     torch.testing.assert_close(bounds, error, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 4])
+def test_no_corner_of_the_intervals_is_worse(turns, monkeypatch):
+    """Every cluster at either end of its interval, all of them tried; and with enough turns the
+    bound is what the worst corner gives."""
+    monkeypatch.setattr(certificate, "TURNS", turns)
+    q, k, v = qkv(70, H=1, G=2)
+    cache, _ = steps(RetroConfig(**FEW), q, k, v, 69)
+    step, o, found = cache.kept
+    is_live = ((cache.index.sizes[0, 0] > 0) & ~found.is_read[0, 0, 0]).nonzero()[:, 0]
+    drawn = torch.rand(2, 1, 1, 2, len(is_live), generator=torch.Generator().manual_seed(0)) * 3
+    low, high = (torch.full_like(step.low, -math.inf).index_copy(-1, is_live, x.double())
+                 for x in (drawn[0], drawn[0] + drawn[1]))
+    left = step._replace(low=low, high=high, exact=torch.zeros_like(step.exact))
+    guess = torch.full_like(low, -math.inf).index_copy(-1, is_live[:5], drawn[0, ..., :5].double())
+    away = (o[0, 0, :, None].double() - stored(
+        cache.index.means, cache.index.scales[..., 1])[0, 0].double()).norm(dim=-1)     # (G, C)
+    corners = torch.cartesian_prod(*[torch.tensor([False, True])] * len(is_live))
+    slope, fixed = certificate.value_terms(left, 0, high.exp())
+    for g in range(2):
+        at, e, d, s, f = (x[..., is_live] for x in (
+            torch.stack([low, high])[:, 0, 0, g].exp(), guess[0, 0, g].exp(), away[g],
+            slope[0, 0, g].expand_as(low[0, 0, g]), fixed[0, 0, g]))
+        mass = torch.where(corners, at[1], at[0])                           # (corners, live)
+        worst = (((mass - e).abs() * d + s * mass + f).sum(-1) / (1 + mass.sum(-1))).max()
+        bound = certificate.bound_error(left, guess, o)[0, 0, g]
+        assert bound >= worst
+        if turns == 4:
+            torch.testing.assert_close(bound, worst, rtol=1e-3, atol=0)
 
 
 # ---------------------------------------------------------------- a target
