@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint lines bench bench-gpu evaluate notebooks clean
+.PHONY: help setup run test test-gpu lint lines bench bench-cache bench-gpu evaluate notebooks clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -36,9 +36,12 @@ lint: setup     ## ruff
 lines:          ## lines of each file
 	@wc -l *.py tests/*.py
 
-bench: setup    ## speed and memory beside dense attention and peers
+bench: bench-cache ## speed and memory beside dense attention and peers; the block cache
 	for section in attention model prefill reload; do \
 		$(BIN)/python bench.py $$section $(ARGS) || exit; done
+
+bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts, by policy; plots
+	$(BIN)/python replay.py --save results/block-cache.json
 
 bench-gpu:      ## the kernels on a GPU beside SDPA and FlexAttention, with PYTHON
 	$(PYTHON) bench_gpu.py $(ARGS)

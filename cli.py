@@ -5,6 +5,7 @@
     python retroinfer.py --prompt-file x --chat                             # a line is a turn
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
+    python retroinfer.py --plan Llama-3.1-8B --memory 24                    # runs nothing
 
 Answers go to standard output, the progress bar and the card to standard error; --json ends
 standard output with one line for machines. What a person can get wrong is one line and status 2.
@@ -22,8 +23,10 @@ from pathlib import Path
 
 import torch
 
+from buffer import check_ratio, offload
 from certificate import CheckedIndex, check_lines, check_shares, summary
 from model import DEFAULT_NAME, DenseCache, load
+from plan import show
 from retroinfer import (
     PLAIN,
     RetroConfig,
@@ -60,6 +63,12 @@ def parse_args(argv):
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
+    add("--offload", action="store_true", help="keep K and V on the host, and on the device what "
+        "steps ask for again")
+    add("--cache-ratio", type=float, help="with --offload: the share of K and V that the device "
+        "has room for (default 0.05)")
+    add("--store", metavar="FILE", help="with --offload: keep K and V in this new file, for texts "
+        "beyond the memory; it is gone in the end")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
@@ -69,6 +78,10 @@ def parse_args(argv):
         "until at most this share of the attention mass may lie in tokens not read; and --check")
     add("--max-retrieve", type=float, default=1.0, metavar="SHARE", help="of the clusters, that "
         "--max-err may retrieve: a step has room for as many (default 1.0)")
+    add("--plan", nargs="?", const="", metavar="SHAPE", help="run nothing: print the bytes by part "
+        "of --model, or of a shape such as Llama-3.1-8B, for --capacity tokens")
+    add("--batch", type=int, default=1, help="sequences, with --plan")
+    add("--memory", type=float, help="GiB the device has, with --plan; default: this machine's")
     add("--json", action="store_true", help="end with one line of JSON on standard output")
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
@@ -90,10 +103,12 @@ class Parser(argparse.ArgumentParser):
 
 def check_flags(args):
     """ValueError for what no model is needed to refuse."""
-    for name in ("max_new_tokens", "prefill_chunk", "capacity"):
+    for name in ("max_new_tokens", "prefill_chunk", "capacity", "batch"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
-    if not (args.prompt_file or args.load_index or args.chat):
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
+    if not (args.prompt_file or args.load_index or args.chat or args.plan is not None):
         raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and len(args.prompt_file) > 1:
@@ -108,6 +123,13 @@ def check_flags(args):
     if args.check and args.backend not in (None, "compile", "eager"):
         raise ValueError(f"--check and --max-err need --backend compile or eager, not "
                          f"{args.backend}")
+    if args.check and args.offload:
+        raise ValueError("--check and --max-err need K and V on the device: leave out --offload")
+    for name in ("cache_ratio", "store"):
+        if getattr(args, name) is not None and not args.offload:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
+    if args.cache_ratio is not None:
+        check_ratio(args.cache_ratio)
     if args.save_index:
         check_place(args.save_index)
 
@@ -176,6 +198,8 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
     device = choose_device(args.device)
+    if args.plan is not None:
+        return show(args, config, device)
     if args.check and device.type == "cuda":                # the kernels do not say what they read
         args.backend = args.backend or "compile"
     step, backend = choose_backend(args.backend, device)
@@ -185,11 +209,8 @@ def answer(args):
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
-    hot = choose_hot(args.backend, device)
-    shape = config, capacity, len(prompts)
-    session = Session(
-        model, lambda: CheckedIndex(*shape, args.max_err, args.max_retrieve) if args.check
-        else WaveIndex(*shape, hot), pick, step, args.prefill_chunk)
+    make_cache = cache_maker(args, model, config, capacity, len(prompts))
+    session = Session(model, make_cache, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
     said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
@@ -201,6 +222,8 @@ def answer(args):
         said += chat(session, writer, said[0], lines, args.max_new_tokens)
     facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
              "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
+    if args.offload:
+        facts |= measure_offload(session)
     if args.compare:
         facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
     if args.check:
@@ -209,6 +232,16 @@ def answer(args):
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def cache_maker(args, model, config, capacity, batch):
+    """A function that makes the cache of a layer."""
+    if args.check:
+        return lambda: CheckedIndex(config, capacity, batch, args.max_err, args.max_retrieve)
+    hot = choose_hot(args.backend, model.lm_head.weight.device)
+    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
+    buffer = offload(model, capacity, batch, args.store, **ratio) if args.offload else None
+    return lambda: WaveIndex(config, capacity, batch, hot, buffer)
 
 
 def write_prompts(args, texts, writer, snapshot, lines):
@@ -308,6 +341,16 @@ def measure(session):
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
 
 
+def measure_offload(session):
+    """What lies where, in bytes, and how much of what steps asked for was on the device."""
+    parts = [cache.buffer.nbytes() for cache in session.caches]
+    hits, asked, rows = sum(cache.buffer.counts for cache in session.caches).tolist()
+    *_, D = session.caches[0].k_store.shape
+    nbytes = 2 * rows * D * session.caches[0].k_store.element_size()
+    return {f"{name}_bytes": sum(part[name] for part in parts) for name in parts[0]} | {
+        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": nbytes / max(len(session.steps), 1)}
+
+
 def card(f, context):
     """The facts of a run in a few lines for a person."""
     def each(name):
@@ -330,6 +373,11 @@ def card(f, context):
         f"backend    {f['backend']}; {f['dtype']}",
         f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
         f"then {f['decode_tokens_per_s']:.1f} tokens/s"]
+    if "hit_ratio" in f:
+        store, slots, table, step = (f[f"{name}_bytes{end}"] / 2**20 for name, end in (
+            ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
+        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
+                     f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
     if "check" in f:
         lines += check_lines(f["check"])
     if "kl" in f:
@@ -348,6 +396,9 @@ def main(argv=None):
         return answer(parse_args(argv))
     except (ValueError, ImportError) as e:
         print(f"retroinfer: {e}", file=sys.stderr)
+        return 2
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as e:
+        print(f"retroinfer: the device gave up: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -29,7 +29,7 @@ from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import decode, eager_step, prefill, sampler
 
 ROOT = Path(__file__).parent
-QUICK = {"lengths": [4096], "steps": 32, "shares": [0.1, 0.25], "errors": False,
+QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
          "needle_lengths": [4096], "depths": [10, 50, 90], "ruler_lengths": [], "ruler_samples": 0}
 FULL = {"lengths": [4096, 8192], "steps": 128, "shares": [0.06, 0.08, 0.12, 0.2, 0.3],
         "errors": True, "needle_lengths": [2048, 4096, 8192], "depths": [0, 20, 40, 60, 80, 100],

@@ -90,7 +90,7 @@ def quest(cache, q, logits, n):
 
 
 class Watched(WaveIndex):
-    """A wave index of two rows that says which tokens it reads exactly.
+    """A wave index that says how many tokens it reads exactly; of two rows, which.
 
     The second row has positions as its values: wherever a value goes, a position comes along.
     """
@@ -101,7 +101,7 @@ class Watched(WaveIndex):
     def watch(self, q, steady, index, budget, stores):
         def fetch(ids, ends):
             k, v, bias = gather_clusters(index, stores, ids, ends, budget.tokens)
-            self.fetched = v[1, :, :, 0].long(), bias[1, :, 0] == 0         # (H, N) both
+            self.fetched = v[-1, :, :, 0].long(), bias[-1, :, 0] == 0       # (H, N) both
             return k, v, bias
         return tripartite_attention(q, steady, index, budget, fetch)
 
@@ -129,26 +129,26 @@ class Watched(WaveIndex):
 
 
 def wave(config, capacity, batch=1):
-    return (Watched if batch == 2 else WaveIndex)(config, capacity, batch)
+    return Watched(config, capacity, batch)
 
 
-def wave_rows(c, live, clusters, n_retrieve, n_ranked, D=64):
+def wave_rows(c, exact, clusters, n_ranked, D=64):
     """Rows of D numbers of 16 bits that a step of config c needs of a head: keys, values, index.
 
     A cluster has a size, of two such numbers, and if ranked by mass a spread and a scale.
     """
     vector = c.bits / 16
-    return (2 * (live + n_retrieve * c.cluster) + clusters * (vector + (2 + 2 * c.by_mass) / D)
-            + n_ranked * vector)
+    return 2 * exact + clusters * (vector + (2 + 2 * c.by_mass) / D) + n_ranked * vector
 
 
 def rows_read(cache):
     """Rows of D numbers that the latest step of one head needed."""
     if isinstance(cache, WaveIndex):
         clusters = float((cache.index.sizes[0] > 0).sum(-1).float().mean())
-        budget = (min(float(n[0]), clusters) for n in cache.config.budget(cache.n_indexed))
-        live = int(cache.n_tokens[0] - cache.n_indexed[0])
-        return wave_rows(cache.config, live, clusters, *budget, cache.k_store.shape[-1])
+        n_ranked = min(int(cache.config.budget(cache.n_indexed)[1][0]), clusters)
+        exact = int(cache.n_tokens[0] - cache.n_indexed[0])
+        exact += float(cache.fetched[1].sum(-1).float().mean())
+        return wave_rows(cache.config, exact, clusters, n_ranked, cache.k_store.shape[-1])
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
         return pages + 2 * cache.read[0].sum(-1).float().mean().item()
@@ -162,8 +162,9 @@ def wave_at(config, rows, n, steps):
     tail = (rest - indexed) // config.cluster * config.cluster
     indexed += tail if tail >= config.update else 0
     clusters = indexed // config.cluster
-    spent = wave_rows(config, n - indexed + steps / 2, clusters, 0, config.estimate * clusters)
-    retrieve = int((rows - spent) / (2 * config.cluster + config.bits / 16))
+    slots = 1.05 * clusters                             # some are split
+    spent = wave_rows(config, n - indexed + steps / 2, slots, config.estimate * clusters)
+    retrieve = round((rows - spent) / (2 * config.cluster + config.bits / 16))
     if not 1 <= retrieve <= clusters:
         return None
     return replace(config, least=1, retrieve=retrieve / clusters,
@@ -187,8 +188,8 @@ def ours_rows(n, steps):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
     c, indexed = RetroConfig(), torch.tensor([n - RetroConfig().sink - RetroConfig().local])
     n_retrieve, n_ranked = (int(x[0]) for x in c.budget(indexed))
-    live = c.sink + c.local + int(indexed[0]) % c.cluster + steps / 2
-    return wave_rows(c, live, int(indexed[0]) // c.cluster, n_retrieve, n_ranked)
+    exact = c.sink + c.local + int(indexed[0]) % c.cluster + steps / 2 + n_retrieve * c.cluster
+    return wave_rows(c, exact, 1.05 * (int(indexed[0]) // c.cluster), n_ranked)
 
 
 def named_methods(n, steps):

@@ -1,4 +1,5 @@
 """Triton twins of the hot functions of retroinfer.py: a decode step, and building the index.
+And of buffer.copy_rows, which brings tokens from the host.
 
 A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
 `pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
@@ -380,3 +381,35 @@ def segment_sum_op(x: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor) ->
 @segment_sum_op.register_fake
 def _(x, order, sizes):
     return x.new_empty(*sizes.shape, x.shape[3], dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- fetching
+
+# Grid (N/BN, B*H). A program owns BN places: it reads 8 bytes of row each, and where that is not
+# negative D*e of the source, which may be pinned memory of the host, and writes as much.
+@triton.jit
+def copy_rows_kernel(out, source, rows, N, T, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    head, d = tl.program_id(1).to(tl.int64), tl.arange(0, BD)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.load(rows + head * N + n, n < N, -1)                                       # (BN,)
+    is_in = (row[:, None] >= 0) & (d < D)
+    x = tl.load(source + (head * T + row[:, None]) * D + d, is_in, 0.0)                 # (BN, BD)
+    tl.store(out + (head * N + n[:, None]) * D + d, x, is_in)
+
+
+def copy_rows(out, source, rows):
+    """out (B, H, N, D), but rows (B, H, N) of source (B, H, T, D) where those are not negative.
+
+    out is written in place. source lies on the same GPU or in pinned memory, which the kernel reads
+    over the bus. Both contiguous, as all that is allocated at once.
+    """
+    copy_rows_op(out, source, rows)
+    return out
+
+
+@torch.library.custom_op("retroinfer::copy_rows", mutates_args={"out"})
+def copy_rows_op(out: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
+    (B, H, N, D), T = out.shape, source.shape[2]
+    BD = triton.next_power_of_2(D)
+    launch(copy_rows_kernel, (triton.cdiv(N, 16), B * H), out, source, rows.contiguous(), N, T, D=D,
+           BN=16, BD=BD, num_warps=4)

@@ -40,17 +40,22 @@ from torch.nn.attention.bias import causal_lower_right
 
 @dataclass(frozen=True)
 class RetroConfig:
-    """The paper's settings (§5.1) but update, iterations, least. A comment is a flag's help."""
+    """Chosen by KL to dense attention at equal bytes (evaluate.py). A comment is a flag's help.
+
+    local: older tokens are worth their bytes only where a query asks for them. segment: as good as
+    8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
+    iterations: ten gain nothing. least: 128 tokens. estimate: what it saves retrieves more.
+    """
     sink: int = 4                # first tokens, always exact
-    local: int = 64              # latest tokens, always exact
+    local: int = 32              # latest tokens, always exact
     update: int = 256            # generated tokens kept exact until they are indexed together
-    segment: int = 8192          # tokens clustered together
+    segment: int = 2048          # tokens clustered together
     cluster: int = 8             # mean tokens in a cluster
     bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
     iterations: int = 3          # k-means passes over a segment
-    retrieve: float = 0.018      # share of the clusters attended exactly
-    least: int = 32              # clusters attended exactly however short the text
-    estimate: float = 0.232      # share of the clusters estimated by their centroids
+    retrieve: float = 0.04       # share of the clusters attended exactly
+    least: int = 16              # clusters attended exactly however short the text
+    estimate: float = 0.1        # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
 
     @classmethod
@@ -330,13 +335,23 @@ def before(ends):
 
 def gather_clusters(index, stores, ids, ends, N):
     """k, v (B, H, N, D), bias (B, H, 1, N) of clusters ids (B, H, R) that end at ends (B, H, R)."""
-    slot, starts = torch.arange(N, device=ids.device), before(ends)
+    rows = unroll(index.offsets.gather(-1, ids), ends, N)                   # (B, H, N)
+    filled = keep(rows.clamp(min=0))
+    return *(take(store, filled) for store in stores), bias_of(rows < 0)
+
+
+def unroll(first, ends, N):
+    """Rows (B, H, N) of runs from rows first (B, H, R), packed to end at ends; -1 where none is."""
+    place, starts = torch.arange(N, device=ends.device), before(ends)
     which = count(starts, N + 1)[..., :N].cumsum(-1) - 1                    # (B, H, N)
-    is_free = slot >= ends[..., -1:]
-    rows = (index.offsets.gather(-1, ids) - starts).gather(-1, which) + slot
-    rows = keep(rows.masked_fill(is_free, 0))
-    bias = torch.zeros_like(rows, dtype=torch.float32).masked_fill(is_free, -math.inf)
-    return *(take(store, rows) for store in stores), bias[:, :, None]
+    rows = (first - starts).gather(-1, which) + place
+    return rows.masked_fill(place >= ends[..., -1:], -1)
+
+
+def bias_of(is_free):
+    """Bias (B, H, 1, N) of entries (B, H, N): -inf where one is free."""
+    is_free = is_free[:, :, None]
+    return torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
 
 
 def attend(q, steady, index, budget, stores):
@@ -377,12 +392,14 @@ class WaveIndex(nn.Module):
 
     A step finds the latest tokens in the steady zone. update, between steps, brings them there
     behind a prefill, and indexes the older of them when the zone is full. Nothing reallocates.
-    hot=PLAIN keeps to PyTorch on a GPU too, where the kernels are the default.
+    hot=PLAIN keeps to PyTorch on a GPU too, where the kernels are the default. With offload, which
+    buffer.offload makes, the store is on the host.
     """
 
-    def __init__(self, config, capacity, batch=1, hot=None):
+    def __init__(self, config, capacity, batch=1, hot=None, offload=None):
         super().__init__()
         self.config, self.capacity, self.index, self.hot = config, capacity, None, hot
+        self.offload, self.buffer = offload, None
         self.is_reading = [True] * batch        # the latest tokens are in the store
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, torch.zeros(batch, dtype=torch.int64))
@@ -399,15 +416,19 @@ class WaveIndex(nn.Module):
 
         T, W, C = (round_up(n) for n in (self.capacity, c.steady, c.slots(self.capacity)))
         R, ranked = (int(n) for n in c.budget(torch.tensor(self.capacity)))
-        self.caps = round_up(R * c.cluster), min(R, C), min(round_up(ranked), C)
+        self.caps = round_up(2 * R * c.cluster) // 2, min(R, C), min(round_up(ranked), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
-        self.k_store, self.v_store = zeros(T, D), zeros(T, D)
         row, kind = ((D // 2,), {"dtype": torch.uint8}) if c.bits == 4 else ((D,), {})
         self.index = Index(zeros(C, *row, **kind), zeros(C, *row, **kind),
                            zeros(C, dtype=torch.float32), zeros(C, dtype=torch.int64),
                            zeros(C, dtype=torch.bfloat16), zeros(C, 2, dtype=torch.bfloat16))
         for name in ("n_tokens", "n_indexed", "n_clusters"):
             setattr(self, name, getattr(self, name).to(k.device))
+        if self.offload:
+            self.buffer = self.offload(self)
+            self.hot = self.hot._replace(attend=self.buffer.attend)
+        stores = self.buffer.stores if self.buffer else (zeros(T, D), zeros(T, D))
+        self.k_store, self.v_store = stores
 
     def prefill(self, q, k, v, row=0):
         """Append T tokens, q (1, H*G, T, D), to sequence `row`: exactly and causally attended.
@@ -422,13 +443,31 @@ class WaveIndex(nn.Module):
         end = start + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit an index of {self.capacity}")
-        k_all, v_all = (x[row:row + 1, :, :end] for x in (self.k_store, self.v_store))
+        k_all, v_all = self.bring(row, 0, start, end)                       # (1, H, end, D)
         k_all[:, :, start:], v_all[:, :, start:] = k, v
         self.n_tokens[row] = end
         causal = causal_lower_right(q.shape[2], end)
         o = F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
-        self.index_segments(row)
+        first = min(start, self.config.sink + int(self.n_indexed[row]))
+        self.index_open(row, k_all, v_all, self.config.segment)
+        self.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
         return o
+
+    def rows(self, row, first, end):
+        """Views k, v (1, H, end - first, D) of a sequence in the store."""
+        if self.buffer:
+            self.buffer.settle()
+        return [x[row:row + 1, :, first:end] for x in (self.k_store, self.v_store)]
+
+    def bring(self, row, first, n, end):
+        """rows, on the device: behind a buffer, copies in which those from n on are yet to come."""
+        rows = self.rows(row, first, end)
+        return self.buffer.bring(rows, n - first) if self.buffer else rows
+
+    def put(self, row, first, k, v):
+        """Store what bring brought, k, v (1, H, n, D), as rows from `first` on."""
+        if self.buffer:
+            self.buffer.put(self.rows(row, first, first + k.shape[2]), (k, v))
 
     def decode(self, q, k, v):
         """Append one token to each sequence, q (B, H*G, 1, D), and attend to three zones.
@@ -444,8 +483,8 @@ class WaveIndex(nn.Module):
         self.v_steady[batch, :, last] = v[:, :, 0]
         self.n_tokens.add_(1)
         is_free = slot > last[:, None]                                      # (B, W)
-        bias = torch.zeros_like(is_free, dtype=torch.float32).masked_fill(is_free, -math.inf)
-        steady = self.k_steady, self.v_steady, bias[:, None, None].expand(-1, H, -1, -1)
+        bias = bias_of(is_free[:, None]).expand(-1, H, -1, -1)              # (B, H, 1, W)
+        steady = self.k_steady, self.v_steady, bias
         c = self.config
         budget = Budget(*self.caps, *c.budget(self.n_indexed), c.by_mass)
         stores = self.k_store, self.v_store
@@ -473,10 +512,10 @@ class WaveIndex(nn.Module):
 
     def close(self, row):
         """Index what is long enough to be, and move what is left to the steady zone."""
-        self.index_segments(row)
-        rest = self.n_open(row) // self.config.cluster * self.config.cluster
-        if rest >= self.config.update:
-            self.append(row, rest)
+        first, n = self.config.sink + int(self.n_indexed[row]), int(self.n_tokens[row])
+        k, v = self.bring(row, first, n, n)
+        self.index_open(row, k, v, min(self.config.update, self.config.segment))
+        self.put(row, first, k, v)
         for steady, store in self.latest(row):
             steady.copy_(store)
         self.is_reading[row] = False
@@ -485,15 +524,16 @@ class WaveIndex(nn.Module):
         """Where a sequence's tokens in no cluster lie: pairs of views of steady zone and store."""
         n, indexed = int(self.n_tokens[row]), int(self.n_indexed[row])
         head = min(n, self.config.sink)
-        for steady, store in ((self.k_steady, self.k_store), (self.v_steady, self.v_store)):
-            yield steady[row, :, :head], store[row, :, :head]
-            yield steady[row, :, head:n - indexed], store[row, :, head + indexed:n]
+        for steady, store in zip((self.k_steady, self.v_steady), self.rows(row, 0, n), strict=True):
+            yield steady[row, :, :head], store[0, :, :head]
+            yield steady[row, :, head:n - indexed], store[0, :, head + indexed:]
 
     def live(self, row):
         """Views, by name, of all that is in use of a sequence: (H, n_tokens | n_clusters, ...)."""
         self.reopen(row)
         n, c = int(self.n_tokens[row]), int(self.n_clusters[row])
-        return ({name: getattr(self, name)[row, :, :n] for name in ("k_store", "v_store")}
+        k, v = self.rows(row, 0, n)
+        return ({"k_store": k[0], "v_store": v[0]}
                 | {name: x[row, :, :c] for name, x in self.index._asdict().items()})
 
     def n_open(self, row):
@@ -501,22 +541,25 @@ class WaveIndex(nn.Module):
         c = self.config
         return int(self.n_tokens[row] - self.n_indexed[row]) - c.sink - c.local
 
-    def index_segments(self, row):
-        """Index all segments that are full."""
-        while self.n_open(row) >= self.config.segment:
-            self.append(row, self.config.segment)
+    def index_open(self, row, k, v, least):
+        """Index open tokens, segment by segment, if there are `least` in it: in place, in the last
+        tokens k, v (1, H, n, D) of a sequence."""
+        c, n, end = self.config, max(self.n_open(row), 0), k.shape[2] - self.config.local
+        for part in zip(*(x[:, :, end - n:end].split(c.segment, 2) for x in (k, v)), strict=True):
+            whole = part[0].shape[2] // c.cluster * c.cluster
+            if whole >= least:
+                self.append(row, *(x[:, :, :whole] for x in part))
 
-    def append(self, row, L):
-        """Index the next L tokens behind what is indexed: in the store they change their order."""
+    def append(self, row, k, v):
+        """Index the next tokens k, v (1, H, L, D), in place: they change their order."""
         start, c = self.config.sink + int(self.n_indexed[row]), int(self.n_clusters[row])
-        k, v = (x[row:row + 1, :, start:start + L] for x in (self.k_store, self.v_store))
         segment, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot)
         k.copy_(k_sorted), v.copy_(v_sorted)
         segment = segment._replace(offsets=segment.offsets + start)
         slots = segment.sizes.shape[2]
         for whole, part in zip(self.index, segment, strict=True):
             whole[row, :, c:c + slots] = part[0]
-        self.n_indexed[row] += L
+        self.n_indexed[row] += k.shape[2]
         self.n_clusters[row] += slots
 
     def bytes_read(self):

@@ -48,6 +48,13 @@ def index(dtype, D):
     kernels.segment_sum(x.to(dtype), ids, ids[..., :512])
 
 
+def fetch(dtype, D):
+    """The retrieved tokens of one head, from a store of 131,072."""
+    rows = torch.zeros(1, 1, 2368, dtype=torch.int64)
+    kernels.copy_rows(torch.zeros(1, 1, 2368, D, dtype=dtype),
+                      torch.zeros(1, 1, 131136, D, dtype=dtype), rows)
+
+
 def record(wrapper, *shape):
     """What a wrapper launches on a GPU of 132 multiprocessors: [(kernel, args, constants)]."""
     found = []
@@ -92,8 +99,8 @@ def needs(compiled, capability):
 
 def compile_all(capabilities):
     """Every distinct kernel of every shape on every target: a dict each."""
-    jobs = {}
-    for wrapper, (dtype, *shape) in [(step, s) for s in STEPS] + [(index, s) for s in INDEXES]:
+    jobs, builds = {}, [(wrapper, s) for wrapper in (index, fetch) for s in INDEXES]
+    for wrapper, (dtype, *shape) in [(step, s) for s in STEPS] + builds:
         for kernel, args, tile in record(wrapper, dtype, *shape):
             code, options = source(kernel, args, tile)
             facts = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "shape": shape, **tile}

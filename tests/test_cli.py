@@ -293,6 +293,71 @@ def test_flags_that_do_not_go_together(run, flags, more, words):
     refused(run(*flags, *more), *words)
 
 
+# ---------------------------------------------------------------- K and V on the host
+
+OFFLOAD = ("--offload", "--cache-ratio", 0.3)
+
+
+def said(result):
+    """The facts of a run that ended well, without what tells of time or place."""
+    status, out, _ = result
+    facts = last_json(out)
+    assert status == 0
+    return {name: x for name, x in facts.items()
+            if not re.search("_s$|slots|table|store|host|hit", name)}
+
+
+@pytest.mark.parametrize("more", [
+    OFFLOAD, ("--offload", "--cache-ratio", 0), (*OFFLOAD, "--store"),
+    (*OFFLOAD, "--compare"), (*OFFLOAD, "--chat"), (*OFFLOAD, "--prompt-file")],
+    ids=lambda more: " ".join(map(str, more)))
+def test_offload_says_what_is_said_without(run, flags, prompt, tmp_path, monkeypatch, more):
+    """Alone, from a file, beside dense attention, in turns and in a batch."""
+    more += {"--store": (tmp_path / "kv",), "--prompt-file": (prompt,)}.get(more[-1], ())
+    less = [x for x in more[3:] if more[3] != "--store"]
+    results = []
+    for chosen in (less, more):
+        talk(monkeypatch, "the dog sat")
+        results.append(run(*flags, "--update", 32, "--max-new-tokens", 40, *chosen))
+    plain, off = map(said, results)
+    assert off == plain
+    facts, err = last_json(results[1][1]), results[1][2]
+    assert 0 < facts["slots_bytes"] < facts["store_bytes"] and 0 <= facts["hit_ratio"] < 1
+    assert (facts["hit_ratio"] > 0.1) == (more[2] > 0) and facts["host_bytes_a_step"] > 0
+    assert f"{facts['hit_ratio']:.1%} hits" in err and not (tmp_path / "kv").exists()
+
+
+def test_an_index_is_saved_and_loaded_with_offload(run, flags, tmp_path, capsys):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    assert said(run(*flags, *OFFLOAD, "--save-index", path)) == said(
+        run(*flags, "--save-index", other))
+    assert path.read_bytes() == other.read_bytes()
+    told = [said(run(*flags, *more, "--load-index", path, "--question", "the cat sat"))
+            for more in ((), OFFLOAD)]
+    assert told[0] == told[1]
+
+
+def test_a_device_that_fails_ends_the_run_in_one_line(run, flags, monkeypatch):
+    def fails(*args):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nand much advice")
+    monkeypatch.setattr("buffer.WaveBuffer.fetch", fails)
+    status, _, err = run(*flags, *OFFLOAD)
+    assert status == 2 and err.endswith(
+        "retroinfer: the device gave up: CUDA error: an illegal memory access\n")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--cache-ratio", "0.1"], ["--cache-ratio goes with --offload"]),
+    (["--store", "x"], ["--store goes with --offload"]),
+    (["--offload", "--cache-ratio", "1.5"], ["cache ratio is 1.5", "between 0 and 1"]),
+    (["--offload", "--cache-ratio", "nan"], ["cache ratio is nan"]),
+    (["--offload", "--store", "nowhere/x"], ["nowhere/x", "No such file"]),
+    (["--offload", "--store", "/"], ["cannot keep a store"])], ids=" ".join)
+def test_offload_out_of_range(run, flags, more, words):
+    refused(run(*flags, *more), *words)
+
+
 # ---------------------------------------------------------------- what a person can get wrong
 
 def refused(result, *words):
@@ -404,6 +469,7 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--backend", "triton"], ["--backend triton needs a GPU"]),
     (["--check", "--backend", "triton"], ["--check", "--backend compile or eager"]),
+    (["--max-err", "0.1", "--offload"], ["--max-err", "leave out --offload"]),
     (["--max-err", "2"], ["--max-err is 2.0", "0 to 1"]),
     (["--max-err", "nan"], ["--max-err is nan"]),
     (["--max-err", "0.1", "--max-retrieve", "0"], ["--max-retrieve is 0.0", "above 0"]),

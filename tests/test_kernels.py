@@ -16,6 +16,7 @@ import torch
 from test_wave_index import ALL, SMALL, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
+import buffer  # noqa: E402
 import retroinfer  # noqa: E402
 from retroinfer import Budget, Index, RetroConfig, WaveIndex, before  # noqa: E402
 
@@ -290,7 +291,7 @@ def test_a_captured_step_grows_with_its_sequence():
     torch.testing.assert_close(run(wave, q, k, v, 150, replay), eager, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["attend", "nearest", "segment_sum"])
+@pytest.mark.parametrize("op", ["attend", "nearest", "segment_sum", "copy_rows"])
 def test_operators_pass_opcheck(op):
     case = Case(*CASES["one token"])
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
@@ -298,7 +299,7 @@ def test_operators_pass_opcheck(op):
                              for xs in (case.steady, case.index, case.stores))
     shares = [n.to(DEVICE) for n in case.budget[3:]]
     args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3])),
-            "nearest": (x, x), "segment_sum": (x, ids, ids + 1)}[op]
+            "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
 
 
@@ -308,6 +309,29 @@ def test_without_a_gpu_the_benchmark_says_so():
                           text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "bench_gpu: a CUDA GPU is needed, and torch finds none\n"
+
+
+# ---------------------------------------------------------------- fetching
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, T, D", [(1, 1, 1), (16, 40, 64), (37, 50, 80), (130, 9, 20)])
+def test_rows_are_copied_as_by_pytorch_and_none_else(N, T, D, dtype):
+    """Two sources fill what is theirs, in either order; rows of neither stay as they were."""
+    g = torch.Generator().manual_seed(N)
+    out, host, slots = (torch.randn(2, 3, n, D, generator=g).to(dtype) for n in (N, T, T))
+    rows = torch.randint(-3, T, (2, 3, N), generator=g)
+    is_hit = torch.rand(2, 3, N, generator=g) < .5
+    misses, hits = rows.masked_fill(is_hit, -1), rows.masked_fill(~is_hit, -8)
+    host[:, :, 1:][:, :, :2] = math.nan                     # read or not, it must arrive as it is
+    want = buffer.copy_rows(buffer.copy_rows(out, host, misses), slots, hits)
+    if DEVICE == "cuda":
+        host = host.pin_memory()
+    misses, hits, slots = (x.to(DEVICE) for x in (misses, hits, slots))
+    for order in ((host, misses, slots, hits), (slots, hits, host, misses)):
+        mine = out.clone().to(DEVICE)
+        assert kernels.copy_rows(mine, *order[:2]) is mine
+        kernels.copy_rows(mine, *order[2:])
+        assert torch.equal(mine.cpu().nan_to_num(7.), want.nan_to_num(7.))
 
 
 # ---------------------------------------------------------------- machine code

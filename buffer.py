@@ -1,0 +1,350 @@
+"""The wave buffer: K and V on the host, and on the device the blocks that steps keep asking for.
+
+A cluster is cut into blocks of 8 tokens. A head has S slots for blocks; a table says which slot
+holds a block, and all of it is tensors, so that a step resolves hits and misses without a word to
+the host. What a step missed is admitted behind its attention, where older blocks go.
+
+        device                                              host
+    ┌───────────────────────────────┐                   ┌──────────────────────────────┐
+    │ slots  k, v  (B, H, S, 8, D)  │                   │ store  k, v  (B, H, T, D)    │
+    │ table  (B, H, C*n)            │ ◄──── admit       │ sink | clusters | latest     │
+    └──────────────┬────────────────┘         ▲         └──────────────┬───────────────┘
+                   │ hits                     │                        │ misses
+                   └───────► execution buffer  k, v  (B, H, N, D) ◄────┘
+
+    B batch    H kv heads   T tokens   D head dim   C clusters a head   S slots a head
+    R clusters retrieved    N tokens retrieved      n blocks a cluster  M blocks asked for: R*n
+
+    offload = buffer.offload(model, capacity)               # one store for the layers of a model
+    caches = [WaveIndex(config, capacity, offload=offload) for _ in model.layers]
+
+Chen et al. (arXiv 2505.02922), §4.3. As published, a step looks up all it asks for before it admits
+anything; here a block is the unit, where they admit a whole cluster, and no CPU thread is asked.
+
+Prefill is exact: for it the past of a sequence comes to the device, one layer's at a time, while
+what the layer before changed is on its way back. To account: WaveBuffer.nbytes(). To trace: replace
+fetch(index, ids (B, H, R), ends (B, H, R)) of a WaveBuffer; ids are in order of rank, and cluster i
+is asked for where ends[..., i] exceeds the end before it.
+
+Does not include: look-ahead; a mapped file as the store of a GPU, whose kernels read pinned memory.
+"""
+import functools
+import itertools
+import math
+import mmap
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from retroinfer import before, bias_of, flat_rows, round_up, take, tripartite_attention, unroll
+
+BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
+
+
+# ---------------------------------------------------------------- which block is in which slot
+
+class LRU:
+    """The block goes first that was not asked for longest: a mark is when it last was."""
+
+    def __init__(self, B, H, S, device):
+        self.mark = torch.arange(-S, 1, device=device).expand(B, H, -1).clone()     # (B, H, S+1)
+        self.now = torch.zeros(B, H, 1, dtype=torch.int64, device=device)
+
+    def touch(self, slots, position):
+        """Slots (B, H, M) are asked for in a step, the one of the least position most recently."""
+        self.now.add_(position.shape[-1])
+        self.enter(slots, position)
+
+    def keys(self):
+        """(B, H, S), distinct: the slot of the least goes first."""
+        return self.mark[..., :-1]
+
+    def enter(self, slots, position):
+        """Slots (B, H, M) have new blocks, asked for in this step."""
+        self.mark.scatter_(-1, slots, self.now - position)
+
+
+class CLOCK:
+    """A hand goes round: it takes the mark of a marked block, and the slot of one without."""
+
+    def __init__(self, B, H, S, device):
+        self.mark = torch.zeros(B, H, S + 1, dtype=torch.int64, device=device)
+        self.hand = torch.zeros(B, H, 1, dtype=torch.int64, device=device)
+
+    def touch(self, slots, position):
+        self.mark.scatter_(-1, slots, 1)
+
+    def keys(self):
+        """How far the hand has to go to take each slot: a round more where it finds a mark."""
+        S = self.mark.shape[-1] - 1
+        ahead = (torch.arange(S, device=self.mark.device) - self.hand) % max(S, 1)
+        return ahead + self.mark[..., :-1] * S
+
+    def enter(self, slots, position):
+        """New blocks are marked, but where the hand has come by again since."""
+        S, keys = self.mark.shape[-1] - 1, self.keys()
+        taken = F.pad(keys, (0, 1), value=-1).gather(-1, slots)             # (B, H, M)
+        last = taken.amax(-1, keepdim=True)
+        self.mark[..., :-1].mul_(keys % max(S, 1) > last)
+        self.mark.scatter_(-1, slots, (taken + S > last).long())
+        self.hand.copy_((self.hand + last + 1) % max(S, 1))
+
+
+class BlockCache:
+    """Which of n_blocks blocks lie in the S slots of each head.
+
+    A step asks for distinct blocks in order of rank. They are looked up together; then those that
+    were there are touched, and of the others all that are among the S best of the step are
+    admitted in order of rank, each into the slot that the policy lets go next. The last entry of
+    table and owner stands for no block and no slot: writes that are not meant go there.
+    """
+
+    def __init__(self, B, H, n_blocks, S, policy=LRU, device=None):
+        kind = {"dtype": torch.int32, "device": device}
+        self.n_blocks, self.S, self.policy = n_blocks, S, policy(B, H, S, device)
+        self.table = torch.full((B, H, n_blocks + 1), -1, **kind)   # slot of a block, or -1
+        self.owner = torch.full((B, H, S + 1), n_blocks, **kind)    # block of a slot, or n_blocks
+
+    def lookup(self, blocks, is_asked):
+        """Slots (B, H, M) of blocks (B, H, M), -1 of those not there or not asked for."""
+        return self.table.gather(-1, blocks).long().masked_fill(~is_asked, -1)
+
+    def admit(self, blocks, is_asked, slots):
+        """Slots (B, H, M) that the blocks get which lookup did not find; S where one gets none."""
+        position = is_asked.cumsum(-1) - 1                                  # (B, H, M)
+        self.policy.touch(slots.masked_fill(slots < 0, self.S), position)
+        is_new = is_asked & (slots < 0) & (position < self.S)
+        n = min(blocks.shape[-1], self.S)
+        victims = self.policy.keys().topk(n, largest=False, sorted=True).indices
+        nth = (is_new.cumsum(-1) - 1).masked_fill(~is_new, n)
+        places = F.pad(victims, (0, 1), value=self.S).gather(-1, nth)       # (B, H, M)
+        self.policy.enter(places, position)
+        blocks = blocks.masked_fill(~is_new, self.n_blocks)
+        self.table.scatter_(-1, self.owner.gather(-1, places).long(), -1)
+        self.table.scatter_(-1, blocks, places.int())
+        self.owner.scatter_(-1, places, blocks.int())
+        return places
+
+
+# ---------------------------------------------------------------- the wave buffer
+
+class WaveBuffer:
+    """The store of one WaveIndex on the host, and its block cache.
+
+    cache_ratio: slots as a share of the store's rows, 0 to 1. A cluster's last block may be partly
+    filled, so that 1 keeps most of the store and not quite all of it. memory: gives a tensor of
+    the host, as one of host_memory does, and another. ValueError if there is no such memory.
+    """
+
+    def __init__(self, wave, memory=None, cache_ratio=0.05, policy=LRU, overlap=False):
+        check_ratio(cache_ratio)
+        (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
+        S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]
+        memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
+        self.stores = list(itertools.islice(memory, 2))
+        if len(self.stores) < 2:
+            raise ValueError("other caches hold this memory: call offload() once for each set")
+        self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
+        self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
+        self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
+        self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
+        self.settle = self.lane.drain
+        self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
+        if overlap:
+            self.fetch = self.fetch_overlapped
+
+    def attend(self, q, steady, index, budget, stores):
+        """retroinfer.attend; behind it the blocks that were not there are admitted."""
+        seen = []
+
+        def fetch(ids, ends):
+            seen[:] = ids, ends, *self.fetch(index, ids, ends)
+            return seen[2:]
+
+        o = tripartite_attention(q, steady, index, budget, fetch)
+        self.admit(*seen[:4])
+        return o
+
+    def fetch(self, index, ids, ends):
+        """retroinfer.gather_clusters: what slots hold from there, the rest from the host."""
+        misses, hits, bias = self.locate(index, ids, ends)
+        k, v = (copy_rows(copy_rows(x.new_zeros(*hits.shape, x.shape[3]), store, misses), x, hits)
+                for store, x in zip(self.stores, self.slots, strict=True))
+        return k, v, bias
+
+    def fetch_overlapped(self, index, ids, ends):
+        """fetch, with the misses on the copy stream while this one copies the hits."""
+        misses, hits, bias = self.locate(index, ids, ends)
+        return *copy_overlapped(self.stores, self.slots, misses, hits), bias
+
+    def locate(self, index, ids, ends):
+        """Rows (B, H, N) in the store and in the slots, negative where the other has it; bias."""
+        blocks, is_asked, block_ends = self.ask(ids, ends)
+        slots = self.cache.lookup(blocks, is_asked)                         # (B, H, M)
+        first = index.offsets.gather(-1, ids)[..., None] + self.within
+        first = first.flatten(2).masked_fill(slots >= 0, -BLOCK)            # its rows are negative
+        misses, hits = (unroll(x, block_ends, self.N) for x in (first, slots * BLOCK))
+        self.counts.add_(torch.stack([x.sum() for x in (slots >= 0, is_asked, misses >= 0)]))
+        return misses, hits, bias_of((misses < 0) & (hits < 0))
+
+    def ask(self, ids, ends):
+        """Blocks (B, H, M) of clusters, which of them are asked for, and where they end, packed."""
+        starts, ends = before(ends)[..., None] + self.within, ends[..., None]       # (B, H, R, n)
+        blocks = ids[..., None] * len(self.within) + self.within // BLOCK
+        block_ends = (starts + BLOCK).minimum(ends)
+        return blocks.flatten(2), (starts < ends).flatten(2), block_ends.flatten(2)
+
+    def admit(self, ids, ends, k, v):
+        """Copy to slots what fetch brought, packed as k, v (B, H, N, D), and was not there."""
+        blocks, is_asked, block_ends = self.ask(ids, ends)
+        places = self.cache.admit(blocks, is_asked, self.cache.lookup(blocks, is_asked))
+        rows = before(block_ends)[..., None] + torch.arange(BLOCK, device=k.device)     # (B,H,M,8)
+        rows = rows.masked_fill((places == self.cache.S)[..., None], 0).clamp(max=self.N - 1)
+        to = flat_rows(places, self.cache.S + 1)
+        for slots, x in zip(self.slots, (k, v), strict=True):
+            blocks = take(x, rows.flatten(2)).view(len(to), -1)             # (B*H*M, 8*D)
+            slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
+
+    def bring(self, rows, n):
+        """Copies on the device of rows k, v (1, H, m, D) of the store, the first n; or those."""
+        if self.is_near:
+            return rows
+        return [send(x[:, :, :n], x.new_empty(x.shape, device=self.slots[0].device)) for x in rows]
+
+    def put(self, rows, copies):
+        """Send what bring gave back to the store, beside what the device does next."""
+        if self.is_near:
+            return
+        with self.lane.fork():      # else the copy could begin before the tokens are in order
+            for x, copy in zip(rows, copies, strict=True):
+                send(copy, x)
+        self.lane.held = copies     # until the next put: else their memory could be used meanwhile
+
+    def nbytes(self):
+        """Bytes allocated, by part: on the device the slots and their table, the store."""
+        state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
+        parts = {"slots": self.slots, "table": (*state, self.within, self.counts),
+                 "store": self.stores}
+        return {name: sum(x.nbytes for x in part) for name, part in parts.items()}
+
+
+def check_ratio(cache_ratio):
+    """ValueError if it is no share."""
+    if not 0 <= cache_ratio <= 1:
+        raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
+
+
+def send(x, to):
+    """to, to whose first rows x (1, H, n, D) begins to be copied: a run of memory a head."""
+    for h in range(x.shape[1]):
+        to[0, h, :x.shape[2]].copy_(x[0, h], non_blocking=True)
+    return to
+
+
+def copy_rows(out, source, rows):
+    """out (B, H, N, D), but rows (B, H, N) of source (B, H, T, D) where those are not negative."""
+    if out.is_cuda:             # its source may be the host's memory, which only a kernel reads
+        import kernels
+        return kernels.copy_rows(out, source, rows)
+    return torch.where(rows[..., None] < 0, out, take(source, rows.clamp(min=0)))
+
+
+@torch.library.custom_op("retroinfer::copy_overlapped", mutates_args=())
+def copy_overlapped(stores: list[torch.Tensor], slots: list[torch.Tensor], misses: torch.Tensor,
+                    hits: torch.Tensor) -> list[torch.Tensor]:
+    """k, v (B, H, N, D): rows `misses` of two stores and rows `hits` of two slots, side by side.
+
+    One operation to the compiler, which knows no second stream.
+    """
+    outs, lane = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots], Lane(hits.device)
+    with lane.fork():           # else outs' memory could still be read as what it was before
+        outs = list(map(copy_rows, outs, stores, 2 * [misses]))
+    outs = list(map(copy_rows, outs, slots, 2 * [hits]))
+    lane.join()                 # else attention could read rows that are yet to come
+    return outs
+
+
+@copy_overlapped.register_fake
+def _(stores, slots, misses, hits):
+    return [x.new_empty(*hits.shape, x.shape[3]) for x in slots]
+
+
+@functools.cache                                        # one a device
+class Lane:
+    """A stream beside the one of the computation; without a GPU, no stream and nothing to wait."""
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.held = None
+
+    @contextmanager
+    def fork(self):
+        """What is called inside starts behind what came before, beside what comes next."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):            # of None: nothing
+            yield
+
+    def join(self):
+        """What comes next starts behind what the lane was given."""
+        if self.stream:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def drain(self):
+        """Wait for what the lane was given: else rows could be read before they arrive."""
+        if self.stream:
+            self.stream.synchronize()
+
+
+# ---------------------------------------------------------------- host memory
+
+def host_memory(n, shape, dtype, device, path=None):
+    """An iterator over n tensors of the host: plain, pinned for a GPU, or those of a file.
+
+    A file must be new. It gets all its space at once, so that no later write can fail, and loses
+    its name: the space is free again when the process ends. ValueError if there is no such memory.
+    """
+    nbytes, is_pinned = math.prod(shape) * dtype.itemsize, device.type == "cuda"
+    if path and is_pinned:
+        raise ValueError(f"a store in a file, {path}, is for a CPU: a GPU reads pinned memory only")
+    pieces = mapped(path, n, nbytes) if path else plain(n, nbytes, is_pinned)
+    return iter([x.view(dtype).view(shape) for x in pieces])
+
+
+def plain(n, nbytes, is_pinned):
+    """n tensors of bytes."""
+    try:
+        return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(n)]
+    except RuntimeError as e:
+        raise ValueError(f"the store needs {n * nbytes / 2**30:.1f} GiB of host memory, which is "
+                         f"not to be had ({str(e).splitlines()[0]}): lower --capacity, or keep it "
+                         "in a file with --store") from None
+
+
+def mapped(path, n, nbytes):
+    """n tensors of bytes in a file without a name."""
+    pitch = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(path, "x+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, n * pitch)
+                maps = [mmap.mmap(file.fileno(), nbytes, offset=i * pitch) for i in range(n)]
+            finally:
+                os.unlink(path)
+    except OSError as e:
+        raise ValueError(f"cannot keep a store of {n * pitch / 2**30:.1f} GiB in {path}: "
+                         f"{e.strerror}") from None
+    return [torch.frombuffer(x, dtype=torch.uint8) for x in maps]
+
+
+def offload(model, capacity, batch=1, path=None, **how):
+    """What makes the WaveBuffer of each layer of a model; the host memory of all is allocated now.
+
+    path: that of a new file to keep it in. how: cache_ratio, policy, overlap.
+    """
+    c, weight = model.config, model.lm_head.weight
+    shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
+    memory = host_memory(2 * len(model.layers), shape, weight.dtype, weight.device, path)
+    return functools.partial(WaveBuffer, memory=memory, **how)

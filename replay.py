@@ -1,0 +1,299 @@
+"""Which clusters real steps ask for, what each way of keeping some would have hit, and its speed.
+
+    python replay.py                    # record four texts, replay them: half an hour on two cores
+    python replay.py --traces DIR --save FILE.json      # keep traces, numbers; plots beside them
+
+A generation of the default model is recorded: every step's retrieved clusters, by layer and head,
+best first. Replayed, as in buffer.py: a cluster is cut into blocks of 8 tokens, a head has S slots
+for blocks, S x 8 tokens being the cache ratio of its store; a step's blocks are all looked up, then
+those among the first S of the step that missed are admitted, in order of rank. Hits include the
+first step's, which are none.
+
+LRU and CLOCK are those of buffer.py; FIFO forgets what it admitted first; Belady's knows what will
+be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more. Speeds are
+those of machine.py. T steps, R clusters retrieved, S slots a head, B batch, H kv heads.
+
+Does not include: caches shared by heads or layers, look-ahead, several devices.
+"""
+import argparse
+import functools
+import itertools
+import json
+import sys
+from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import texts
+from bench import cpu_name, table
+from buffer import BLOCK
+from machine import plot_speed, predicted
+from model import DEFAULT_NAME, load
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    before,
+    decode,
+    eager_step,
+    gather_clusters,
+    prefill,
+    round_up,
+    sampler,
+    tripartite_attention,
+)
+
+RATIOS = 0.005, 0.025, 0.05, 0.1, 0.2, 0.4
+
+
+# ---------------------------------------------------------------- recording
+
+@dataclass(frozen=True)
+class Trace:
+    """The clusters that the steps of a generation retrieved. A cluster keeps its number."""
+    ids: np.ndarray             # (T, layers, B*H, R) best first
+    sizes: np.ndarray           # (T, layers, B*H, R) tokens; 0: not asked for
+    capacity: int               # tokens the store of a head has room for
+    said: np.ndarray            # (T+1, B) the tokens generated
+    config: RetroConfig
+
+    def save(self, path):
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        np.savez_compressed(path, **arrays | {"config": json.dumps(asdict(self.config))})
+
+    @classmethod
+    def load(cls, path):
+        with np.load(path) as file:
+            config = RetroConfig(**json.loads(str(file["config"])))
+            return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"], config)
+
+    def best(self, n):
+        """As if only the n best clusters of a step had been retrieved, on the same way."""
+        return replace(self, ids=self.ids[..., :n], sizes=self.sizes[..., :n])
+
+    def slots(self, ratio):
+        """S, block slots of a head whose cache is that share of its store."""
+        return round(ratio * self.capacity / BLOCK)
+
+    @property
+    def n_blocks(self):
+        """(T, layers, B*H, R) blocks of the clusters asked for."""
+        return -(-self.sizes.astype(int) // BLOCK)
+
+    @functools.cached_property
+    def streams(self):
+        """Of each layer and head what it asks for: step by step, numbers of blocks, best first."""
+        T, layers, heads, _ = self.ids.shape
+        largest, found = int(self.n_blocks.max(initial=1)), {}
+        ids, counts = self.ids.tolist(), self.n_blocks.tolist()
+        for layer, head in itertools.product(range(layers), range(heads)):
+            found[layer, head] = [
+                [i * largest + j for i, n in zip(ids[t][layer][head], counts[t][layer][head],
+                                                 strict=True) for j in range(n)]
+                for t in range(T)]
+        return found
+
+
+def record(model, prompts, n_steps, pick=None, config=None):
+    """The Trace of n_steps eager steps behind prompts (T,), which a wave index has read."""
+    asked, config = [], config or RetroConfig()
+
+    def attend(q, steady, index, budget, stores):
+        def fetch(ids, ends):
+            asked.append((ids.flatten(0, 1), (ends - before(ends)).flatten(0, 1)))      # (B*H, R)
+            return gather_clusters(index, stores, ids, ends, budget.tokens)
+        return tripartite_attention(q, steady, index, budget, fetch)
+
+    capacity, hot = max(map(len, prompts)) + n_steps, PLAIN._replace(attend=attend)
+    caches = [WaveIndex(config, capacity, len(prompts), hot) for _ in model.layers]
+    logits = prefill(model, caches, prompts, chunk=2048)
+    said = list(decode(model, caches, logits, n_steps + 1, pick or sampler(), eager_step))
+    ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()
+                  for x in zip(*asked, strict=True))
+    return Trace(ids.astype(np.int32), sizes.astype(np.uint16), round_up(capacity),
+                 torch.stack(said).numpy(), config)
+
+
+# ---------------------------------------------------------------- policies
+
+def lru(steps, S):
+    """Yield the hits of each step: what was not asked for longest goes first."""
+    kept = OrderedDict()                    # the next to go is first
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        for b in reversed(blocks):
+            kept[b] = None
+            kept.move_to_end(b)
+        while len(kept) > S:
+            kept.popitem(last=False)
+
+
+def fifo(steps, S):
+    """Yield the hits of each step: what was admitted first goes first."""
+    kept = OrderedDict()
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        for b in [b for b in blocks[:S] if b not in kept]:
+            if len(kept) == S:
+                kept.popitem(last=False)
+            kept[b] = None
+
+
+def clock(steps, S):
+    """Yield the hits of each step: a hand goes round, and takes what was not asked for since."""
+    owner, is_marked, place, hand = [None] * S, [False] * S, {}, 0
+    for blocks in steps:
+        hits = [place[b] for b in blocks if b in place]
+        yield len(hits)
+        for slot in hits:
+            is_marked[slot] = True
+        for b in [b for b in blocks[:S] if b not in place]:
+            while is_marked[hand]:
+                is_marked[hand], hand = False, (hand + 1) % S
+            place.pop(owner[hand], None)
+            owner[hand], is_marked[hand], place[b], hand = b, True, hand, (hand + 1) % S
+
+
+def belady(steps, S):
+    """Yield the hits of each step: what is needed soonest stays. Blocks due together are equal."""
+    due, next_use = {}, []                  # of each step, when its blocks are asked for again
+    for t in range(len(steps) - 1, -1, -1):
+        next_use.append({b: due.get(b, len(steps)) for b in steps[t]})
+        due |= dict.fromkeys(steps[t], t)
+    kept = {}
+    for blocks in steps:
+        yield sum(b in kept for b in blocks)
+        kept |= next_use.pop()
+        kept = dict(sorted(kept.items(), key=lambda item: item[1])[:S])
+
+
+POLICIES = {"LRU": lru, "FIFO": fifo, "CLOCK": clock, "Belady": belady}
+
+
+def replay(trace, policy, S):
+    """Blocks hit, (T, layers, B*H), by a policy with S slots a head."""
+    hits = np.zeros(trace.ids.shape[:3], dtype=int)
+    for place, steps in trace.streams.items():
+        hits[:, *place] = list(policy(steps, S))
+    return hits
+
+
+# ---------------------------------------------------------------- all of it
+
+def recorded(kind, args):
+    """The Trace of a text, from its file if there is one."""
+    path = Path(args.traces) / f"{kind}.npz" if args.traces else None
+    if path and path.exists():
+        return Trace.load(path)
+    model, tokenizer = load(device="cpu")
+    ids = tokenizer.encode(texts.KINDS[kind]("final")[:12 * args.length])
+    prompt = torch.tensor(ids[:args.length - args.steps - 1])
+    trace = record(model, [prompt], args.steps, sampler(0.7, 0.95))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.save(path)
+    return trace
+
+
+def measured(trace, policies):
+    """Hit ratios of a trace as numbers, by policy and ratio, and the first's at 5 % by layer."""
+    asked, found = trace.n_blocks.sum(-1), {"hit": {}}                      # (T, layers, B*H)
+    for name in policies:
+        hits = {ratio: replay(trace, POLICIES[name], trace.slots(ratio)) for ratio in RATIOS}
+        found["hit"][name] = {ratio: round(float(x.sum() / asked.sum()), 4)
+                              for ratio, x in hits.items()}
+        if "layers" not in found:
+            found["layers"] = (hits[0.05].sum((0, 2)) / asked.sum((0, 2))).round(4).tolist()
+    return found | {"blocks": round(asked.mean(), 1)}
+
+
+def cell(trace):
+    """What is kept of a trace: of its share of the clusters without a floor, and of all of it."""
+    share = int(replace(trace.config, least=1).budget(torch.tensor(trace.capacity))[0])
+    return {"config": asdict(trace.config), "share": measured(trace.best(share), POLICIES),
+            "all": measured(trace, ["LRU"])}
+
+
+def averaged(cells):
+    """{policy: {ratio: mean over texts}} of what measured() gives for each."""
+    return {policy: {ratio: sum(cell["hit"][policy][ratio] for cell in cells) / len(cells)
+                     for ratio in RATIOS} for policy in cells[0]["hit"]}
+
+
+def plot_hits(found, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    mean = averaged([cell["share"] for cell in found.values()])
+    for style, (name, hits) in zip(("o-", "s:", "^--", "D-."), mean.items(), strict=True):
+        left.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
+                  color="black" if name == "LRU" else "0.5")
+    left.set(xscale="log", ylim=(0, 1), xlabel="cache, % of a head's store", ylabel="hit ratio",
+             title=f"At 5 % LRU hits {mean['LRU'][0.05]:.0%}, and none can hit more than "
+                   f"{mean['Belady'][0.05]:.0%}")
+    left.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
+    left.minorticks_off()
+    left.legend(frameon=False, loc="lower right")
+    right.axhspan(0.79, 0.94, color="0.9", label="average by task in the paper")
+    for style, (kind, cell) in zip(("o-", "s:", "^--", "D-."), found.items(), strict=False):
+        right.plot(cell["share"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
+    layers = np.mean([cell["share"]["layers"] for cell in found.values()], 0)
+    right.set(ylim=(0, 1), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
+              title=f"Layers hit {layers.min():.0%} to {layers.max():.0%}")
+    right.legend(frameon=False, loc="lower right", ncols=2)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def report(found, speed):
+    """The tables of a run."""
+    lines = []
+    for budget in ("share", "all"):
+        rows = [[kind, policy, *(f"{hit:.3f}" for hit in hits.values())]
+                for kind, cell in found.items() for policy, hits in cell[budget]["hit"].items()]
+        blocks = ", ".join(f"{cell[budget]['blocks']:g}" for cell in found.values())
+        lines += [f"clusters retrieved: {budget}; blocks a step and head: {blocks}",
+                  table(["text", "policy", *(f"{ratio:.1%}" for ratio in RATIOS)], rows)]
+    keys = "tokens", "batch", "ratio", "measured", "predicted", "bytes only"
+    rows = [[f"{row[key]:.1f}" if key in keys[3:] else row[key] for key in keys]
+            for row in speed["published"]]
+    ours = [[name, batch, f"{x:.0f}"] for name, row in speed["ours"].items()
+            for batch, x in row.items()]
+    lines += [f"the published code, tokens/s; fitted: {speed['host_seconds'] * 1e3:.3f} ms a layer",
+              table(keys, rows), "at the hit ratio of its own log, 120K x 8 and 5 %: "
+              f"{speed['at its own hit ratio']:.1f}", "ours at 120K and 5 %, not measured",
+              table(["machine", "batch", "tokens/s"], ours)]
+    return "\n\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
+    parser.add_argument("--length", type=int, default=8192, help="tokens read and generated")
+    parser.add_argument("--steps", type=int, default=255, help="of them generated, less one")
+    parser.add_argument("--traces", metavar="DIR", help="where traces are kept")
+    parser.add_argument("--save", metavar="FILE", help="write the numbers to this JSON file")
+    args = parser.parse_args()
+    where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
+             f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
+    print(where, flush=True)
+    with ProcessPoolExecutor() as pool:         # a text is replayed while the next is recorded
+        cells = {kind: pool.submit(cell, recorded(kind, args)) for kind in args.texts}
+        found = {kind: future.result() for kind, future in cells.items()}
+    speed = predicted(averaged([cell["share"] for cell in found.values()])["LRU"])
+    print(report(found, speed))
+    if args.save:
+        path, facts = Path(args.save), {"where": where, "command": " ".join(sys.argv)}
+        path.write_text(json.dumps(facts | {"texts": found, "speed": speed}, indent=1) + "\n")
+        plot_hits(found, path.with_suffix(".png"))
+        plot_speed(speed, path.with_name(f"{path.stem}-speed.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What the plan says against what is then allocated, and against published numbers."""
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import cli
+from buffer import offload
+from model import Llama
+from plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
+from retroinfer import RetroConfig, WaveIndex, eager_step, prefill
+
+LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
+
+
+def most_alive(work):
+    """Bytes the allocator had given out at most during work(), beyond those before: its own log."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def alive(model, caches):
+    """Bytes of all parameters and of all tensors that lie in attributes, each storage once."""
+    held, owners = list(model.parameters()), list(caches)
+    for buffer in filter(None, (cache.buffer for cache in caches)):
+        owners += [buffer, buffer.cache, buffer.cache.policy]
+    for owner in owners:
+        for x in vars(owner).values():
+            held += [t for t in (x if isinstance(x, (tuple, list)) else (x,)) if torch.is_tensor(t)]
+    return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in held}.values())
+
+
+def measured(model, run):
+    """Bytes (alive for good, most beyond them in a prefill's last chunk, most in a step)."""
+    buffer = None if run.cache_ratio is None else offload(
+        model, run.capacity, run.batch, cache_ratio=run.cache_ratio)
+    caches = [WaveIndex(run.retro, run.capacity, run.batch, offload=buffer) for _ in model.layers]
+    ids = torch.arange(run.capacity - 8) % run.model.vocab_size
+    prefill(model, caches, [ids[:-run.chunk]] * run.batch, run.chunk)
+    reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
+    for cache in caches:
+        cache.update()
+    step = most_alive(lambda: eager_step(model, caches, ids[:run.batch]))
+    return alive(model, caches), reading, step
+
+
+@pytest.fixture
+def narrow(smollm2):
+    """The default model with three of its layers, and of the default model's sizes."""
+    config = replace(smollm2[0].config, num_hidden_layers=3)
+    model = Llama(config).requires_grad_(False)
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+# ---------------------------------------------------------------- against what is allocated
+
+@pytest.mark.parametrize(("batch", "chunk", "capacity", "ratio"), [
+    (1, 600, 2400, None), (3, 100, 1500, None), (2, 400, 2000, 0.1), (1, 400, 2000, 0.0)])
+def test_the_peak_is_within_three_percent(narrow, one_thread, batch, chunk, capacity, ratio):
+    run = Run(narrow.config, capacity, batch, torch.float32, chunk, ratio, is_cpu=True,
+              retro=RetroConfig(segment=512))
+    table = plan(run)
+    held, reading, step = measured(narrow, run)
+    host = sum(table.host.values())
+    assert sum(table.device.values()) + host == pytest.approx(held, rel=1e-4)   # all but counters
+    assert table.peak + host == pytest.approx(held + max(reading, step), rel=0.03)
+    assert table.prefill == pytest.approx(reading, rel=0.2)
+    assert table.step == pytest.approx(step, rel=0.1)
+
+
+def test_parts_are_those_of_the_cache_that_is_allocated(narrow):
+    run = Run(narrow.config, 1000, 2, torch.float32)
+    cache = WaveIndex(run.retro, run.capacity, run.batch)
+    cache.allocate(torch.empty(1, 3, 0, 64))
+    device = plan(run).device
+    assert device["store"] == 3 * (cache.k_store.nbytes + cache.v_store.nbytes)
+    assert device["steady zone"] == 3 * (cache.k_steady.nbytes + cache.v_steady.nbytes)
+    assert device["index"] == 3 * sum(x.nbytes for x in cache.index)
+
+
+def test_offload_moves_the_store_to_the_host_and_leaves_a_share_of_it():
+    there, here = plan(LLAMA), plan(replace(LLAMA, cache_ratio=0.05))
+    assert here.host == {"store": there.device["store"]} and "store" not in here.device
+    assert here.device["block cache"] == pytest.approx(0.05 * here.host["store"], rel=0.01)
+    one_layer = here.host["store"] // 32        # a prefill brings it to the device
+    assert here.prefill == there.prefill + one_layer
+
+
+def test_a_store_must_fit_the_host_unless_it_is_in_a_file():
+    here = plan(replace(LLAMA, cache_ratio=0.05))
+    assert here.fits(24 * GIB) and here.fits(24 * GIB, 16 * GIB)
+    assert not here.fits(24 * GIB, 15 * GIB) and not here.fits(16 * GIB)
+    cpu = plan(replace(LLAMA, cache_ratio=0.05, is_cpu=True))
+    assert not cpu.fits(30 * GIB) and cpu.fits(40 * GIB)                # one memory for both
+    assert plan(replace(cpu.run, in_file=True)).fits(30 * GIB)
+
+
+# ---------------------------------------------------------------- against public numbers
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("Llama-3.1-8B", 8_030_261_248), ("Llama-3.1-70B", 70_553_706_496),
+    ("Qwen2.5-7B", 7_615_616_512), ("Qwen2.5-72B", 72_706_203_648)])
+def test_a_named_shape_has_the_parameters_of_its_model_card(name, parameters):
+    assert weights(shape(name)) == 2 * parameters
+
+
+def test_llama_at_128k_is_the_arithmetic_of_the_papers():
+    """128 KiB of K and V a token; an index of a sixteenth, and an eighth more."""
+    device = plan(replace(LLAMA, retro=RetroConfig.paper())).device
+    assert device["store"] == 16 * GIB
+    assert device["index"] == pytest.approx(16 * GIB / 16 * 9 / 8, rel=0.04)
+
+
+# ---------------------------------------------------------------- what fits
+
+def test_what_fits_is_given_back_and_what_does_not_is_refused_with_what_would():
+    peak = plan(LLAMA).peak
+    assert fit(LLAMA, peak).peak == peak
+    with pytest.raises(ValueError, match=r"131,072 tokens x 1 need .* what fits: ") as refusal:
+        fit(LLAMA, peak - 1)
+    assert "\n" not in str(refusal.value)
+    n = int(re.search(r"--capacity (\d+)", str(refusal.value))[1])
+    assert plan(replace(LLAMA, capacity=n)).peak <= peak - 1
+
+
+def test_every_remedy_that_is_named_would_fit_and_no_other():
+    whole = replace(LLAMA, chunk=None)
+    for memory in (17 * GIB, 26 * GIB, 40 * GIB):
+        with pytest.raises(ValueError) as refusal:
+            fit(whole, memory)
+        for how, changes in REMEDIES.items():
+            fits = plan(replace(whole, **changes)).peak <= memory
+            assert fits == (f" {how}," in f"{refusal.value},"), (how, memory)
+
+
+def test_the_largest_capacity_fits_and_a_thousand_more_does_not():
+    n = largest_capacity(LLAMA, 24 * GIB)
+    assert plan(replace(LLAMA, capacity=n)).peak <= 24 * GIB
+    assert plan(replace(LLAMA, capacity=n + 1024)).peak > 24 * GIB
+
+
+def test_weights_that_do_not_fit_are_said_to_be_the_reason():
+    with pytest.raises(ValueError, match=r"fits: nothing here, the weights alone are 15\.0 GiB"):
+        fit(LLAMA, 12 * GIB)
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_plan_prints_the_parts_and_runs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load", None)
+    status = cli.main(["--plan", "Llama-3.1-8B", "--capacity", "131072", "--memory", "40",
+                       "--prefill-chunk", "2048"])
+    out, err = capsys.readouterr()
+    assert status == 0 and not err
+    for part in ("weights", "index", "steady zone", "store", "activations, step", "peak"):
+        assert f"\n{part}" in out
+    left = float(re.search(r"fits: ([\d.]+) GiB of 40\.0 left", out)[1])
+    assert left == pytest.approx(40 - plan(LLAMA).peak / GIB, abs=0.06)
+
+
+def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint):
+    path = checkpoint()
+    assert cli.main(["--model", str(path), "--plan", "--device", "cpu"]) == 0
+    assert f"{path}, 64 tokens x 1, float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--plan", "Lama"], "no shape or model is named Lama: give a path, or one of SmolLM2"),
+    (["--plan", "Llama-3.1-8B", "--memory", "24"], "what fits: --capacity"),
+    (["--plan", "--batch", "0"], "--batch is 0: at least 1 is needed"),
+    (["--plan", "--memory", "0"], "--memory is 0.0: give GiB above 0")])
+def test_what_cannot_be_planned_is_one_line_and_status_two(capsys, flags, message):
+    assert cli.main(["--device", "cpu", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
