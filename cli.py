@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from buffer import check_ratio, offload
+from certificate import CheckedIndex, check_lines, check_shares, summary
 from model import DEFAULT_NAME, DenseCache, load
 from plan import show
 from retroinfer import (
@@ -71,6 +72,12 @@ def parse_args(argv):
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
+    add("--check", action="store_true", help="say what is certain of the steps: attention mass "
+        "read exactly, distance from dense attention's output")
+    add("--max-err", type=float, metavar="SHARE", help="retrieve more clusters, head by head, "
+        "until at most this share of the attention mass may lie in tokens not read; and --check")
+    add("--max-retrieve", type=float, default=1.0, metavar="SHARE", help="of the clusters, that "
+        "--max-err may retrieve: a step has room for as many (default 1.0)")
     add("--plan", nargs="?", const="", metavar="SHAPE", help="run nothing: print the bytes by part "
         "of --model, or of a shape such as Llama-3.1-8B, for --capacity tokens")
     add("--batch", type=int, default=1, help="sequences, with --plan")
@@ -84,6 +91,7 @@ def parse_args(argv):
         add(f"--{field.name.replace('_', '-')}", default=field.default,
             help=f"{text} (default {field.default})", **kind)
     args = parser.parse_args(argv)
+    args.check |= args.max_err is not None
     check_flags(args)
     return args
 
@@ -111,6 +119,12 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise ValueError("--compare takes one answer: leave out --chat")
+    check_shares(args.max_err, args.max_retrieve)
+    if args.check and args.backend not in (None, "compile", "eager"):
+        raise ValueError(f"--check and --max-err need --backend compile or eager, not "
+                         f"{args.backend}")
+    if args.check and args.offload:
+        raise ValueError("--check and --max-err need K and V on the device: leave out --offload")
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
@@ -143,7 +157,7 @@ def choose_device(name):
         raise ValueError(f"--device {name} is not to be had: {str(e).splitlines()[0]}") from None
 
 
-def choose_backend(name, device, offload=False):
+def choose_backend(name, device, is_plain=False):
     """(how to run a step, its hot functions, a line that says what was chosen and why)."""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if name == "eager":
@@ -153,9 +167,7 @@ def choose_backend(name, device, offload=False):
             raise ValueError(f"--backend {name} needs a C++ compiler on a CPU: install g++ or set "
                              "CXX, or pass --backend eager")
         return eager_step, PLAIN, f"eager on {where}: there is no C++ compiler"
-    hot = choose_hot(name, device)
-    if offload and device.type == "cpu":        # then the buffer attends
-        hot = PLAIN
+    hot = PLAIN if is_plain else choose_hot(name, device)
     hows = {"retroinfer": "torch.compile", "native": "native.cpp and torch.compile",
             "kernels": "Triton and torch.compile"}
     return compiled_step, hot, (f"{hows[hot.attend.__module__]} on {where}, "
@@ -199,17 +211,16 @@ def answer(args):
     device = choose_device(args.device)
     if args.plan is not None:
         return show(args, config, device)
-    step, hot, backend = choose_backend(args.backend, device, args.offload)
+    is_plain = args.check or (args.offload and device.type == "cpu")    # then those attend
+    step, hot, backend = choose_backend(args.backend, device, is_plain)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
     writer = Writer(tokenizer, args.raw, device)
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = room_for(args, model.config.context, longest)
-    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
-    buffer = offload(model, capacity, len(prompts), args.store, **ratio) if args.offload else None
-    session = Session(model, lambda: WaveIndex(config, capacity, len(prompts), hot, buffer), pick,
-                      step, args.prefill_chunk)
+    make_cache = cache_maker(args, model, config, hot, capacity, len(prompts))
+    session = Session(model, make_cache, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
     said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
@@ -225,10 +236,21 @@ def answer(args):
         facts |= measure_offload(session)
     if args.compare:
         facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
+    if args.check:
+        facts["check"] = summary(session.caches)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def cache_maker(args, model, config, hot, capacity, batch):
+    """A function that makes the cache of a layer."""
+    if args.check:
+        return lambda: CheckedIndex(config, capacity, batch, args.max_err, args.max_retrieve)
+    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
+    buffer = offload(model, capacity, batch, args.store, **ratio) if args.offload else None
+    return lambda: WaveIndex(config, capacity, batch, hot, buffer)
 
 
 def write_prompts(args, texts, writer, snapshot, lines):
@@ -365,6 +387,8 @@ def card(f, context):
             ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
         lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
                      f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
+    if "check" in f:
+        lines += check_lines(f["check"])
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [

@@ -78,6 +78,35 @@ def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
 
 
+def test_check_says_what_is_certain_of_the_same_answer(run, checkpoint):
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64, "--json")
+    plain, (status, out, err) = last_json(run(*flags)[1]), run(*flags, "--check")
+    facts = last_json(out)
+    found = facts["check"]
+    assert status == 0 and facts["answers"] == plain["answers"] and "check" not in plain
+    assert found["checked"] == 8 * 2 * 4 and 0 <= found["read_low"] <= found["read_high"] <= 1
+    assert found["error"] <= found["error_worst"] and "\nmax-err" not in err
+    card = err[err.index("\ncheck "):]
+    assert f"{found['read_low']:.1%} to {found['read_high']:.1%}" in card
+    assert f"{found['vacuous'] / found['checked']:.1%} of the bounds are vacuous" in card
+
+
+def test_max_err_0_is_dense(run, checkpoint):
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64, "--json",
+             "--compare", "--max-err", 0)
+    status, out, err = run(*flags)
+    facts = last_json(out)
+    assert status == 0 and facts["agreement"] == 1 and facts["kl"] < 1e-6
+    assert facts["check"]["read_low"] == 1 and "max-err    0: not reached in 0 of 64" in err
+    few, err = run(*flags, "--max-retrieve", 0.1)[1:]
+    assert last_json(few)["kl"] > facts["kl"] and "not reached in 64 of 64" in err
+
+
+def test_without_a_step_nothing_is_checked(run, checkpoint):
+    status, _, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 1, "--check")
+    assert status == 0 and "no step was taken" in err
+
+
 def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
     _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--sink", 0,
                     "--local", 1, "--retrieve", 0, "--estimate", 0, "--update", 16, "--json")
@@ -439,6 +468,11 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--backend", "triton"], ["--backend triton needs a GPU"]),
+    (["--check", "--backend", "triton"], ["--check", "--backend compile or eager"]),
+    (["--max-err", "0.1", "--offload"], ["--max-err", "leave out --offload"]),
+    (["--max-err", "2"], ["--max-err is 2.0", "0 to 1"]),
+    (["--max-err", "nan"], ["--max-err is nan"]),
+    (["--max-err", "0.1", "--max-retrieve", "0"], ["--max-retrieve is 0.0", "above 0"]),
     (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
 def test_flags_out_of_range(run, checkpoint, flags, words):
     refused(run("--model", checkpoint(**LONG), *flags), *words)

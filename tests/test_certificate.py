@@ -1,0 +1,293 @@
+"""What is certified against float64: no mass outside its interval, no error above its bound."""
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_wave_index import SMALL, qkv, read
+
+import certificate
+from certificate import CheckedIndex, Witness, examine, log_spread, measure, stored, summary
+from fidelity import feed, filled
+from fidelity import read as dense
+from retroinfer import RetroConfig, WaveIndex, cluster_segment
+
+
+def truth(cache, q, b, h):
+    """Of one head in float64, cluster by cluster: log masses (G, C), of the steady zone (G, 1), and
+    dense attention's output (G, D) to q (G, D)."""
+    index, live = cache.index, int(cache.n_tokens[b] - cache.n_indexed[b])
+    keys = cache.k_steady[b, h, :live].double()
+    q = q.double() * q.shape[-1] ** -0.5
+    steady, everything = (keys @ q.mT).mT, [(keys, cache.v_steady[b, h, :live].double())]
+    masses = torch.full((len(q), index.sizes.shape[-1]), -math.inf, dtype=torch.float64)
+    for c in index.sizes[b, h].nonzero()[:, 0].tolist():
+        start = int(index.offsets[b, h, c])
+        rows = slice(start, start + int(index.sizes[b, h, c]))
+        everything.append((cache.k_store[b, h, rows].double(), cache.v_store[b, h, rows].double()))
+        masses[:, c] = (q @ everything[-1][0].mT).logsumexp(-1)
+    k, v = (torch.cat(x) for x in zip(*everything, strict=True))
+    return masses, steady.logsumexp(-1, keepdim=True), (q @ k.mT).softmax(-1) @ v
+
+
+def check(cache, q, o):
+    """Bounds (B*H, G) on the latest step's errors, once none is violated: q, o (B, H*G, 1, D)."""
+    step, _, found = cache.kept
+    B, H = cache.index.sizes.shape[:2]
+    q, o = (x.view(B * H, -1, x.shape[-1]) for x in (q, o))
+    for n in range(B * H):
+        masses, steady, dense = truth(cache, q[n], *divmod(n, H))
+        assert (step.low[n, 0] <= masses).all() and (masses <= step.high[n, 0]).all()
+        total = torch.cat([masses, steady], -1).logsumexp(-1)
+        exact = torch.cat([masses.masked_fill(~found.is_read[n, 0], -math.inf), steady], -1)
+        share = (exact.logsumexp(-1) - total).exp()
+        assert (found.low[n, 0] <= share + 1e-12).all()
+        assert (found.high[n, 0] >= share - 1e-12).all()
+        error = (o[n].double() - dense).norm(dim=-1)
+        assert (error <= found.error[n, 0]).all(), (error, found.error[n, 0])
+    return found.error[:, 0]
+
+
+def steps(config, q, k, v, n_prompt, **targets):
+    """A cache that has taken a step for every token behind n_prompt, checked; its last bounds."""
+    cache = Witness(config, k.shape[2], len(k), **targets)
+    read(cache, *(x[:, :, :n_prompt] for x in (q, k, v)))
+    room = 0
+    for t in range(n_prompt, k.shape[2]):
+        room = room or cache.update()
+        now = q[:, :, t:t + 1].contiguous()
+        bounds = check(cache, now, cache.decode(now, *(x[:, :, t:t + 1] for x in (k, v))))
+        room -= 1
+    return cache, bounds
+
+
+FEW = {**SMALL, "retrieve": 0.1, "estimate": 0.3, "bits": 16}
+
+
+# ---------------------------------------------------------------- the bounds
+
+@given(st.lists(st.floats(-9, 9), min_size=2, max_size=20), st.floats(0, 6), st.floats(1, 3))
+def test_no_mean_of_exponentials_is_above_bennetts(x, scale, loose):
+    x = torch.tensor(x, dtype=torch.float64)
+    x = scale * (x - x.mean())
+    b = x.max() * loose + 1e-9
+    t = (x.square().mean() / b.square()).clamp(max=1e9)
+    assert log_spread(b, t) >= x.exp().mean().log() - 1e-9
+
+
+def test_bennetts_bound_is_met_by_two_points():
+    for b, t in torch.tensor([[0.5, 0.3], [4, 0.01], [30, 1]], dtype=torch.float64):
+        x, p = torch.stack([b, -t * b]), torch.stack([t, 1 + 0 * t]) / (1 + t)
+        assert abs(p @ x) < 1e-9 and abs(p @ x.square() - t * b * b) < 1e-9
+        torch.testing.assert_close(log_spread(b, t), (p @ x.exp()).log())
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_statistics_hold_of_every_member(bits):
+    _, k, v = qkv(128, B=2)
+    index, *stores = cluster_segment(k.bfloat16(), v.bfloat16(), RetroConfig(**SMALL, bits=bits))
+    found = measure(index, stores)
+    centroids, means = (x.double() for x in map(stored, index[:2], index.scales.unbind(-1)))
+    for b, h, c in (index.sizes > 0).nonzero().tolist():
+        rows = slice(start := int(index.offsets[b, h, c]), start + int(index.sizes[b, h, c]))
+        k, v = (x[b, h, rows].double() for x in stores)
+        here = type(found)(*(x[b, h, c].double() for x in found))
+        for x, mean, slack, spread in (
+                (k, centroids, here.slacks, here.radii * here.ratios.sqrt()),
+                (v, means, here.value_slacks, here.value_spreads)):
+            own = x.mean(0)
+            variance = torch.linalg.eigvalsh((x - own).T @ (x - own) / len(x))[-1]
+            assert variance.sqrt() <= spread + 1e-12 and spread <= 1.5 * variance.sqrt() + 1e-6
+            torch.testing.assert_close(slack, (own - mean[b, h, c]).norm(), rtol=1e-5,
+                                       atol=1e-9)
+        torch.testing.assert_close(here.radii, (k - k.mean(0)).norm(dim=-1).max(), rtol=1e-5,
+                                   atol=1e-9)
+        far = (v - means[b, h, c]).norm(dim=-1).max()
+        torch.testing.assert_close(here.value_radii, far, rtol=1e-5, atol=1e-9)
+
+
+KINDS = {
+    "clumps": lambda k: k,
+    "giant norms": lambda k: 300 * k,
+    "equal keys": lambda k: k[:, :, :1].expand_as(k),
+    "one outlier": lambda k: torch.where((torch.arange(k.shape[2]) == 20)[:, None], 40 * k, k),
+    "opposite pairs": lambda k: k[:, :, :1] * (1 - 2 * (torch.arange(k.shape[2]) % 2)[:, None]),
+    "far from the origin": lambda k: k / 4 + 30,
+    "tiny norms": lambda k: 1e-4 * k,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10**6), longer=st.sampled_from([0.1, 1.0, 8.0]),
+       cluster=st.sampled_from([1, 4, 16]), bits=st.sampled_from([4, 16]), by_mass=st.booleans())
+def test_nothing_certified_is_ever_violated(kind, dtype, seed, longer, cluster, bits, by_mass):
+    q, k, v = (x.to(dtype) for x in qkv(150, seed=seed))
+    config = RetroConfig(**FEW | {"cluster": cluster, "bits": bits, "by_mass": by_mass})
+    steps(config, longer * q, KINDS[kind](k).contiguous(), v, 148)
+
+
+def test_the_step_is_that_of_a_plain_index():
+    q, k, v = qkv(300, B=2)
+    checked, _ = steps(RetroConfig(**FEW), q, k, v, 260)
+    plain = WaveIndex(RetroConfig(**FEW), 300, 2)
+    read(plain, *(x[:, :, :260] for x in (q, k, v)))
+    for t in range(260, 300):
+        plain.update()
+        o = plain.decode(*(x[:, :, t:t + 1] for x in (q, k, v)))
+    torch.testing.assert_close(checked.kept[1].view_as(o), o)
+    assert checked.bytes_read() == plain.bytes_read()
+
+
+def test_equal_keys_leave_nothing_uncertain():
+    """Every estimate is right then, whatever the values are; nothing is dropped."""
+    q, k, v = qkv(150)
+    config = RetroConfig(**SMALL | {"retrieve": 0.1, "estimate": 0.9, "by_mass": False, "bits": 16})
+    cache, bounds = steps(config, q, KINDS["equal keys"](k).contiguous(), v, 148)
+    assert cache.kept[2].low.max() < 0.6 and bounds.max() < 1e-3
+    torch.testing.assert_close(cache.kept[2].low, cache.kept[2].high, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bound_is_met():
+    """Equal keys, of which only some are read, whose values are far from the others' and alike."""
+    q, k, v = qkv(150)
+    v = torch.zeros_like(v)
+    v[:, :, SMALL["sink"]:-20] = 1
+    config = RetroConfig(**SMALL | {"retrieve": 0.0, "estimate": 0.0, "bits": 16})
+    cache, bounds = steps(config, q, torch.zeros_like(k), v, 149)
+    o = cache.kept[1].double()
+    error = (o[:, 0] - v.double()[0, 0].mean(0)).norm(dim=-1)
+    assert error.min() > 0.5
+    torch.testing.assert_close(bounds, error, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 4])
+def test_no_corner_of_the_intervals_is_worse(turns, monkeypatch):
+    """Every cluster at either end of its interval, all of them tried; and with enough turns the
+    bound is what the worst corner gives."""
+    monkeypatch.setattr(certificate, "TURNS", turns)
+    q, k, v = qkv(70, H=1, G=2)
+    cache, _ = steps(RetroConfig(**FEW), q, k, v, 69)
+    step, o, found = cache.kept
+    is_live = ((cache.index.sizes[0, 0] > 0) & ~found.is_read[0, 0, 0]).nonzero()[:, 0]
+    drawn = torch.rand(2, 1, 1, 2, len(is_live), generator=torch.Generator().manual_seed(0)) * 3
+    low, high = (torch.full_like(step.low, -math.inf).index_copy(-1, is_live, x.double())
+                 for x in (drawn[0], drawn[0] + drawn[1]))
+    left = step._replace(low=low, high=high, exact=torch.zeros_like(step.exact))
+    guess = torch.full_like(low, -math.inf).index_copy(-1, is_live[:5], drawn[0, ..., :5].double())
+    away = (o[0, 0, :, None].double() - stored(
+        cache.index.means, cache.index.scales[..., 1])[0, 0].double()).norm(dim=-1)     # (G, C)
+    corners = torch.cartesian_prod(*[torch.tensor([False, True])] * len(is_live))
+    slope, fixed = certificate.value_terms(left, 0, high.exp())
+    for g in range(2):
+        at, e, d, s, f = (x[..., is_live] for x in (
+            torch.stack([low, high])[:, 0, 0, g].exp(), guess[0, 0, g].exp(), away[g],
+            slope[0, 0, g].expand_as(low[0, 0, g]), fixed[0, 0, g]))
+        mass = torch.where(corners, at[1], at[0])                           # (corners, live)
+        worst = (((mass - e).abs() * d + s * mass + f).sum(-1) / (1 + mass.sum(-1))).max()
+        bound = certificate.bound_error(left, guess, o)[0, 0, g]
+        assert bound >= worst
+        if turns == 4:
+            torch.testing.assert_close(bound, worst, rtol=1e-3, atol=0)
+
+
+# ---------------------------------------------------------------- a target
+
+def targets(max_err, **more):
+    q, k, v = qkv(266, B=2, spread=0.1)
+    config = RetroConfig(**FEW | {"least": 1, "retrieve": 0.02})
+    return steps(config, q / 2, k / 2, v, 260, max_err=max_err, **more)[0]
+
+
+def test_a_smaller_target_reads_more_and_is_met():
+    caches = [targets(x) for x in (1.0, 0.5, 0.2, 0.05, 0.01)]
+    read = [int(c.kept[2].is_read.sum()) for c in caches]
+    assert read == sorted(read) and read[0] < read[2] < read[-1]
+    for cache, x in zip(caches, (1.0, 0.5, 0.2, 0.05, 0.01), strict=True):
+        assert summary([cache])["above"] == 0 and cache.worst[0] <= x
+    least = targets(None)
+    assert least.kept[2].is_read.sum() <= read[0]             # the config's own share at least
+
+
+def test_no_error_allowed_is_dense():
+    """check has compared each step with dense attention: now its bound is but arithmetic."""
+    cache = targets(0.0)
+    live = cache.index.sizes.flatten(0, 1) > 0
+    _, o, found = cache.kept
+    assert torch.equal(found.is_read[:, 0, 0], live)
+    assert (found.error <= 2e-3 * o.norm(dim=-1)).all() and cache.worst[0] == 0
+
+
+def test_what_the_cap_forbids_is_counted():
+    cache = targets(0.0, most=0.5)
+    found = summary([cache])
+    assert 0 < found["above"] == found["checked"] == 6 * 2 * 6
+    config, n = cache.config, cache.n_indexed
+    assert cache.kept[2].is_read.sum(-1).max() <= config.budget(n)[0].max()
+    assert config.retrieve == 0.5
+
+
+@pytest.mark.parametrize("given", [{"max_err": -0.1}, {"max_err": 1.5}, {"max_err": math.nan},
+                                   {"max_err": 0.1, "most": 0.0}, {"most": 2.0}], ids=str)
+def test_shares_are_between_none_and_all(given):
+    with pytest.raises(ValueError, match="give a share"):
+        CheckedIndex(RetroConfig(), 100, **given)
+
+
+# ---------------------------------------------------------------- all of a model
+
+def test_nothing_is_violated_in_any_head_of_real_text(smollm2):
+    """And what the command examines at a stroke is what is found query by query."""
+    model, tokenizer, _ = smollm2
+    text = (Path(__file__).parent.parent / "examples" / "lighthouse.txt").read_text("utf-8")
+    case = dense(model, torch.tensor(tokenizer.encode(text)[:700]), n_steps=2)
+    caches = []
+    for n, ((k, v), (q, k1, v1, _)) in enumerate(zip(case.past, case.steps, strict=True)):
+        caches.append(filled(functools.partial(Witness, RetroConfig()), k, v, 2))
+        for t, o in enumerate(feed(caches[-1], q, k1, v1)):
+            now = q[:, :, t:t + 1].contiguous()
+            found = examine(caches[-1], now, o)
+            assert not found["violated"].any()
+            if n % 10 == t == 0:
+                bounds = check(caches[-1], now, o).flatten() / o.view(9, -1).norm(dim=-1)
+                torch.testing.assert_close(found["error_bound"].float(), bounds.float())
+    found = summary(caches)
+    assert found["checked"] == 30 * 9 * 2 and found["vacuous"] > 0
+
+
+def test_examine_sees_what_is_violated():
+    q, k, v = qkv(150)
+    cache, _ = steps(RetroConfig(**FEW), q, k, v, 149)
+    step, o, found = cache.kept
+    last, out = q[:, :, -1:].contiguous(), o.view(1, 6, 1, -1)
+    assert not examine(cache, last, out)["violated"].any()
+    for name, x in (("low", 1), ("high", 0), ("error", 0)):
+        cache.kept = step, o, found._replace(**{name: torch.full_like(found.low, x)})
+        assert examine(cache, last, out)["violated"].all(), name
+    for name in ("low", "high"):
+        cache.kept = step._replace(**{name: step.low / 2 + step.high / 2}), o, found
+        assert examine(cache, last, out)["violated"].any(), name
+
+
+def test_compiled_steps_are_certified_alike():
+    """One graph for all layers, no break, nothing compiled anew when the index grows."""
+    torch.manual_seed(0)
+    q, k, v = qkv(150)
+
+    compiled = torch.compile(WaveIndex.decode, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = []
+    for decode in (WaveIndex.decode, compiled):
+        cache = CheckedIndex(RetroConfig(**FEW), 150, max_err=0.3)
+        read(cache, *(x[:, :, :100] for x in (q, k, v)))
+        for t in range(100, 150):
+            cache.update()
+            now = [x[:, :, t:t + 1].contiguous() for x in (q, k, v)]
+            with torch.compiler.set_stance("fail_on_recompile" if t > 100 else "default"):
+                decode(cache, *now)
+        found.append(summary([cache]))
+    assert found[0].keys() == found[1].keys()
+    assert all(found[0][name] == pytest.approx(found[1][name], rel=1e-6) for name in found[0])
