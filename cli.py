@@ -11,6 +11,7 @@ Answers go to standard output, the progress bar and the card to standard error; 
 standard output with one line for machines. What a person can get wrong is one line and status 2.
 """
 import argparse
+import functools
 import inspect
 import json
 import math
@@ -88,8 +89,9 @@ def parse_args(argv):
         text = re.search(rf"{field.name}: .*# +(.*)", source)[1]
         kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
                 else {"type": field.type})
-        add(f"--{field.name.replace('_', '-')}", default=field.default,
-            help=f"{text} (default {field.default})", **kind)
+        add(f"--{field.name.replace('_', '-')}",
+            help=f"{text} (default {field.default})"
+            + "; for keys with biases 16" * (field.name == "bits"), **kind)
     args = parser.parse_args(argv)
     args.check |= args.max_err is not None
     check_flags(args)
@@ -207,13 +209,14 @@ def answer(args):
     """Run the command line: read, answer, say what it took. The exit status."""
     texts, lines = [read_prompt(path) for path in args.prompt_file], turns()
     pick = sampler(args.temperature, args.top_p, args.seed)
-    config = RetroConfig(**{f.name: getattr(args, f.name) for f in fields(RetroConfig)})
+    settle(args, False)                                     # refused before a model is loaded
     device = choose_device(args.device)
     if args.plan is not None:
-        return show(args, config, device)
+        return show(args, functools.partial(settle, args), device)
     is_plain = args.check or (args.offload and device.type == "cpu")    # then those attend
     step, hot, backend = choose_backend(args.backend, device, is_plain)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
+    config = settle(args, model.config.qkv_bias)
     snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
     writer = Writer(tokenizer, args.raw, device)
     prompts = write_prompts(args, texts, writer, snapshot, lines)
@@ -242,6 +245,16 @@ def answer(args):
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def settle(args, has_biases):
+    """The RetroConfig asked for; 16 bits, unless told otherwise, for keys that have biases.
+
+    A channel that is large in every key would take all that 4 bits can tell apart.
+    """
+    given = {f.name: getattr(args, f.name) for f in fields(RetroConfig)}
+    given = {name: x for name, x in given.items() if x is not None}
+    return RetroConfig(**({"bits": 16} if has_biases else {}) | given)
 
 
 def cache_maker(args, model, config, hot, capacity, batch):
@@ -344,7 +357,7 @@ def measure(session):
         "clusters": (wave.index.sizes[:, 0] > 0).sum(-1).tolist(),
         "retrieved_clusters": n_retrieve.tolist(),
         "estimated_clusters": (n_ranked - n_retrieve).tolist(),
-        "bytes_a_step": wave.bytes_read() * n_layers,
+        "bits": wave.config.bits, "bytes_a_step": wave.bytes_read() * n_layers,
         "dense_bytes_a_step": 2 * key * int(wave.n_tokens.sum()),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
@@ -378,7 +391,7 @@ def card(f, context):
     share = f["bytes_a_step"] / f["dense_bytes_a_step"]
     lines += [
         f"reads      {f['bytes_a_step'] / 2**20:.1f} MiB of KV a step, dense "
-        f"{f['dense_bytes_a_step'] / 2**20:.1f} MiB: {share:.1%}",
+        f"{f['dense_bytes_a_step'] / 2**20:.1f} MiB: {share:.1%}; index in {f['bits']} bits",
         f"backend    {f['backend']}; {f['dtype']}",
         f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
         f"then {f['decode_tokens_per_s']:.1f} tokens/s"]

@@ -271,7 +271,8 @@ def plot(results, settings, path):
             draw_front(axes, by_method(results, length), value, settings["seed"])
             axes.set(yscale="log", ylabel=label, title=f"{length:,} tokens",
                      xlabel="bytes read a step, % of dense")
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper",
+                  frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -255,14 +255,17 @@ def largest_capacity(run, memory, host=math.inf):
     return 1024 * low
 
 
-def show(args, retro, device):
-    """Print the plan of a command line's run. The exit status, or ValueError if it cannot fit."""
+def show(args, settle, device):
+    """Print the plan of a command line's run. The exit status, or ValueError if it cannot fit.
+
+    settle(has_biases): the RetroConfig for a model, whose keys may have biases.
+    """
     config, is_here = shape(args.plan or args.model), not (args.plan or args.memory)
     is_cpu = is_here and device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
     ratio = args.cache_ratio if args.cache_ratio is not None else 0.05
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
-              ratio if args.offload else None, bool(args.store), is_cpu, retro)
+              ratio if args.offload else None, bool(args.store), is_cpu, settle(config.qkv_bias))
     print(f"{args.plan or args.model}, {run.capacity:,} tokens x {run.batch}, "
           f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
     memory = args.memory * GIB if args.memory else installed(device)

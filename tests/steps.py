@@ -55,7 +55,7 @@ class Case:
     def twin(self, attend, device="cpu"):
         """The answer of a twin of retroinfer.attend, with all that is free poisoned."""
         def poison(x, is_free):
-            return x.masked_fill(is_free[..., None], 0 if x.dtype == torch.uint8 else math.nan)
+            return x.masked_fill(is_free[..., None], math.nan if x.is_floating_point() else 255)
 
         k, v, bias = self.steady
         is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0

@@ -1,5 +1,6 @@
 """What is certified against float64: no mass outside its interval, no error above its bound."""
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -291,3 +292,15 @@ def test_compiled_steps_are_certified_alike():
         found.append(summary([cache]))
     assert found[0].keys() == found[1].keys()
     assert all(found[0][name] == pytest.approx(found[1][name], rel=1e-6) for name in found[0])
+
+
+def test_readme_repeats_what_was_measured():
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text("utf-8")
+    runs = json.loads((root / "results" / "certificate.json").read_text("utf-8"))["runs"]
+    assert f"{sum(r['pairs'] for r in runs):,} pairs of head and query, and none violated" in text
+    assert not any(r["violated"] for r in runs)
+    assert sum(r["pairs"] for r in runs if r["run"] == "default") >= 10**6
+    for run in runs:
+        numbers = [run["quantiles"][name]["0.5"] for name in ("unread", "error")]
+        assert f"| {numbers[0]:.1%} |" in text and f"| {numbers[1]:.1%} |" in text

@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from steps import CASES, Case, assert_as_exact
 from test_wave_index import ALL, SMALL, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
@@ -24,7 +25,7 @@ from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E
 import buffer  # noqa: E402
 import footprint  # noqa: E402
 import retroinfer  # noqa: E402
-from retroinfer import Budget, Index, RetroConfig, WaveIndex, before  # noqa: E402
+from retroinfer import RetroConfig, WaveIndex  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -63,144 +64,24 @@ def mend_bfloat16(monkeypatch):
     monkeypatch.setattr(builder, "cast_impl", rounded)
 
 
-def assert_as_exact(mine, eager, truth):
-    """The error to float64 is at most twice that of PyTorch."""
-    mine, eager = (((x.double().cpu() - truth).abs().max().item()) for x in (mine, eager))
-    assert mine <= 2 * eager + 1e-6, (mine, eager)
-
-
 # ---------------------------------------------------------------- a decode step
 
-class Case:
-    """A step over random clusters that lie anywhere in the store, and its PyTorch and float64.
-
-    shares (B, 2): clusters each sequence retrieves, retrieves or estimates. lives (B, 2): steady
-    slots and clusters it has. Everything else is NaN, or an offset far outside the store. bits: 4,
-    or 16 and ranked as in the paper.
-    """
-
-    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, bits=4):
-        B, H, G, D, W, C = shape
-        g = torch.Generator().manual_seed(0)
-
-        def randn(*size):
-            return torch.randn(B, H, *size, D, generator=g).to(dtype)
-
-        sizes = torch.randint(0, largest + 1, (B, H, C), generator=g)
-        sizes *= torch.arange(C) < torch.tensor(lives)[:, 1, None, None]
-        order = torch.rand(B, H, C, generator=g).argsort(-1)            # how they lie in the store
-        ends = sizes.gather(-1, order).cumsum(-1)
-        offsets = torch.empty_like(sizes).scatter_(-1, order, before(ends) + 3)
-        T = int(sizes.sum(-1).max()) + 7
-        shares = torch.tensor(shares).T.contiguous()
-        self.q, self.budget = 2 * randn(G), Budget(*caps, *shares, bits == 4)
-        is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
-        bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
-        self.steady = randn(W), randn(W), bias
-        self.stores = randn(T), randn(T)
-        spreads = 2 * torch.rand(B, H, C, generator=g)
-        vectors = randn(C), randn(C)
-        (centroids, of_key), (means, of_value) = (
-            retroinfer.pack(x) if bits == 4 else (x, torch.ones(B, H, C)) for x in vectors)
-        self.index = Index(centroids, means, sizes.float(), offsets, spreads.bfloat16(),
-                           torch.stack([of_key, of_value], -1).bfloat16())
-        row = torch.arange(T).expand(B, H, T)
-        self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
-
-    def eager(self):
-        """PyTorch's answer."""
-        return retroinfer.attend(self.q, self.steady, self.index, self.budget, self.stores)
-
-    def kernel(self):
-        """The kernels' answer, with all that is free poisoned."""
-        def poison(x, is_free):
-            return x.masked_fill(is_free[..., None], math.nan if x.is_floating_point() else 255)
-
-        k, v, bias = self.steady
-        is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
-        steady = poison(k, is_free), poison(v, is_free), bias
-        centroids, means, sizes, offsets, spreads, scales = self.index
-        index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
-                      offsets.masked_fill(is_empty, 2**40), spreads.masked_fill(is_empty, math.nan),
-                      poison(scales, is_empty))
-        stores = [poison(x, self.is_free_row) for x in self.stores]
-        budget = self.budget._replace(n_retrieve=self.budget.n_retrieve.to(DEVICE),
-                                      n_ranked=self.budget.n_ranked.to(DEVICE))
-        steady, index, stores = ([x.to(DEVICE) for x in xs] for xs in (steady, index, stores))
-        return kernels.attend(self.q.to(DEVICE), steady, Index(*index), budget, stores).cpu()
-
-    def truth(self):
-        """(B, H, G, D) in float64: every head a loop over its clusters in order of rank."""
-        o = torch.zeros(self.q.shape, dtype=torch.float64)
-        for b in range(self.q.shape[0]):
-            for h in range(self.q.shape[1]):
-                o[b, h] = self.head(b, h)
-        return o
-
-    def head(self, b, h):
-        """(G, D) in float64."""
-        q = self.q[b, h].double() * self.q.shape[-1] ** -0.5
-        k_s, v_s, bias = (x[b, h].double() for x in self.steady)
-        k_all, v_all = (x[b, h].double() for x in self.stores)
-        scales = self.index.scales[b, h].double()
-        centroids, means = (
-            scales[:, i, None] * torch.cat(retroinfer.halves(x), -1)[b, h]
-            if x.dtype == torch.uint8 else x[b, h].double() for i, x in enumerate(self.index[:2]))
-        sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
-        live = [c for c, n in enumerate(sizes) if n]
-        logits = q @ centroids[live].T                                              # (G, live)
-        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
-        worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
-        mass = logits + torch.cat([half[:, :0], *worth.values()], -1).log()
-        near = q @ k_s[bias[0] == 0].T
-        share = torch.cat([mass, near], -1) if self.budget.by_mass else logits
-        share = share.softmax(-1).sum(0)[:len(live)]
-        rank = [live[i] for i in share.argsort(descending=True).tolist()]
-        n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
-        is_in = bias[0] == 0
-        k, v, room = [k_s[is_in]], [v_s[is_in]], self.budget.tokens
-        bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
-        for i, c in enumerate(rank[:n_ranked]):
-            span = slice(offsets[c], offsets[c] + sizes[c])
-            room = room - sizes[c] if i < n_retrieve and sizes[c] <= room else -1
-            one = centroids[c:c + 1], means[c:c + 1], worth[c].log()
-            for all_, x in zip((k, v, bias), one if room < 0 else
-                               (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c])),
-                               strict=True):
-                all_.append(x)
-        return (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1) @ torch.cat(v)
-
-
-# (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
-CASES = {
-    "plain": ((1, 2, 4, 64, 40, 90), (64, 12, 60), [(12, 60)], [(40, 90)]),
-    "three queries, 80 dims": ((1, 2, 3, 80, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)]),
-    "one query, 96 dims": ((1, 1, 1, 96, 65, 130), (70, 20, 129), [(20, 129)], [(1, 130)]),
-    "twenty queries": ((1, 1, 20, 64, 16, 40), (30, 5, 20), [(5, 20)], [(16, 40)]),
-    "256 dims": ((1, 1, 2, 256, 20, 30), (30, 4, 20), [(4, 20)], [(20, 30)]),
-    "ragged": ((3, 1, 3, 16, 40, 60), (64, 20, 50), [(3, 9), (20, 50), (1, 1)],
-               [(40, 60), (7, 44), (1, 2)]),
-    "no index yet": ((2, 1, 2, 16, 33, 20), (32, 4, 16), [(4, 16)] * 2, [(33, 0), (1, 20)]),
-    "one token": ((1, 1, 1, 16, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)]),
-    "one cluster": ((1, 1, 3, 16, 5, 1), (16, 1, 1), [(1, 1)], [(0, 1)]),
-    "none retrieved": ((1, 2, 2, 32, 8, 70), (64, 8, 70), [(0, 70)], [(8, 70)]),
-    "no room": ((1, 2, 2, 32, 8, 70), (16, 40, 70), [(40, 70)], [(8, 70)]),
-    "many clusters": ((1, 1, 2, 16, 4, 300), (1310, 295, 300), [(295, 300)], [(4, 300)]),
-    "all retrieved": ((1, 2, 2, 32, 8, 70), (640, 70, 70), [(70, 70)], [(8, 70)]),
-}
+def kernel(case):
+    """The kernels' answer to a Case."""
+    return case.twin(kernels.attend, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_as_exact_as_pytorch(name, dtype):
     case = Case(*CASES[name], dtype)
-    assert_as_exact(case.kernel(), case.eager(), case.truth())
+    assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
 @pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "no room"])
 def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
-    case = Case(*CASES[name], bits=16)
-    assert_as_exact(case.kernel(), case.eager(), case.truth())
+    case = Case(*CASES[name], bits=16, by_mass=False)
+    assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
 def test_the_two_rankings_differ():
@@ -214,13 +95,13 @@ def test_the_two_rankings_differ():
 def test_clusters_of_any_size_are_read_or_estimated(largest, tokens):
     """Giants before any split: all too large, one or two that fit; and single tokens."""
     case = Case((1, 2, 2, 16, 4, 12), (tokens, 9, 11), [(9, 11)], [(4, 12)], largest=largest)
-    assert_as_exact(case.kernel(), case.eager(), case.truth())
+    assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
 def test_a_sequence_with_nothing_to_attend_harms_no_other():
     """NaN for it, as a softmax over nothing has it, and for it alone."""
     case = Case((2, 1, 2, 16, 8, 20), (32, 4, 12), [(4, 12)] * 2, [(0, 0), (8, 20)])
-    mine = case.kernel()
+    mine = kernel(case)
     assert mine[0].isnan().all() and case.eager()[0].isnan().all()
     assert_as_exact(mine[1], case.eager()[1], case.truth()[1])
 
@@ -229,7 +110,7 @@ def test_a_sequence_with_nothing_to_attend_harms_no_other():
 def test_the_number_of_splits_changes_nothing_but_rounding(n_programs, monkeypatch):
     case = Case(*CASES["ragged"])
     monkeypatch.setattr(kernels, "programs", lambda device: n_programs)
-    torch.testing.assert_close(case.kernel(), case.eager(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernel(case), case.eager(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(kernels.IS_COMPILED, reason="the interpreter counts")
@@ -256,15 +137,15 @@ def test_tensors_of_two_dtypes_are_refused():
     case = Case(*CASES["one token"])
     case.q = case.q.half()
     with pytest.raises(ValueError, match=r"float16.*float32.*cast to one"):
-        case.kernel()
+        kernel(case)
 
 
 def test_inductor_compiles_the_step_as_one_graph(monkeypatch):
     case = Case(*CASES["three queries, 80 dims"])
-    expected = case.kernel()
+    expected = kernel(case)
     fast = torch.compile(kernels.attend, fullgraph=True, dynamic=False)
     monkeypatch.setattr(kernels, "attend", fast)
-    assert torch.equal(case.kernel(), expected)
+    assert torch.equal(kernel(case), expected)
 
 
 # ---------------------------------------------------------------- building the index
