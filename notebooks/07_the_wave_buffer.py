@@ -444,8 +444,8 @@ assert max(x / y for x, y in zip(by_both, measured.values(), strict=True)) < 1
 # promises too little, and most of that is the hit ratio: their text is longer, and their log has
 # more hits. Another error stays hidden: where copies overlap, or a peak is not reached, the fitted
 # constant has swallowed it. For ours that constant is zero, as no step waits for the host, so the
-# three GPUs above stand with the dotted line: what is measured will be less. And the trace stands in
-# for another: a small model that mostly read its text, where a large one would write it.
+# three GPUs above stand with the dotted line: what is measured will be less. And the trace stands
+# in for another: a small model that mostly read its text, where a large one would write it.
 #
 # ## Takeaway
 #
