@@ -256,10 +256,8 @@ def largest_capacity(run, memory, host=math.inf):
 
 
 def show(args, settle, device):
-    """Print the plan of a command line's run. The exit status, or ValueError if it cannot fit.
-
-    settle(has_biases): the RetroConfig for a model, whose keys may have biases.
-    """
+    """Print the plan of a run whose RetroConfig is settle(has_biases). The exit status, or
+    ValueError if it cannot fit."""
     config, is_here = shape(args.plan or args.model), not (args.plan or args.memory)
     is_cpu = is_here and device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))

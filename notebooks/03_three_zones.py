@@ -401,8 +401,8 @@ print("right" if check(logit) else "not yet")
 # ```
 # </details>
 #
-# **3.** `WaveIndex` makes room for the mean size of a cluster times the clusters retrieved; what does
-# not fit is estimated. Compare with room for all: how much of the error is that?
+# **3.** `WaveIndex` makes room for the mean size of a cluster times the clusters retrieved; what
+# does not fit is estimated. Compare with room for all: how much of the error is that?
 #
 # <details><summary>Answer</summary>
 #
