@@ -103,7 +103,7 @@ class Cell:
         share = torch.cat([mass, near], -1).softmax(-1)[:, :len(sizes)]
         order = share.sum(0).argsort(descending=True)[:budget.ranked]
         rank, size = torch.arange(len(order), device=q.device), sizes[order].long()
-        fits = (rank < budget.n_retrieve[-1]) & (size.cumsum(0) <= budget.tokens)
+        fits = (rank < budget.n_retrieve[-1]) & (size.cumsum(0) <= budget.n_tokens[-1])
         rest = order[~fits & (rank < budget.n_ranked[-1]) & (size > 0)]
         spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
         rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])

@@ -303,7 +303,8 @@ class CheckedIndex(WaveIndex):
         if self.max_err is not None:
             n_retrieve = n_retrieve.maximum(needed(step, budget.by_mass, self.max_err))
             n_retrieve = n_retrieve.minimum(budget.n_retrieve.repeat_interleave(H))
-        budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate)
+        budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate,
+                                 n_tokens=None)
         o, certificate = certified_attention(q, step, budget, stores)
         self.record(step, o, certificate)
         return o.view(B, H, G, D)

@@ -204,27 +204,29 @@ def rank_clusters(q, k_steady, bias, index, n, by_mass):
 # ---------------------------------------------------------------- attention
 
 # Grid (B*H,). A program owns the work list of one head: in order of rank it reads 8 bytes of order,
-# 4 of size and 8 of offset of each retrieved cluster, while their tokens fit N together, and writes
+# 4 of size and 8 of offset of each retrieved cluster, while their tokens fit together, and writes
 # 4 bytes a token; then how many clusters and tokens fit.
 @triton.jit
-def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, H, C, K, R, N, BR: tl.constexpr):
+def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, H, C, K, R, N,
+                BR: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
+    room = tl.minimum(tl.load(n_tokens + head // H), N)
     n = tl.minimum(tl.load(n_retrieve + head // H), R)
-    n_clusters, n_tokens, end = 0, 0, 0
+    n_clusters, n_fit, end = 0, 0, 0
     for start in range(0, n, BR):
         r = start + tl.arange(0, BR)
         ids = head * C + tl.load(order + head * K + r, r < n, 0)                        # (BR,)
         size = tl.load(sizes + ids, r < n, 0.0).to(tl.int32)
         ends = end + tl.cumsum(size, 0)
-        is_in = (r < n) & (ends <= N)
+        is_in = (r < n) & (ends <= room)
         first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
         for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
             tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
         n_clusters += tl.sum(is_in.to(tl.int32), 0)
-        n_tokens = tl.maximum(n_tokens, tl.max(tl.where(is_in, ends, 0), 0))
+        n_fit = tl.maximum(n_fit, tl.max(tl.where(is_in, ends, 0), 0))
         end += tl.sum(size, 0)
     tl.store(fits + head * 2, n_clusters)
-    tl.store(fits + head * 2 + 1, n_tokens)
+    tl.store(fits + head * 2 + 1, n_fit)
 
 
 @triton.jit
@@ -327,7 +329,7 @@ def attend(q, steady, index, budget, stores):
     kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
-    shares = [budget.n_retrieve, budget.n_ranked]
+    shares = [budget.n_retrieve, budget.n_ranked, budget.room]
     return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]),
                      budget.by_mass)
 
@@ -341,12 +343,12 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_retrieve, n_ranked), (N, R, K) = shares, caps
+    (n_retrieve, n_ranked, n_tokens), (N, R, K) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
     rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
-    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits, H, C,
-           K, R, N, BR=128, num_warps=4)
+    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, n_tokens, rows,
+           fits, H, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
     BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))

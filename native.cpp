@@ -248,7 +248,7 @@ struct Tensors {
     const int64_t* offsets;
     const bfloat16 *spreads, *scales;
     const Num *k_store, *v_store;
-    const int64_t *n_retrieve, *n_ranked;
+    const int64_t *n_retrieve, *n_ranked, *n_tokens;
     Num* o;
 };
 
@@ -427,7 +427,7 @@ struct Head {
         choose(n_ranked, n_retrieve);
         k.resize(S * TILE), v.resize(S * TILE);
         uint64_t last = UINT64_MAX;             // key of the last cluster whose tokens fit
-        int64_t room = n.N;
+        int64_t room = std::min(n.N, given.n_tokens[b]);
         for (int r = 0; r < n_retrieve; r++) {
             int64_t c = at * n.C + ids[~uint32_t(best[r])], size = given.sizes[c];
             if ((room -= size) < 0) break;

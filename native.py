@@ -39,7 +39,7 @@ def attend(q, steady, index, budget, stores):
                          f"{q.device}: use the functions of retroinfer.py")
     rest = [name(x) for x in index[2:]]
     assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
-    shares = [budget.n_retrieve, budget.n_ranked]
+    shares = [budget.n_retrieve, budget.n_ranked, budget.room]
     return attend_op(q, list(steady), list(index), list(stores), shares,
                      [*budget[:3], int(budget.by_mass)])
 
@@ -60,7 +60,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     sizes = (B, H, G, D, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
              bias.stride(0), bias.stride(1), bias.stride(3))
     library(name(q), name(index[0])).attend(
-        (ctypes.c_void_p * 15)(*[x.data_ptr() for x in (*given, o)]),
+        (ctypes.c_void_p * 16)(*[x.data_ptr() for x in (*given, o)]),
         (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
     return o
 

@@ -103,6 +103,10 @@ class RetroConfig:
         n_retrieve = best(self.retrieve).clamp(min=self.least)
         return n_retrieve, torch.maximum(best(self.retrieve + self.estimate), n_retrieve)
 
+    def room(self, n_retrieve):
+        """Tokens to retrieve with so many clusters: the mean size of each, and once the largest."""
+        return (n_retrieve * self.cluster).clamp(min=self.largest)
+
 
 class Index(NamedTuple):
     """What is known of C clusters. A cluster's tokens lie together in the store (CSR)."""
@@ -236,6 +240,13 @@ class Budget(NamedTuple):
     n_retrieve: torch.Tensor     # (B,) at most R
     n_ranked: torch.Tensor       # (B,) at most R+E
     by_mass: bool = True         # rank clusters by estimated mass; else by centroid
+    n_tokens: torch.Tensor | None = None    # (B,) tokens retrieved, at most N; None: N
+
+    @property
+    def room(self):
+        """Tokens that each sequence may retrieve (B,)."""
+        N = torch.full_like(self.n_retrieve, self.tokens)
+        return N if self.n_tokens is None else self.n_tokens.minimum(N)
 
 
 def tripartite_attention(q, steady, index, budget, fetch):
@@ -243,7 +254,7 @@ def tripartite_attention(q, steady, index, budget, fetch):
 
     steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is free.
     fetch(ids, ends): k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R), packed so
-    that cluster i ends at ends[..., i]. Those of the R best that do not fit N are estimated.
+    that cluster i ends at ends[..., i]. Those of the R best that do not fit are estimated.
     """
     q, R = keep(q.float() * q.shape[-1] ** -0.5), budget.retrieve
     k_s, v_s, bias_s = steady
@@ -253,7 +264,8 @@ def tripartite_attention(q, steady, index, budget, fetch):
     near = rank < budget.n_ranked[:, None, None]                            # (B, 1, R+E)
     sizes = index.sizes.gather(-1, order) * near                            # (B, H, R+E)
     ends = (sizes * (rank < budget.n_retrieve[:, None, None]))[..., :R].long().cumsum(-1)
-    ends = ends.minimum(ends.masked_fill(ends > budget.tokens, 0).amax(-1, keepdim=True))
+    fits = ends <= budget.room[:, None, None]                               # (B, H, R)
+    ends = ends.minimum(ends.masked_fill(~fits, 0).amax(-1, keepdim=True))
     k_r, v_r, bias_r = fetch(order[..., :R], ends)                          # (B, H, N, D)
     is_exact = sizes == F.pad(ends - before(ends), (0, budget.ranked - R))  # (B, H, R+E), or free
     along = order[:, :, None].expand(-1, -1, q.shape[2], -1)                # (B, H, G, R+E)
@@ -415,8 +427,9 @@ class WaveIndex(nn.Module):
             return k.new_zeros(B, H, n, *shape, **kind)
 
         T, W, C = (round_up(n) for n in (self.capacity, c.steady, c.slots(self.capacity)))
-        R, ranked = (int(n) for n in c.budget(torch.tensor(self.capacity)))
-        self.caps = round_up(2 * R * c.cluster) // 2, min(R, C), min(round_up(ranked), C)
+        R, ranked = c.budget(torch.tensor(self.capacity))
+        N = round_up(2 * int(c.room(R))) // 2
+        self.caps = N, min(int(R), C), min(round_up(int(ranked)), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
         row, kind = ((D // 2,), {"dtype": torch.uint8}) if c.bits == 4 else ((D,), {})
         self.index = Index(zeros(C, *row, **kind), zeros(C, *row, **kind),
@@ -486,7 +499,8 @@ class WaveIndex(nn.Module):
         bias = bias_of(is_free[:, None]).expand(-1, H, -1, -1)              # (B, H, 1, W)
         steady = self.k_steady, self.v_steady, bias
         c = self.config
-        budget = Budget(*self.caps, *c.budget(self.n_indexed), c.by_mass)
+        n_retrieve, n_ranked = c.budget(self.n_indexed)                     # (B,) both
+        budget = Budget(*self.caps, n_retrieve, n_ranked, c.by_mass, c.room(n_retrieve))
         stores = self.k_store, self.v_store
         return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, budget,
                                stores).reshape(q.shape)

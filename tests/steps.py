@@ -35,7 +35,8 @@ class Case:
         offsets = torch.empty_like(sizes).scatter_(-1, order, before(ends) + 3)
         T = int(sizes.sum(-1).max()) + 7
         shares = torch.tensor(shares).T.contiguous()
-        self.q, self.budget = 2 * randn(G), Budget(*caps, *shares, by_mass)
+        self.q, self.budget = 2 * randn(G), Budget(
+            *caps, *shares, by_mass, torch.arange(B).mul(-5).add(caps[0]))
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
@@ -65,8 +66,7 @@ class Case:
                       offsets.masked_fill(is_empty, 2**40),
                       spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
         stores = [poison(x, self.is_free_row) for x in self.stores]
-        budget = self.budget._replace(n_retrieve=self.budget.n_retrieve.to(device),
-                                      n_ranked=self.budget.n_ranked.to(device))
+        budget = Budget(*(x.to(device) if torch.is_tensor(x) else x for x in self.budget))
         steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
         return attend(self.q.to(device), steady, Index(*index), budget, stores).cpu()
 
@@ -101,7 +101,7 @@ class Case:
             share = torch.cat([mass, q @ k_s[is_in].T], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
         n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
-        k, v, room = [k_s[is_in]], [v_s[is_in]], self.budget.tokens
+        k, v, room = [k_s[is_in]], [v_s[is_in]], int(self.budget.n_tokens[b])
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         for i, c in enumerate(rank[:n_ranked]):
             span = slice(offsets[c], offsets[c] + sizes[c])

@@ -267,7 +267,7 @@ def test_operators_pass_opcheck(op):
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
-    shares = [n.to(DEVICE) for n in case.budget[3:5]]
+    shares = [n.to(DEVICE) for n in (*case.budget[3:5], case.budget.room)]
     args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3]), True),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op}_op"), args)

@@ -134,7 +134,7 @@ def test_what_it_does_not_know_is_refused(D, dtype, words):
 
 def test_the_operator_passes_opcheck():
     case = make("one token")
-    shares = list(case.budget[3:5])
+    shares = [*case.budget[3:5], case.budget.room]
     args = case.q, list(case.steady), list(case.index), case.stores, shares, [*case.budget[:3], 1]
     torch.library.opcheck(native.attend_op, args)
 

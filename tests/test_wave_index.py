@@ -206,7 +206,8 @@ def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, bits, by_mas
         for h in range(2):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             mine, _ = oracle.tripartite(q[b, 3 * h:3 * h + 3, -1], steady, members(wave, b, h),
-                                        n_retrieve, n_ranked - n_retrieve, wave.caps[0],
+                                        n_retrieve, n_ranked - n_retrieve,
+                                        int(config.room(torch.tensor(n_retrieve))),
                                         stored(wave.index, b, h) if by_mass else None)
             torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
 
