@@ -33,8 +33,8 @@ is read on the device, and a program without work ends. So a step can be capture
 Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
-thread of stack); 99 KB of shared memory hold them too, but for float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: 101 KB, which an A100 has.
+thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
+elements a group, as 40 of 256 dims: those spill up to 376 bytes and take 101 KB, which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
 they are), a selection of our own in place of torch.topk, and the column sums of causal attention

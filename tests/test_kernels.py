@@ -345,4 +345,5 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
         assert facts["shared"] <= (163 if is_huge else 99) * 1024, facts    # of sm_80, of sm_86 too
         assert facts["registers"] <= 255, facts
         must_not = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32"
-        assert facts["spilled"] <= (0 if must_not and facts["D"] == 128 else 16), facts
+        most = 0 if must_not and facts["D"] == 128 else 384 if is_huge else 16
+        assert facts["spilled"] <= most, facts
