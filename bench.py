@@ -167,11 +167,14 @@ def plot_attention(found, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    styles = {"SDPA": ("s--", 6), "FlexAttention": ("^:", 0), "dense, ours": ("D-.", -6),
-              "wave index": ("v-.", 0), BEST: ("o-", 0)}                # and where its name stands
-    for name, (style, up) in styles.items():
+    styles = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
+              BEST: "o-"}
+    last = {name: statistics.median(found[max(found)]["seconds"][name]) for name in styles}
+    for name, style in styles.items():
         ms = [statistics.median(one["seconds"][name]) * 1e3 for one in found.values()]
         axes.plot(list(found), ms, style, color="black" if name == BEST else "0.5")
+        ratios = [last[name] / x for other, x in last.items() if other != name]
+        up = 6 * (any(1 <= x < 1.5 for x in ratios) - any(2 / 3 < x < 1 for x in ratios))
         axes.annotate(name, (max(found), ms[-1]), (8, up), textcoords="offset points", va="center")
     times = found[max(found)]["seconds"]
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="one step of a layer, ms",
