@@ -299,12 +299,13 @@ class CheckedIndex(WaveIndex):
                          for x in (index, self.bounds))
         step = look(q, (k, v, bias), index, bounds)
         n_retrieve, n_ranked = (n.repeat_interleave(H) for n in self.asked.budget(self.n_indexed))
-        n_estimate = n_ranked - n_retrieve
+        n_estimate, n_tokens = n_ranked - n_retrieve, self.asked.room(n_retrieve)
         if self.max_err is not None:
             n_retrieve = n_retrieve.maximum(needed(step, budget.by_mass, self.max_err))
             n_retrieve = n_retrieve.minimum(budget.n_retrieve.repeat_interleave(H))
+            n_tokens = None                                 # all that are retrieved must fit
         budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate,
-                                 n_tokens=None)
+                                 n_tokens=n_tokens)
         o, certificate = certified_attention(q, step, budget, stores)
         self.record(step, o, certificate)
         return o.view(B, H, G, D)

@@ -20,7 +20,7 @@ centroids and means in 4 bits):
 
     rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 4*G*(C + 2*S) written
     weigh     4*G*(C + 2*S) read, 4*C written
-    pack      20*R + 8 read, 4*N + 8 written
+    pack      20*R + 16 read, 4*N + 8 written
     attend    (W + N)*(2*D*e + 4) + E*(D + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 

@@ -153,12 +153,12 @@ def test_a_trace_has_what_each_step_read(recorded):
     model, _, trace = recorded
     assert trace.ids.shape == trace.sizes.shape == (70, len(model.layers), 4, 5)
     assert trace.capacity == 512 and 0 < trace.sizes.max() <= CONFIG.largest
-    assert (trace.sizes.sum(-1) <= 128).all()               # 5 x 16 tokens, rounded up
+    assert (trace.sizes.sum(-1) <= 80).all()                # 5 x 16 tokens
     for layer, head in trace.streams:
         size = {}
         for ids, sizes in zip(trace.ids[:, layer, head], trace.sizes[:, layer, head], strict=True):
             asked = {i: s for i, s in zip(ids.tolist(), sizes.tolist(), strict=True) if s}
-            assert len(asked) == (sizes > 0).sum() >= 4             # no cluster twice
+            assert len(asked) == (sizes > 0).sum() >= 3             # no cluster twice
             assert all(size.setdefault(i, s) == s for i, s in asked.items())    # nor another one
 
 
