@@ -23,7 +23,8 @@ file needs torch only; model.py and checkpoint.py bring the model for the comman
 
 Where it differs from the published code: k-means seeds are normalised; the last assignment stays
 within the segment; sums run over sorted tokens, so that two runs build one index; clusters above
-twice the mean size are split, so that none is skipped for want of room; ranking is in fp32.
+twice the mean size are split, so that none is skipped for want of room; ranking is in fp32, by
+estimated share of the attention; centroids and means are kept in 4 bits.
 """
 import functools
 import math
