@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 from retroinfer import before, bias_of, flat_rows, round_up, take, tripartite_attention, unroll
 
+RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
 
 
@@ -139,7 +140,7 @@ class WaveBuffer:
     the host, as one of host_memory does, and another. ValueError if there is no such memory.
     """
 
-    def __init__(self, wave, memory=None, cache_ratio=0.05, policy=LRU, overlap=False):
+    def __init__(self, wave, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
         check_ratio(cache_ratio)
         (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
         S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from buffer import check_ratio, offload
+from buffer import RATIO, check_ratio, offload
 from certificate import CheckedIndex, check_shares
 from model import DEFAULT_NAME, DenseCache, load
 from plan import show
@@ -68,7 +68,7 @@ def parse_args(argv):
     add("--offload", action="store_true", help="keep K and V on the host, and on the device what "
         "steps ask for again")
     add("--cache-ratio", type=float, help="with --offload: the share of K and V that the device "
-        "has room for (default 0.05)")
+        f"has room for (default {RATIO})")
     add("--store", metavar="FILE", help="with --offload: keep K and V in this new file, for texts "
         "beyond the memory; it is gone in the end")
     add("--raw", action="store_true", help="take the prompt as it is, without chat template")

@@ -28,7 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from buffer import WaveBuffer
+from buffer import RATIO, WaveBuffer
 from checkpoint import config_from_json, open_checkpoint
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
 from retroinfer import RetroConfig, WaveIndex, cluster_segment, eager_step, round_up
@@ -36,9 +36,9 @@ from retroinfer import RetroConfig, WaveIndex, cluster_segment, eager_step, roun
 GIB = 2**30
 REMEDIES = {    # what is tried where a run does not fit
     "--prefill-chunk 2048": {"chunk": 2048},
-    "--offload": {"cache_ratio": 0.05},
-    "--offload --prefill-chunk 2048": {"cache_ratio": 0.05, "chunk": 2048},
-    "--offload --store FILE --prefill-chunk 2048": {"cache_ratio": 0.05, "chunk": 2048,
+    "--offload": {"cache_ratio": RATIO},
+    "--offload --prefill-chunk 2048": {"cache_ratio": RATIO, "chunk": 2048},
+    "--offload --store FILE --prefill-chunk 2048": {"cache_ratio": RATIO, "chunk": 2048,
                                                     "in_file": True}}
 
 SHAPES = {      # as published: kind, vocabulary, hidden, MLP, layers, heads, kv heads
@@ -261,7 +261,7 @@ def show(args, settle, device):
     config, is_here = shape(args.plan or args.model), not (args.plan or args.memory)
     is_cpu = is_here and device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
-    ratio = args.cache_ratio if args.cache_ratio is not None else 0.05
+    ratio = args.cache_ratio if args.cache_ratio is not None else RATIO
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
               ratio if args.offload else None, bool(args.store), is_cpu, settle(config.qkv_bias))
     print(f"{args.plan or args.model}, {run.capacity:,} tokens x {run.batch}, "
