@@ -1,6 +1,6 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
 // once. native.py compiles it for a pair of types: NUM, of keys and values, and ROW, of centroids
-// and means. Four loops, whose turns the threads share, with a barrier behind each:
+// and means. Four loops over the tiles of a head:
 //
 //     rank      q, centroids | steady rows     -> mass of each live cluster | a part of the softmax
 //     select    masses                         -> rows and means to read, and weights of the means
@@ -10,7 +10,9 @@
 //     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady slots
 //     C clusters a head   R, K clusters retrieved, ranked at most   N tokens retrieved at most
 //
-// Tiles depend on shapes alone: the number of threads changes no bit. Sums are in fp32, or exact.
+// Threads take whole heads, so that what one loop leaves for the next is in their own cache, or the
+// tiles of all heads where whole ones would leave some idle. Tiles depend on shapes alone: the
+// number of threads changes no bit. Sums are in fp32, or exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -25,15 +27,18 @@
 namespace {
 
 constexpr int LANES = 8;        // numbers in a vector
-constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of 2 LANES
-constexpr int GROUP = 4;        // query heads that mix serves at a time: their sums fill registers
+constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of LANES
+constexpr int GROUP = 4;        // query heads served at a time: their sums fill the registers
+constexpr int BLOCK = 16;       // rows that mix adds up before it goes to other columns
 constexpr int AHEAD = 16;       // rows from the one that is read to the one that is fetched
+constexpr int LINE = 64;        // bytes that are fetched at a time
 constexpr float NONE = -INFINITY;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int16_t svec __attribute__((vector_size(4 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(2 * LANES)));
+typedef uint16_t usvec __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(4 * GROUP)));     // of the queries of a group
 typedef uint8_t few __attribute__((vector_size(LANES)));
 
 template <class V> V load(const void* from) { V x; std::memcpy(&x, from, sizeof x); return x; }
@@ -90,13 +95,11 @@ struct uint8 {
     static int place(int e, int i, int D) { return e + i % LANES + i / LANES * (D / 2); }
 };
 
-#ifdef __AVX2__                 // these three GCC 12 does not find by itself
+#ifdef __AVX2__                 // these two GCC 12 does not find by itself
 ivec ints(const uint8* x) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)x)); }
-svec shorts(const uint8* x) { return (svec)_mm256_cvtepu8_epi16(load<__m128i>(x)); }
 ivec product(svec x, svec y) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)y); }
 #else
 ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
-svec shorts(const uint8* x) { return __builtin_convertvector(load<bytes>(x), svec); }
 ivec product(svec x, svec y) {  // of two neighbours each, added
     ivec a = (ivec)x, b = (ivec)y;
     return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
@@ -109,87 +112,122 @@ Pair widen(const uint8* x) {
             __builtin_convertvector((both >> 4) - 8, vec)};
 }
 
-// How score reads a row, and what it multiplies: floats, or of 4 bits shorts, whose sums are exact.
-struct Shorts { svec a, b; };
-template <class Num> Pair read(const Num* x) { return widen(x); }
-Shorts read(const uint8* x) {
-    svec both = shorts(x);
-    return {(both & 15) - 8, (both >> 4) - 8};
-}
-void add(vec& sum, Pair x, Pair y) { sum += x.a * y.a; sum += x.b * y.b; }
-void add(ivec& sum, Shorts x, Shorts y) { sum += product(x.a, y.a) + product(x.b, y.b); }
+// Queries as score takes them, (groups, reads, GROUP). Rows of 4 bits are multiplied as shorts, so
+// that sums are exact: of 32 bytes, lower and upper half of the even ones, then of the odd ones.
+// The 8 in each number makes a sum too large by excess.
+struct Shorts { svec x[4]; };
+template <class Part, class Sum> struct Queries {
+    std::vector<Part> x;
+    std::vector<Sum> excess;                    // (groups,) of two rows
+};
 
 // ---------------------------------------------------------------- loops over rows
 
-constexpr int WIDTH = 16;       // elements that read reads
+constexpr int WIDTH = 16;       // elements of a row that score reads at a time
+constexpr int BYTES = 32;       // and of a row of 4 bits
 
 // Reads that cover n elements, and where each begins; the last one may overlap the one before.
 int reads(int n, int step) { return (n + step - 1) / step; }
-int start(int i, int n, int step) { return (i + 1) * step <= n ? i * step : n - step; }
+int start(int i, int n, int step) { return std::max(std::min(i * step, n - step), 0); }
 
-// Sums of the lanes of 8 vectors, in their order.
-template <class V> inline V sums(V (&x)[8]) {
-    auto halve = [&](int n, ivec some, ivec others) {
-        for (int i = 0; i < n; i++)
-            x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], some)
-                 + __builtin_shuffle(x[2 * i], x[2 * i + 1], others);
+// Sums of the halves of 4 vectors: of the lower ones, in their order, then of the upper ones.
+template <class V> V halves(V a, V b, V c, V d) {
+    auto add = [](V x, V y) {
+        return __builtin_shuffle(x, y, ivec{0, 2, 8, 10, 4, 6, 12, 14})
+             + __builtin_shuffle(x, y, ivec{1, 3, 9, 11, 5, 7, 13, 15});
     };
-    halve(4, ivec{0, 8, 1, 9, 4, 12, 5, 13}, ivec{2, 10, 3, 11, 6, 14, 7, 15});
-    halve(2, ivec{0, 1, 8, 9, 4, 5, 12, 13}, ivec{2, 3, 10, 11, 6, 7, 14, 15});
-    halve(1, ivec{0, 1, 2, 3, 8, 9, 10, 11}, ivec{4, 5, 6, 7, 12, 13, 14, 15});
-    return x[0];
+    return add(add(a, b), add(c, d));
 }
 
-// Inner products x (G, TILE) of q (G, reads) and n rows. Reads each row's bytes once: four rows at
-// a time, so that what is read serves two queries from a register, and 8 sums fill a vector.
-template <class Row, class Part>
-void score(const std::vector<Part>& q, int G, int D, const Row* const* rows, int n, float* x) {
-    using Sum = std::conditional_t<std::is_same_v<Part, Shorts>, ivec, vec>;
-    int size = Row::size(D), count = reads(size, WIDTH);
-    for (int i = 0; i < n; i += 4) {
-        const Row* row[4];
-        for (int r = 0; r < 4; r++) {
-            row[r] = rows[std::min(i + r, n - 1)];
-            const Row* next = rows[std::min(i + r + AHEAD, n - 1)];
-            for (int e = 0; e < size; e += 64 / sizeof(Row)) __builtin_prefetch(next + e);
+// Sums of 8 vectors, in their order.
+template <class V> V sums(const V (&x)[8]) {
+    auto add = [&](int i) {
+        return __builtin_shuffle(x[i], x[i + 4], ivec{0, 1, 2, 3, 8, 9, 10, 11})
+             + __builtin_shuffle(x[i], x[i + 4], ivec{4, 5, 6, 7, 12, 13, 14, 15});
+    };
+    return halves(add(0), add(1), add(2), add(3));
+}
+
+template <class Row> void fetch(const Row* row, int size) {
+    for (int e = 0; e < size; e += LINE / sizeof(Row)) __builtin_prefetch(row + e);
+}
+
+// Inner products of GROUP queries with a row, then with another.
+template <class Row> vec multiply(const Pair* q, int D, const Row* row, const Row* other) {
+    vec sum[2 * GROUP] = {};
+    for (int j = 0; j < reads(D, WIDTH); j++, q += GROUP) {
+        int e = start(j, D, WIDTH);
+        Pair x = widen(row + e), y = widen(other + e);
+        #pragma GCC unroll 4
+        for (int g = 0; g < GROUP; g++) {
+            sum[g] += x.a * q[g].a, sum[GROUP + g] += y.a * q[g].a;
+            sum[g] += x.b * q[g].b, sum[GROUP + g] += y.b * q[g].b;
         }
-        for (int g = 0; g < G; g += 2) {
-            const Part *q0 = &q[g * count], *q1 = q0 + count;
-            Sum sum[8];
-            for (Sum& s : sum) s = Sum{};
-            for (int j = 0; j < count; j++)
-                for (int r = 0, e = start(j, size, WIDTH); r < 4; r++) {
-                    Part k = read(row[r] + e);
-                    add(sum[r], k, q0[j]), add(sum[r + 4], k, q1[j]);
-                }
-            vec all = __builtin_convertvector(sums(sum), vec);
-            std::memcpy(x + g * TILE + i, &all, 16);
-            std::memcpy(x + (g + 1) * TILE + i, (char*)&all + 16, 16);
+    }
+    return sums(sum);
+}
+
+ivec multiply(const Shorts* q, int D, const uint8* row, const uint8* other) {
+    ivec sum[2 * GROUP];
+    #pragma GCC unroll 2
+    for (int r = 0; r < 2; r++, row = other) {
+        ivec some[GROUP] = {};
+        for (int j = 0; j < reads(D / 2, BYTES); j++) {
+            usvec x = {};
+            if (D / 2 < BYTES) std::memcpy(&x, row, D / 2);
+            else x = load<usvec>(row + start(j, D / 2, BYTES));
+            usvec parts[] = {x & 15, x >> 4 & 15, x >> 8 & 15, x >> 12};
+            #pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++)
+                #pragma GCC unroll 4
+                for (int i = 0; i < 4; i++)
+                    some[g] += product((svec)parts[i], q[j * GROUP + g].x[i]);
+        }
+        #pragma GCC unroll 4
+        for (int g = 0; g < GROUP; g++) sum[r * GROUP + g] = some[g];
+    }
+    return sums(sum);
+}
+
+// Inner products x (groups, TILE, GROUP) of q and n rows, whose bytes are read once.
+template <class Row, class Part, class Sum>
+void score(const Queries<Part, Sum>& q, int D, const Row* const* rows, int n, float* x) {
+    int count = q.x.size() / q.excess.size();
+    for (int i = 0; i < n; i += 2) {
+        for (int r = i + AHEAD; r < std::min(i + AHEAD + 2, n); r++) fetch(rows[r], Row::size(D));
+        for (size_t p = 0; p < q.excess.size(); p++) {
+            Sum sum = multiply(&q.x[p * count], D, rows[i], rows[std::min(i + 1, n - 1)]);
+            store(x + (p * TILE + i) * GROUP, __builtin_convertvector(sum - q.excess[p], vec));
         }
     }
 }
 
-// Puts in o (G, reads), in the order of widen, the sums of n rows weighted by x (G, TILE). Reads
-// each row's bytes once: a few columns of 32 rows, while those of the next 32 are fetched.
+// Puts in o (groups, reads, GROUP), in the order of widen, the sums of n rows weighted by x
+// (groups, TILE, GROUP). Reads each row's bytes once: a few columns of BLOCK rows, while those of
+// rows ahead are fetched.
 template <class Row>
-void mix(const float* x, int G, int D, const Row* const* rows, int n, Pair* o) {
+void mix(const float* x, int groups, int D, const Row* const* rows, int n, Pair* o) {
     int size = Row::size(D), count = reads(size, Row::STEP);
-    std::fill(o, o + G * count, Pair{});
-    for (int first = 0; first < n; first += 32)
-        for (int g = 0; g < G; g += GROUP)
+    std::fill(o, o + groups * count * GROUP, Pair{});
+    for (int first = 0; first < n; first += BLOCK)
+        for (int p = 0; p < groups; p++)
             for (int j = 0; j < count; j++) {
-                int e = start(j, size, Row::STEP);
-                Pair sum[GROUP];
-                for (int h = 0; h < GROUP; h++) sum[h] = o[(g + h) * count + j];
-                for (int i = first; i < std::min(first + 32, n); i++) {
-                    __builtin_prefetch(rows[std::min(i + 32, n - 1)] + e);
+                int e = start(j, size, Row::STEP), end = std::min(first + BLOCK, n);
+                for (int i = first + AHEAD + j; p == 0 && i < std::min(end + AHEAD, n); i += count)
+                    fetch(rows[i], size);
+                Pair sum[GROUP], *to = &o[(p * count + j) * GROUP];
+                #pragma GCC unroll 4
+                for (int g = 0; g < GROUP; g++) sum[g] = to[g];
+                for (int i = first; i < end; i++) {
                     Pair v = widen(rows[i] + e);
-                    for (int h = 0; h < GROUP; h++) {
-                        sum[h].a += x[(g + h) * TILE + i] * v.a;
-                        sum[h].b += x[(g + h) * TILE + i] * v.b;
+                    #pragma GCC unroll 4
+                    for (int g = 0; g < GROUP; g++) {
+                        float weight = x[(p * TILE + i) * GROUP + g];
+                        sum[g].a += weight * v.a, sum[g].b += weight * v.b;
                     }
                 }
-                for (int h = 0; h < GROUP; h++) o[(g + h) * count + j] = sum[h];
+                #pragma GCC unroll 4
+                for (int g = 0; g < GROUP; g++) to[g] = sum[g];
             }
 }
 
@@ -205,31 +243,39 @@ vec exponential(vec x) {
     return x < -87.f ? vec{} : (vec)((ivec)y + ((ivec)t << 23));
 }
 
-// Puts e^(x - m) in place of n logits, 0 behind them up to a full vector; m is the largest.
-float exponentials(float* x, int n) {
-    for (int i = n; i % (2 * LANES); i++) x[i] = NONE;
-    vec even = vec{} + NONE, odd = even;
-    for (int i = 0; i < n; i += 2 * LANES) {
-        vec a = load<vec>(x + i), b = load<vec>(x + i + LANES);
-        even = a > even ? a : even, odd = b > odd ? b : odd;
+// Two rows of a group's numbers: the same of a group, or the same in a row.
+vec twice(quad x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3); }
+vec each(const float* x) { return __builtin_shuffle(load<vec>(x), ivec{0, 0, 0, 0, 1, 1, 1, 1}); }
+quad low(vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+quad high(vec x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+quad larger(quad x, quad y) { return x > y ? x : y; }
+
+// The largest of logits (n, GROUP) of each query; puts -inf behind an odd one.
+quad largest(float* x, int n) {
+    if (n % 2) store(x + n * GROUP, quad{} + NONE);
+    vec m = vec{} + NONE;
+    for (int i = 0; i < n; i += 2) {
+        vec y = load<vec>(x + i * GROUP);
+        m = y > m ? y : m;
     }
-    float m = NONE;
-    for (int i = 0; i < LANES; i++) m = std::max({m, even[i], odd[i]});
-    float shift = m == NONE ? 0 : m;
-    for (int i = 0; i < n; i += LANES) store(x + i, exponential(load<vec>(x + i) - shift));
-    return m;
+    return larger(low(m), high(m));
 }
 
-float total(const float* x, int n) {
-    vec sum = {};
-    for (int i = 0; i < n; i += LANES) sum += load<vec>(x + i);
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += sum[i];
-    return s;
+// Puts e^(x - m) in place of logits (n, GROUP), weighed(row, of two); their sums.
+template <class Weigh> quad exponentials(float* x, int n, quad m, Weigh weighed) {
+    vec sum = {}, shift = twice(m == NONE ? quad{} : m);
+    for (int i = 0; i < n; i += 2) {
+        vec y = weighed(i, exponential(load<vec>(x + i * GROUP) - shift));
+        store(x + i * GROUP, y);
+        sum += y;
+    }
+    return low(sum) + high(sum);
 }
 
 // e^(m - top), where m = -inf stands for nothing.
-float fade(float m, float top) { return m == NONE ? 0 : std::exp(m - top); }
+quad fade(quad m, quad top) {
+    return low(exponential(twice(m == NONE ? quad{} + NONE : m - top)));
+}
 
 // ---------------------------------------------------------------- a step
 
@@ -237,6 +283,7 @@ typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 constexpr int LIMBS = IS_PACKED && sizeof(Num) == 4 ? 2 : 1;    // shorts that hold a number of q
+constexpr int MOST = 32767;                                     // in a short
 
 struct Shape { int64_t B, H, G, D, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
 
@@ -256,161 +303,188 @@ int tiles(int64_t n) { return (n + TILE - 1) / TILE; }
 float wide(bfloat16 x) { uint32_t bits = x.bits << 16; return load<float>(&bits); }
 
 // One head of one sequence, and what the loops hand on. It is kept for the next step: fresh memory
-// costs more than what is done in it. G counts empty query heads too, up to whole groups.
+// costs more than what is done in it. Queries go in groups, the last one filled up by zeros.
 struct Head {
     Shape n;
     Tensors given;
     int64_t at, b, h;                       // its number; its sequence, and head of that
-    int G, D, S;                            // S: steady tiles, the first parts
-    std::vector<Pair> q;                    // (G, reads) scaled
-    std::vector<Shorts> q_shorts;           // (LIMBS, G, reads) over unit
-    std::vector<float> unit, half;          // (G,) half: |q|^2 / 2
-    std::vector<float> mass, m, s;          // (tiles, G, TILE) over e^m; (tiles, G); sums, likewise
-    std::vector<float> top;                 // (G,) the largest m
-    std::vector<int> ids, live;             // (tiles, TILE); (tiles,)
-    std::vector<uint64_t> keys, best;       // of live clusters: share of attention, then place
+    int D, Q, S;                            // Q: groups; S: steady tiles, the first parts
+    Queries<Pair, vec> q;                   // scaled
+    Queries<Shorts, ivec> q_packed[LIMBS];  // over unit
+    std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
+    std::vector<float> mass;                // (tiles, Q, TILE, GROUP) over e^m
+    std::vector<quad> m, s, top;            // (tiles, Q); its sums, likewise; (Q,) the largest m
+    std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
+    std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
+    std::vector<int> live;                  // (tiles,) how many have some
+    std::vector<uint32_t> share;            // (tiles, TILE) of attention, as bits + 1; 0 of none
+    std::vector<uint64_t> keys, best;       // of clusters: share, then place
     std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
     std::vector<const Row*> mean;           // means to read
-    std::vector<float> bias, weight;        // of each steady token; (tiles, G, TILE) of each mean
-    std::vector<float> part_m, part_s;      // (parts, G) of tokens, then of means
-    std::vector<Pair> part_o;               // (parts, G, reads)
+    std::vector<float> bias, weight;        // of steady tokens; (tiles, Q, TILE, GROUP) of means
+    std::vector<quad> part_m, part_s;       // (parts, Q) of tokens, then of means
+    std::vector<Pair> part_o;               // (parts, Q, reads, GROUP)
 
     int of_tokens() const { return tiles(n.W) + tiles(n.N); }
     int parts() const { return of_tokens() + tiles(n.K); }
     Pair* o(int part) {
         int count = std::max(reads(D, WIDTH), reads(Row::size(D), Row::STEP));
-        return part_o.data() + part * G * count;
+        return part_o.data() + part * Q * count * GROUP;
     }
 
     void begin(const Shape& shape, const Tensors& tensors, int64_t number) {
         n = shape, given = tensors, at = number, b = at / n.H, h = at % n.H, D = n.D;
-        G = (n.G + GROUP - 1) / GROUP * GROUP;
-        m.resize(tiles(n.C) * G), s.resize(m.size()), mass.resize(m.size() * TILE);
-        ids.resize(tiles(n.C) * TILE), live.resize(tiles(n.C)), keys.clear(), top.assign(G, NONE);
-        part_m.assign(parts() * G, NONE), part_s.assign(parts() * G, 0);
-        part_o.resize(o(parts()) - o(0)), weight.assign(tiles(n.K) * G * TILE, 0);
+        Q = (n.G + GROUP - 1) / GROUP;
+        int C = tiles(n.C), K = tiles(n.K);
+        m.resize(C * Q), s.resize(C * Q), mass.resize(C * Q * TILE * GROUP), live.resize(C);
+        size.resize(C * TILE), scale.resize(C * TILE), offset.resize(C * TILE);
+        share.resize(C * TILE), top.assign(Q, quad{} + NONE);
+        part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
+        part_o.resize(o(parts()) - o(0)), weight.resize(K * Q * TILE * GROUP);
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
             float x = given.bias[b * n.bias_b + h * n.bias_h + w * n.bias_w];
             if (x == NONE) continue;
-            add_token(given.k_steady, given.v_steady, at * n.W + w);
+            k.push_back(given.k_steady + (at * n.W + w) * D);
+            v.push_back(given.v_steady + (at * n.W + w) * D);
             bias.push_back(x);
         }
         S = tiles(k.size());
         prepare();
     }
 
-    void add_token(const Num* keys, const Num* values, int64_t row) {
-        k.push_back(keys + row * D), v.push_back(values + row * D);
-    }
-
     // q as score takes it: scaled, in the order of its reads, and 0 where a read repeats a column.
     void prepare() {
-        int count = reads(D, WIDTH), packed = reads(D / 2, WIDTH);
-        q.assign(G * count, Pair{}), q_shorts.assign(LIMBS * G * packed, Shorts{});
-        unit.assign(G, 0), half.assign(G, 0);
+        int count = reads(D, WIDTH), packed = reads(D / 2, BYTES);
+        q.x.assign(Q * count * GROUP, Pair{}), q.excess.assign(Q, vec{});
+        for (auto& limb : q_packed)
+            limb.x.assign(Q * packed * GROUP, Shorts{}), limb.excess.assign(Q, ivec{});
+        unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
         std::vector<float> x(D);
         for (int g = 0; g < n.G; g++) {
+            int p = g / GROUP, lane = g % GROUP;
             float most = 0;
             for (int j = 0; j < count; j++) {
                 int e = start(j, D, WIDTH);
                 Pair read = widen(given.q + (at * n.G + g) * D + e);
                 for (int i = 0; i < 16; i++) x[Num::place(e, i, D)] = ((float*)&read)[i];
             }
-            for (float& value : x) value /= std::sqrt((float)D), half[g] += value * value / 2;
+            for (float& value : x) value /= std::sqrt((float)D), half[p][lane] += value * value / 2;
             for (float value : x) most = std::max(most, std::abs(value));
-            unit[g] = most > 0 ? most / 32767 : 1;
+            real[p][lane] = 1;
+            if (most > 0) unit[p][lane] = most / MOST;
             for (int j = 0; j < count; j++)
                 for (int i = 0, e = start(j, D, WIDTH); i < 16; i++) {
                     int d = Num::place(e, i, D);
-                    ((float*)&q[g * count + j])[i] = d < j * WIDTH ? 0 : x[d];
+                    ((float*)&q.x[(p * count + j) * GROUP + lane])[i] = d < j * WIDTH ? 0 : x[d];
                 }
             for (int j = 0; j < packed; j++)
-                for (int i = 0; i < 32; i++) {
-                    int e = start(j, D / 2, WIDTH) + i % 16, d = e + i / 16 * (D / 2);
-                    float rest = e < j * WIDTH ? 0 : x[d] / unit[g];
-                    for (int limb = 0; limb < LIMBS; limb++) {
-                        float whole = std::nearbyint(rest);
-                        ((int16_t*)&q_shorts[(limb * G + g) * packed + j])[i] = whole;
-                        rest = (rest - whole) * 32768;
+                for (int i = 0; i < 2 * BYTES; i++) {
+                    int e = start(j, D / 2, BYTES) + i % 16 * 2 + i / 32;
+                    if (e < j * BYTES || e >= D / 2) continue;
+                    float rest = x[e + i / 16 % 2 * (D / 2)] / unit[p][lane];
+                    for (auto& limb : q_packed) {
+                        int whole = std::nearbyint(rest);
+                        limb.x[(p * packed + j) * GROUP + lane].x[i / 16][i % 16] = whole;
+                        for (int l : {lane, GROUP + lane}) limb.excess[p][l] += 8 * whole;
+                        rest = (rest - whole) * 2 * MOST;
                     }
                 }
         }
     }
 
-    // How many tokens at its centroid cluster c is worth to query g.
-    float worth(int g, int64_t c) const {
-        return given.sizes[at * n.C + c] * (1 + half[g] * wide(given.spreads[at * n.C + c]));
-    }
-
-    // Reads 4 bytes a slot; 4 more and the centroid where a cluster is; writes 4*G + 4 of it.
+    // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 4*G + 12.
     void rank(int tile) {
         const Row* rows[TILE];
-        float worth[TILE] = {}, scale[TILE] = {}, spread[TILE] = {};
-        int first = tile * TILE, end = std::min<int>(first + TILE, n.C), count = 0;
-        for (int64_t c = at * n.C + first; c < at * n.C + end; c++)
-            if (given.sizes[c] > 0) {
-                rows[count] = given.centroids + c * Row::size(D);
-                scale[count] = wide(given.scales[2 * c]), spread[count] = wide(given.spreads[c]);
-                worth[count] = given.sizes[c];
-                ids[first + count++] = c - at * n.C;
+        float scales[TILE + LANES] = {}, spread[TILE + LANES] = {};
+        int64_t first = at * n.C + tile * TILE;
+        int count = std::min<int>(TILE, n.C - tile * TILE);
+        float* sizes = &size[tile * TILE];
+        std::fill(std::copy_n(given.sizes + first, count, sizes), sizes + TILE, 0.f);
+        live[tile] = 0;
+        for (int i = 0; i < TILE; i++) live[tile] += sizes[i] > 0;
+        if (!live[tile]) {
+            for (int p = 0; p < Q; p++) m[tile * Q + p] = quad{} + NONE, s[tile * Q + p] = quad{};
+            return;
+        }
+        for (int i = 0; i < count; i++) {       // what is in no cluster may be anything
+            auto both = load<uint32_t>(&given.scales[2 * (first + i)]);
+            uint32_t bits[] = {both << 16, both & 0xffff0000};
+            float y = wide(given.spreads[first + i]);
+            scales[i] = sizes[i] > 0 ? load<float>(bits) : 0, spread[i] = sizes[i] > 0 ? y : 0;
+            scale[tile * TILE + i] = load<float>(bits + 1);
+            offset[tile * TILE + i] = given.offsets[first + i];
+        }
+        for (int i = 0; i < count; i++) rows[i] = given.centroids + (first + i) * Row::size(D);
+        float* x = &mass[tile * Q * TILE * GROUP];
+        if constexpr (IS_PACKED) score(q_packed[0], D, rows, count, x);
+        else score(q, D, rows, count, x);
+        if constexpr (LIMBS == 2) {
+            std::vector<float> rest(Q * TILE * GROUP);
+            score(q_packed[1], D, rows, count, rest.data());
+            for (size_t i = 0; i < rest.size(); i++) x[i] += rest[i] / (2 * MOST);
+        }
+        for (int p = 0; p < Q; p++) {
+            float* logits = x + p * TILE * GROUP;
+            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), halves = twice(half[p]);
+            for (int i = 0; i < count; i += 2) {
+                vec sum = load<vec>(logits + i * GROUP) * units * each(scales + i);
+                store(logits + i * GROUP, each(sizes + i) > 0 ? sum : vec{} + NONE);
             }
-        live[tile] = count;
-        std::vector<float> x(LIMBS * G * TILE);
-        if constexpr (IS_PACKED) score(q_shorts, LIMBS * G, D, rows, count, x.data());
-        else score(q, n.G, D, rows, count, x.data());
-        for (int g = 0; g < n.G; g++) {
-            float *logits = &mass[first * G + g * TILE], *from = &x[g * TILE];
-            for (int i = 0; i < count; i++) {
-                float sum = from[i];
-                if (LIMBS == 2) sum += from[G * TILE + i] / 32768;
-                logits[i] = sum * scale[i] * (IS_PACKED ? unit[g] : 1);
-            }
-            m[tile * G + g] = exponentials(logits, count);
-            if (n.by_mass)
-                for (int i = 0; i < count; i++) logits[i] *= worth[i] * (1 + half[g] * spread[i]);
-            s[tile * G + g] = total(logits, count);
+            m[tile * Q + p] = largest(logits, count);
+            s[tile * Q + p] = exponentials(logits, count, m[tile * Q + p], [&](int i, vec x) {
+                return n.by_mass ? x * each(sizes + i) * (1 + halves * each(spread + i)) : x;
+            });
         }
     }
 
-    // Keys of the live clusters: share of attention above place, so that of equals the first wins.
+    // The share of the attention of each cluster: of what the steady zone shares too, or as in the
+    // paper of what clusters have among themselves.
     void weigh() {
-        std::vector<float> sum(G), over(G);     // over: 1 / all that share attention, over e^top
+        std::vector<quad> sum(Q), over(Q);      // over: 1 / all that share attention, over e^top
         for (int t = 0; t < tiles(n.C); t++)
-            for (int g = 0; g < n.G; g++) top[g] = std::max(top[g], m[t * G + g]);
+            for (int p = 0; p < Q; p++) top[p] = larger(top[p], m[t * Q + p]);
         for (int t = 0; t < tiles(n.C); t++)
-            for (int g = 0; g < n.G; g++) {
-                m[t * G + g] = fade(m[t * G + g], top[g]);
-                sum[g] += s[t * G + g] * m[t * G + g];
+            for (int p = 0; p < Q; p++) {
+                m[t * Q + p] = fade(m[t * Q + p], top[p]);
+                sum[p] += s[t * Q + p] * m[t * Q + p];
             }
-        for (int g = 0; g < n.G; g++) {         // the paper ranks clusters among themselves
+        for (int p = 0; p < Q; p++) {
             int steady = n.by_mass ? S : 0;
-            float most = top[g], near = 0;
-            for (int p = 0; p < steady; p++) most = std::max(most, part_m[p * G + g]);
-            for (int p = 0; p < steady; p++)
-                near += part_s[p * G + g] * fade(part_m[p * G + g], most);
-            float far = fade(top[g], most);
-            over[g] = far / (near + sum[g] * far);
+            quad most = top[p], near = {};
+            for (int i = 0; i < steady; i++) most = larger(most, part_m[i * Q + p]);
+            for (int i = 0; i < steady; i++)
+                near += part_s[i * Q + p] * fade(part_m[i * Q + p], most);
+            quad far = fade(top[p], most), all = near + sum[p] * far;
+            over[p] = all > 0 ? real[p] * far / all : quad{};
         }
-        for (int t = 0; t < tiles(n.C); t++) {
-            float p[TILE] = {};
-            for (int g = 0; g < n.G; g++) {
-                float scale = m[t * G + g] * over[g], *x = &mass[(t * G + g) * TILE];
-                for (int i = 0; i < TILE; i++) p[i] += x[i] * scale;
+        for (int t = 0; t < tiles(n.C); t++)
+            for (int i = 0; i < TILE; i += LANES) {
+                vec rows[4] = {};                               // two each
+                for (int p = 0; p < Q && live[t]; p++) {
+                    vec scale = twice(m[t * Q + p] * over[p]);
+                    const float* from = &mass[((t * Q + p) * TILE + i) * GROUP];
+                    for (int r = 0; r < 4; r++) rows[r] += load<vec>(from + r * LANES) * scale;
+                }
+                vec sum = __builtin_shuffle(halves(rows[0], rows[1], rows[2], rows[3]),
+                                            ivec{0, 4, 1, 5, 2, 6, 3, 7});
+                int at = t * TILE + i;
+                store(&share[at], load<vec>(&size[at]) > 0 ? (ivec)sum + 1 : ivec{});
             }
-            for (int i = 0; i < live[t]; i++)
-                keys.push_back((uint64_t)load<uint32_t>(p + i) << 32 | ~uint32_t(t * TILE + i));
-        }
     }
 
     // The n_ranked largest keys, of which the first n_retrieve are in order. Leaves in keys those
-    // that share 12 bits with one of them, or are larger.
+    // whose share has the same 11 leading bits as one of them, or more.
     void choose(int n_ranked, int n_retrieve) {
-        int count[4096] = {}, bin = 4096;       // keys with the same 12 leading bits
-        for (uint64_t key : keys) count[key >> 52]++;
-        for (int above = 0; above < n_ranked; above += count[bin]) bin--;
+        int count[2][2048] = {}, bin = 2048;    // two, as neighbours are often alike
+        for (size_t i = 0; i < share.size(); i += 2)
+            count[0][share[i] >> 20]++, count[1][share[i + 1] >> 20]++;
+        for (int above = 0; above < n_ranked; above += count[0][bin] + count[1][bin]) bin--;
+        uint32_t least = std::max(bin << 20, 1);
         size_t found = 0;
-        for (uint64_t key : keys) keys[found] = key, found += key >> 52 >= (uint64_t)bin;
+        keys.resize(share.size());
+        for (size_t i = 0; i < share.size(); i++)
+            keys[found] = (uint64_t)share[i] << 32 | ~uint32_t(i), found += share[i] >= least;
         keys.resize(found), best = keys;
         auto from = best.begin();
         std::nth_element(from, from + n_ranked, best.end(), std::greater());
@@ -419,37 +493,40 @@ struct Head {
         std::sort(from, from + n_retrieve, std::greater());
     }
 
-    // Reads 12 bytes a retrieved cluster and what rank left; writes 16 a token, 4*G + 8 a mean.
+    // Reads what rank left; writes 16 bytes a token, 4*G + 8 a mean.
     void select() {
         weigh();
-        int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, (int64_t)keys.size()});
+        int clusters = 0;
+        for (int x : live) clusters += x;
+        int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, clusters});
         int n_retrieve = std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked});
         choose(n_ranked, n_retrieve);
-        k.resize(S * TILE), v.resize(S * TILE);
         uint64_t last = UINT64_MAX;             // key of the last cluster whose tokens fit
-        int64_t room = std::min(n.N, given.n_tokens[b]);
+        int64_t room = std::min(n.N, given.n_tokens[b]), to = S * TILE;
+        k.resize(to + room), v.resize(to + room);
         for (int r = 0; r < n_retrieve; r++) {
-            int64_t c = at * n.C + ids[~uint32_t(best[r])], size = given.sizes[c];
-            if ((room -= size) < 0) break;
-            for (int i = 0; i < size; i++)
-                add_token(given.k_store, given.v_store, at * n.T + given.offsets[c] + i);
+            int c = ~uint32_t(best[r]), tokens = size[c];
+            if ((room -= tokens) < 0) break;
+            int64_t first = (at * n.T + offset[c]) * D;
+            for (int i = 0; i < tokens; i++, to++)
+                k[to] = given.k_store + first + i * D, v[to] = given.v_store + first + i * D;
             last = best[r];
         }
+        k.resize(to), v.resize(to);
         uint64_t least = n_ranked ? *std::min_element(best.begin(), best.end()) : last;
         for (uint64_t key : keys)
             if (least <= key && key < last) estimate(~uint32_t(key));
     }
 
     void estimate(int place) {
-        int t = place / TILE, c = ids[place], j = mean.size();
-        int part = of_tokens() + j / TILE;
-        float scale = wide(given.scales[2 * (at * n.C + c) + 1]);
-        mean.push_back(given.means + (at * n.C + c) * Row::size(D));
-        for (int g = 0; g < n.G; g++) {
-            float w = mass[(t * G + g) * TILE + place % TILE] * m[t * G + g]
-                    * (n.by_mass ? 1 : worth(g, c));
-            part_m[part * G + g] = top[g], part_s[part * G + g] += w;
-            weight[(j / TILE * G + g) * TILE + j % TILE] = w * scale;
+        int64_t c = at * n.C + place;
+        int t = place / TILE, i = place % TILE, j = mean.size(), part = of_tokens() + j / TILE;
+        mean.push_back(given.means + c * Row::size(D));
+        for (int p = 0; p < Q; p++) {
+            quad w = load<quad>(&mass[((t * Q + p) * TILE + i) * GROUP]) * m[t * Q + p];
+            if (!n.by_mass) w *= size[place] * (1 + half[p] * wide(given.spreads[c]));
+            part_m[part * Q + p] = top[p], part_s[part * Q + p] += w;
+            store(&weight[((j / TILE * Q + p) * TILE + j % TILE) * GROUP], w * scale[place]);
         }
     }
 
@@ -459,52 +536,65 @@ struct Head {
         if (part >= of_tokens()) {
             first -= of_tokens() * TILE;
             if (int count = std::min<int>(TILE, mean.size() - first); count > 0)
-                mix(&weight[first * G], G, D, &mean[first], count, o(part));
+                mix(&weight[first * Q * GROUP], Q, D, &mean[first], count, o(part));
             return;
         }
         bool is_steady = part < tiles(n.W);
         if (!is_steady) first += (S - tiles(n.W)) * TILE;
         int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
         if (count <= 0) return;
-        std::vector<float> x(G * TILE);
-        score(q, n.G, D, &k[first], count, x.data());
-        for (int g = 0; g < n.G; g++) {
-            float* logits = &x[g * TILE];
-            for (int i = 0; is_steady && i < count; i++) logits[i] += bias[first + i];
-            part_m[part * G + g] = exponentials(logits, count);
-            part_s[part * G + g] = total(logits, count);
+        std::vector<float> x(Q * TILE * GROUP);
+        score(q, D, &k[first], count, x.data());
+        for (int p = 0; p < Q; p++) {
+            float* logits = &x[p * TILE * GROUP];
+            for (int i = 0; is_steady && i < count; i++)
+                store(logits + i * GROUP, load<quad>(logits + i * GROUP) + bias[first + i]);
+            quad most = part_m[part * Q + p] = largest(logits, count);
+            part_s[part * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
         }
-        mix(x.data(), G, D, &v[first], count, o(part));
+        mix(x.data(), Q, D, &v[first], count, o(part));
     }
 
     // Reads 4*G*(D + 2) bytes a part and writes D*e*G.
     void combine() {
-        for (int g = 0; g < n.G; g++) {
-            float most = NONE, total = 0;
-            for (int p = 0; p < parts(); p++) most = std::max(most, part_m[p * G + g]);
-            for (int p = 0; p < parts(); p++)
-                total += fade(part_m[p * G + g], most) * part_s[p * G + g];
-            std::vector<float> exact = add_parts<Num>(0, of_tokens(), g, most);
-            std::vector<float> estimated = add_parts<Row>(of_tokens(), parts(), g, most);
-            for (int d = 0; d < D; d++)
-                given.o[(at * n.G + g) * D + d] = narrow((exact[d] + estimated[d]) / total, Num());
+        for (int p = 0; p < Q; p++) {
+            quad most = quad{} + NONE, total = {};
+            for (int i = 0; i < parts(); i++) most = larger(most, part_m[i * Q + p]);
+            for (int i = 0; i < parts(); i++)
+                total += fade(part_m[i * Q + p], most) * part_s[i * Q + p];
+            for (int g = p * GROUP; g < std::min<int>((p + 1) * GROUP, n.G); g++) {
+                std::vector<float> exact = add_parts<Num>(0, of_tokens(), g, most);
+                std::vector<float> estimated = add_parts<Row>(of_tokens(), parts(), g, most);
+                Num* o = given.o + (at * n.G + g) * D;
+                for (int d = 0; d < D; d++)
+                    o[d] = narrow((exact[d] + estimated[d]) / total[g % GROUP], Num());
+            }
         }
     }
 
-    template <class Kind> std::vector<float> add_parts(int first, int end, int g, float most) {
-        int size = Kind::size(D), count = reads(size, Kind::STEP);
+    template <class Kind> std::vector<float> add_parts(int first, int end, int g, quad most) {
+        int size = Kind::size(D), count = reads(size, Kind::STEP), p = g / GROUP, lane = g % GROUP;
         std::vector<Pair> sum(count);
-        for (int p = first; p < end; p++)
-            if (float scale = fade(part_m[p * G + g], most); scale > 0)
+        for (int i = first; i < end; i++)
+            if (float scale = fade(part_m[i * Q + p], most)[lane]; scale > 0)
                 for (int j = 0; j < count; j++) {
-                    sum[j].a += scale * o(p)[g * count + j].a;
-                    sum[j].b += scale * o(p)[g * count + j].b;
+                    Pair x = o(i)[(p * count + j) * GROUP + lane];
+                    sum[j].a += scale * x.a, sum[j].b += scale * x.b;
                 }
         std::vector<float> found(D);
         for (int j = 0; j < count; j++)
             for (int i = 0; i < 16; i++)
                 found[Kind::place(start(j, size, Kind::STEP), i, D)] = ((float*)&sum[j])[i];
         return found;
+    }
+
+    void run(const Shape& shape, const Tensors& tensors, int64_t number) {
+        begin(shape, tensors, number);
+        for (int i = 0; i < tiles(n.W); i++) attend(i);
+        for (int i = 0; i < tiles(n.C); i++) rank(i);
+        select();
+        for (int i = tiles(n.W); i < parts(); i++) attend(i);
+        combine();
     }
 };
 
@@ -515,6 +605,12 @@ extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
     std::vector<Head>& heads = kept;            // the caller's, for all threads
     int count = n->B * n->H;
     if ((int)heads.size() < count) heads.resize(count);
+    int turns = (count + threads - 1) / threads;
+    if (5 * count >= 4 * turns * threads) {     // whole heads leave at most a fifth of them idle
+        #pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int i = 0; i < count; i++) heads[i].run(*n, *given, i);
+        return;
+    }
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for
