@@ -44,7 +44,7 @@ bench: bench-cache ## speed and memory beside dense attention and peers; the blo
 bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts, by policy; plots
 	$(BIN)/python replay.py --save results/block-cache.json
 
-bench-gpu:      ## the kernels on a GPU beside SDPA and FlexAttention, with PYTHON
+bench-gpu:      ## the kernels and a whole model on a GPU beside dense attention, with PYTHON
 	$(PYTHON) bench_gpu.py $(ARGS)
 
 evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it

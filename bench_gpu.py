@@ -1,12 +1,13 @@
 """The kernels on a GPU, beside dense attention and the same step in PyTorch: times and bytes.
 
     python bench_gpu.py                                  # or: make bench-gpu; under ten minutes
-    TRITON_INTERPRET=1 python bench_gpu.py --dry-run     # tiny, without a clock; also on a CPU
+    TRITON_INTERPRET=1 python bench_gpu.py --dry-run     # tiny, each timed once; also on a CPU
 
-One layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself; dense
-attention reads the same store. First a head is compared with float64, then each runner is captured
+First one layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself;
+dense attention reads the same store. A head is compared with float64, then each runner is captured
 in a CUDA graph and replayed with a cold L2 cache; a number is the median. Cells left out for want
-of time or memory are named. Writes gpu.json, gpu.md and gpu.png to results/.
+of time or memory are named. Then the whole model (bench_gpu_model.py). Writes gpu.json, gpu.md and
+gpu.png to results/. Needs matplotlib and einops.
 """
 import argparse
 import functools
@@ -26,24 +27,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
+import bench_gpu_model
 import kernels
+from bench_gpu_model import DEVICE, DTYPE, clumps, fill, once_ms
 from retroinfer import PLAIN, RetroConfig, WaveIndex, attend, cluster_segment, halves
 
 MODELS = {"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)}         # H, G, D
 CELLS = [(tokens, batch) for tokens in (131072, 8192, 32768, 524288, 1048576)
          for batch in (1, 8, 32)]
 COMPILED = {(131072, 1), (131072, 8), (8192, 1)}    # where also what takes long to compile is timed
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32 # interpreted, bfloat16 fails
-
-
-def clumps(B, H, T, D):
-    """Keys (B, H, T, D) of texts that dwell on a topic for a while and return to it."""
-    topics = torch.randn(H, max(T // 256, 4), D, device=DEVICE)
-    which = torch.randint(topics.shape[1], (B, T // 16 + 1), device=DEVICE)
-    which = which.repeat_interleave(16, 1)[:, :T]                           # (B, T)
-    k = torch.stack([topics[:, ids] for ids in which])                      # (B, H, T, D)
-    return (k + 0.7 * torch.randn_like(k)).to(DTYPE)
 
 
 class Cell:
@@ -56,14 +48,9 @@ class Cell:
         H, G, D = MODELS[model]
         self.name, self.tokens = {"model": model, "tokens": tokens, "batch": batch}, tokens
         self.wave = wave = WaveIndex(RetroConfig(), tokens + 1, batch, hot=kernels)
-        wave.allocate(torch.empty(1, H, 1, D, dtype=DTYPE, device=DEVICE))
-        for row in range(batch):
-            wave.k_store[row, :, :tokens] = clumps(1, H, tokens, D)[0]
-        wave.v_store.normal_()
-        wave.n_tokens.fill_(tokens)
+        fill(wave, H, G, D, tokens)
         k, v = (x[:, :, tokens // 3, None].clone() for x in (wave.k_store, wave.v_store))
         q = k + torch.randn(batch, H, G, D, device=DEVICE).to(DTYPE)        # (B, H, G, D)
-        wave.update()
         wave.hot = SimpleNamespace(attend=lambda *args: setattr(self, "args", args) or args[0])
         wave.decode(q.view(batch, H * G, 1, D), k, v)
 
@@ -144,13 +131,13 @@ def flash(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def median_ms(run):
-    """Median milliseconds of a CUDA-graph replay of run(), the L2 cache cleared before each."""
+def median_ms(run, rep=60):
+    """Median milliseconds of a CUDA-graph replay of run() over `rep` ms, each with a cold L2."""
     run(), run(), torch.cuda.synchronize()      # compiles, and allocates what graphs may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return do_bench(graph.replay, warmup=10, rep=60, return_mode="median")
+    return do_bench(graph.replay, warmup=10, rep=rep, return_mode="median")
 
 
 def measure(cell, clock, bandwidth):
@@ -188,6 +175,8 @@ def markdown(facts):
     lines += ["", "| model | tokens indexed | hot functions | ms |", "|---|---|---|---|"]
     lines += [f"| {x['model']} | {x['tokens']:,} | {name} | {ms:.2f} |"
               for x in facts["index"] for name, ms in x["ms"].items()]
+    if "decode" in facts:
+        lines += ["", *bench_gpu_model.markdown(facts, facts["copy_bytes_per_s"])]
     return "\n".join([*lines, "", *(f"Left out: {x}." for x in facts["left_out"]), ""])
 
 
@@ -211,7 +200,7 @@ def collect(cells, L, clock, end):
     """All facts, as many cells as memory allows, none begun after `end`."""
     x = torch.empty(2, 2**29 if DEVICE.type == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
     bandwidth = x.numel() / clock(lambda: x[0].copy_(x[1])) * 1e3           # read and written
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "a CPU without a clock"
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "a dry run on a CPU"
     facts = {"where": f"{name}, torch {torch.__version__}, Triton {triton.__version__}, copy "
              f"{bandwidth / 1e9:.0f} GB/s", "copy_bytes_per_s": bandwidth, "cells": [],
              "index": [index_build(model, L, clock) for model in MODELS], "left_out": []}
@@ -228,11 +217,18 @@ def collect(cells, L, clock, end):
     return facts
 
 
+def save(facts, folder):
+    """Write gpu.json and gpu.md, and print the latter."""
+    (folder / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "gpu.md").write_text(markdown(facts))
+    print(markdown(facts), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8, help="begin no cell after so many")
+    parser.add_argument("--minutes", type=float, default=5, help="begin no cell after so many")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where files go")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, without a clock")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, each timed once")
     args = parser.parse_args()
     if not args.dry_run and DEVICE.type == "cpu":
         print("bench_gpu: a CUDA GPU is needed, and torch finds none", file=sys.stderr)
@@ -240,13 +236,12 @@ def main():
     torch.manual_seed(0)
     plan = CELLS, 8192, median_ms
     if args.dry_run:
-        plan = [(410, 1)], 64, lambda run: [run(), 1.0][1]
+        plan = [(410, 1)], 64, once_ms
         MODELS.update(dict.fromkeys(MODELS, (1, 3, 16)))
     facts = collect(*plan, time.monotonic() + 60 * args.minutes)
-    (args.out / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.out / "gpu.md").write_text(markdown(facts))
     plot(facts, args.out / "gpu.png")
-    print(markdown(facts))
+    save(facts, args.out)
+    save(facts | bench_gpu_model.measure(args.dry_run, plan[-1]), args.out)
     return 0
 
 

@@ -3,12 +3,14 @@
 Without a GPU conftest.py imports Triton as its interpreter. footprint.py makes machine code in
 processes of its own, while the other tests run.
 """
+import functools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ kernels = pytest.importorskip("kernels", reason="needs Triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E402
 
+import bench_gpu_model  # noqa: E402
 import buffer  # noqa: E402
 import footprint  # noqa: E402
 import retroinfer  # noqa: E402
@@ -274,7 +277,7 @@ def test_operators_pass_opcheck(op):
 
 
 def test_the_benchmark_runs_dry(tmp_path):
-    """Tiny and without a clock: every runner and kernel, the check against float64, the files."""
+    """Tiny: every runner and kernel, the check against float64, the whole model, the files."""
     done = subprocess.run([sys.executable, "bench_gpu.py", "--dry-run", "--out", tmp_path],
                           cwd=Path(kernels.__file__).parent, capture_output=True, text=True,
                           env=os.environ | ({"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}),
@@ -285,7 +288,46 @@ def test_the_benchmark_runs_dry(tmp_path):
     for cell in facts["cells"]:
         assert {"kernels", "SDPA, grouped", "SDPA, flash"} <= set(cell["ms"])
         assert set(cell["kernels"]) == {"rank", "weigh", "pack", "attend", "combine"}
-    assert "Llama-3-8B" in (tmp_path / "gpu.md").read_text() and (tmp_path / "gpu.png").exists()
+    decode, (prefill,) = facts["decode"], facts["prefill"]
+    assert set(decode["steps"]) == set(bench_gpu_model.CACHES)
+    assert all(step["tokens_per_s"] > 0 for step in decode["steps"].values())
+    for name in ("dense", "dense, no mask"):        # as many as fit, by what was allocated
+        one = decode["steps"][name]["cache_bytes"] / decode["batch"]
+        assert 0 <= 0.9 * decode["free_bytes"] - decode["batch"] * one < one
+    assert 0 < decode["speed_up"] < 1 and prefill["index_share"] > 0            # interpreted
+    page = (tmp_path / "gpu.md").read_text()
+    assert f"{decode['batch']} sequences of 410 tokens" in page and "Qwen2.5-7B" in page
+    assert (tmp_path / "gpu.png").exists()
+
+
+def test_each_kind_of_cache_is_gone_before_the_next_comes(monkeypatch):
+    """And all of one kind are there at once. Compiled steps must not keep them."""
+    alive, seen = weakref.WeakSet(), []
+
+    def counted(make):
+        def made(*shape):
+            seen.append(len(alive))
+            alive.add(cache := make(*shape))
+            return cache
+        return made
+
+    wave = functools.partial(WaveIndex, RetroConfig(), hot=retroinfer.PLAIN)
+    kinds = {name: counted(make) for name, make in
+             (bench_gpu_model.CACHES | {"wave index": wave}).items()}
+    monkeypatch.setattr(bench_gpu_model, "CACHES", kinds)
+    monkeypatch.setattr(bench_gpu_model, "compiled_step", torch.compile(
+        retroinfer.eager_step, backend="eager", fullgraph=True, dynamic=False))
+    facts = bench_gpu_model.decode_facts(bench_gpu_model.TINY, 410, bench_gpu_model.once_ms)
+    assert seen == [0, 1] * 3 and not alive
+    wave, *dense = (facts["steps"][name]["tokens_per_s"] for name in sorted(kinds, reverse=True))
+    assert facts["speed_up"] == wave / max(dense)
+
+
+def test_a_gpu_without_room_for_one_sequence_is_told(monkeypatch):
+    monkeypatch.setattr(bench_gpu_model, "free_memory", lambda: 200_000)    # less than the weights
+    assert bench_gpu_model.decode_facts(bench_gpu_model.TINY, 410, None) == {}
+    page = bench_gpu_model.markdown({"decode": {}, "prefill": []}, 1e9)
+    assert "not one sequence fits" in page[0]
 
 
 def test_without_a_gpu_the_benchmark_says_so():
