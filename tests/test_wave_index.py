@@ -1,4 +1,6 @@
 """The wave index against float64 loops: limits that must hold exactly, then the general case."""
+import itertools
+
 import oracle
 import pytest
 import torch
@@ -7,7 +9,6 @@ from hypothesis import strategies as st
 
 from retroinfer import (
     PLAIN,
-    Budget,
     RetroConfig,
     WaveIndex,
     attend,
@@ -21,6 +22,7 @@ from retroinfer import (
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
 WHOLE = SMALL | {"bits": 16}
 ALL = {"retrieve": 1.0, "estimate": 0.0}
+BACKENDS = ["eager", "compiled", "native", "kernels"]
 
 
 def qkv(T, B=1, H=2, G=3, D=16, seed=0, spread=1.0):
@@ -142,8 +144,12 @@ def test_unit_seeds_leave_few_clusters_empty():
 
 # ---------------------------------------------------------------- limits
 
-@pytest.mark.parametrize("n_prompt", [1, 2, 5, 6, 7, 37, 38, 39, 69, 70, 71, 101, 102, 103, 230])
-def test_all_retrieved_is_dense(n_prompt):
+PROMPTS = [1, 2, 5, 6, 7, 37, 38, 39, 69, 70, 71, 101, 102, 103, 230]
+
+
+@pytest.mark.parametrize("backend, n_prompt", [
+    *itertools.product(["eager", "native"], PROMPTS), ("compiled", 70)], indirect=["backend"])
+def test_all_retrieved_is_dense(backend, n_prompt):
     """Prompts around every boundary (sink, local, first index, one to three segments), grown."""
     q, k, v = qkv(n_prompt + 120, B=2)
     wave, o = run(RetroConfig(**SMALL, **ALL), q, k, v, n_prompt)
@@ -162,7 +168,8 @@ def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
                                rtol=1e-4, atol=1e-5)
 
 
-def test_equal_keys_make_estimation_exact():
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_equal_keys_make_estimation_exact(backend):
     q, k, v = qkv(200)
     k[:, :, 2:] = k[:, :, 2:3]                                  # every token but the sink
     wave, o = run(RetroConfig(**WHOLE, retrieve=0.0, estimate=1.0), q, k, v, 190)
@@ -170,7 +177,8 @@ def test_equal_keys_make_estimation_exact():
     torch.testing.assert_close(o[:, :, 190:].double(), oracle.dense(q[:, :, 190:], k, v), **CLOSE)
 
 
-def test_one_token_a_cluster_is_exact():
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_one_token_a_cluster_is_exact(backend):
     q, k, v = qkv(160)
     config = RetroConfig(**WHOLE | {"cluster": 1}, retrieve=0.0, estimate=1.0)
     wave, o = run(config, q, k, v, 155)
@@ -192,10 +200,18 @@ def test_estimated_mass_is_never_above_true_mass():
 
 # ---------------------------------------------------------------- the general case
 
-@pytest.mark.parametrize("bits, by_mass", [(16, False), (16, True), (4, True)])
-@pytest.mark.parametrize("retrieve, estimate", [(0.0, 0.0), (0.05, 0.0), (0.1, 0.3), (0.3, 0.7)])
-def test_tripartite_attention_is_the_papers_sum(retrieve, estimate, bits, by_mass):
+SHARES = [(0.0, 0.0), (0.05, 0.0), (0.1, 0.3), (0.3, 0.7)]
+RANKINGS = [(16, False), (16, True), (4, True)]         # bits, by mass
+
+
+@pytest.mark.parametrize("backend, shares, ranking", [
+    *itertools.product(["eager", "native"], SHARES, RANKINGS),
+    *itertools.product(["kernels"], SHARES[2:3], RANKINGS),
+    *itertools.product(["compiled", "inductor"], SHARES[2:3], RANKINGS[2:])],
+    indirect=["backend"], ids=str)
+def test_tripartite_attention_is_the_papers_sum(backend, shares, ranking):
     """Or, by mass, that sum with each centroid's weight corrected for its cluster's spread."""
+    (retrieve, estimate), (bits, by_mass) = shares, ranking
     q, k, v = qkv(300, B=2)
     config = RetroConfig(**SMALL | {"bits": bits, "by_mass": by_mass}, retrieve=retrieve,
                          estimate=estimate)
@@ -270,7 +286,8 @@ def test_retrieved_clusters_come_back_whole():
         assert torch.equal(values[0, h][live], wave.v_store[0, h, torch.cat(rows)])
 
 
-def test_free_slots_never_speak():
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_free_slots_never_speak(backend):
     """With no index at all, and budgets that reach into free slots, only the steady zone counts."""
     q, k, v = qkv(30)
     wave, o = run(RetroConfig(**SMALL, retrieve=0.5, estimate=0.5), q, k, v, 20)
@@ -304,18 +321,6 @@ def test_decode_compiles_whole_and_never_again():
         WaveIndex.decode = decode
     assert counter.frame_count == 1                             # over 100 tokens and three updates
     torch.testing.assert_close(compiled, eager)
-
-
-def test_inductor_gives_what_eager_gives():
-    torch._dynamo.reset()
-    q, k, v = qkv(300)
-    wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
-    steady = wave.k_steady, wave.v_steady, torch.zeros(1, 2, 1, wave.k_steady.shape[2])
-    budget = Budget(*wave.caps, *wave.config.budget(wave.n_indexed))
-    args = q[:, :, -1:].reshape(1, 2, 3, 16), steady, wave.index, budget, (
-        wave.k_store, wave.v_store)
-    fast = torch.compile(attend, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(fast(*args), attend(*args), **CLOSE)
 
 
 # ---------------------------------------------------------------- limits of use
@@ -360,7 +365,8 @@ def test_the_room_for_retrieved_tokens_is_what_their_clusters_hold_on_average(ca
 
 # ---------------------------------------------------------------- batches, chunks, turns
 
-def test_unequal_texts_get_what_they_get_alone():
+@pytest.mark.parametrize("backend", ["eager", "compiled", "native"], indirect=True)
+def test_unequal_texts_get_what_they_get_alone(backend):
     """From 1 token to many segments, through updates that fall on different steps."""
     config, lengths, n_more = RetroConfig(**SMALL, retrieve=0.1, estimate=0.3), (1, 40, 75, 333), 80
     texts = [qkv(n + n_more, seed=n) for n in lengths]
