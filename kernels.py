@@ -21,12 +21,12 @@ centroids and means in 4 bits):
     rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 4*G*(C + 2*S) written
     weigh     4*G*(C + 2*S) read, 4*C written
     pack      20*R + 16 read, 4*N + 8 written
-    attend    (W + N)*(2*D*e + 4) + E*(D + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
+    attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
-(weigh reads its 8*S*G once for 256 clusters or fewer; attend loads each byte of a mean twice, for
-its two numbers, the second time from cache). A test counts the bytes that interpreted kernels move,
-and finds these. Ranked as in the paper, by centroid alone, rank reads no W and writes 4*C*G more.
+(weigh reads its 8*S*G once for 256 clusters or fewer). A test counts the bytes that interpreted
+kernels move, and finds these. Ranked as in the paper, by centroid alone, rank reads no W and writes
+4*C*G more.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -34,7 +34,8 @@ Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
 thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: those spill up to 376 bytes and take 101 KB, which an A100 has.
+elements a group, as 40 of 256 dims: of those rank spills up to 376 bytes, and they take 101 KB (147
+under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
 they are), a selection of our own in place of torch.topk, and the column sums of causal attention
@@ -230,40 +231,46 @@ def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, H, C, K
 
 
 @triton.jit
-def absorb(x, v, scale, m, s, o):
-    """Running max m, sum s and weighted values o, grown by values v*scale (BN, BD), logits x."""
+def absorb(x, low, high, scale, m, s, o_low, o_high):
+    """Running max m, sum s and halves of weighted values, grown by logits x and values*scale, of
+    which low and high (BN, BD/2) are the halves."""
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(top == float("-inf"), 0.0, top)
     p, fade = tl.exp(x - shift[:, None]), tl.exp(m - shift)
-    o = o * fade[:, None] + tl.dot((p * scale).to(v.dtype), v, input_precision="ieee")
-    return top, s * fade + tl.sum(p, 1), o
+    weights = (p * scale).to(low.dtype)
+    o_low = tl.dot(weights, low, o_low * fade[:, None], input_precision="ieee")
+    o_high = tl.dot(weights, high, o_high * fade[:, None], input_precision="ieee")
+    return top, s * fade + tl.sum(p, 1), o_low, o_high
 
 
 # Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
 # steady slots, then retrieved tokens by the work list, then the estimated clusters, whose masses
 # rank_kernel left. It reads 2*D*e + 4 bytes a token, and of a cluster its mean, 4*G + 14 bytes and
-# in the end writes 4*G*(D + 2). PACKED: a mean's number d is the lower or the upper half of a byte.
+# in the end writes 4*G*(D + 2). Values come in two halves of the columns: PACKED, a byte of a mean
+# holds a number of each.
 @triton.jit
 def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked,
                   masses, means, scales, stats, parts, H, W, T, N, C, K, bias_b, bias_h,
                   PACKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
                   BD: tl.constexpr, BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
+    g, d, h, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BD // 2), tl.arange(0, BN)
+    half: tl.constexpr = (D + 1) // 2
+    is_low, is_high = h < half, half + h < D                                            # (BD/2,)
     is_q = (g[:, None] < G) & (d < D)
     queries = tl.load(q + (head * G + g[:, None]) * D + d, is_q, 0.0)                   # (BG, BD)
     m, s = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
-    o = tl.zeros([BG, BD], tl.float32)
+    o_low, o_high = tl.zeros([BG, BD // 2], tl.float32), tl.zeros([BG, BD // 2], tl.float32)
     n_tiles = tl.cdiv(W, BN)
     for t in range(split, n_tiles, S):
         w = t * BN + n
         b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
-        is_live = (b[:, None] > float("-inf")) & (d < D)                                # (BN, BD)
-        at = (head * W + w[:, None]) * D + d
-        k = tl.load(k_steady + at, is_live, 0.0)
-        v = tl.load(v_steady + at, is_live, 0.0)
+        at, is_live = (head * W + w[:, None]) * D, b[:, None] > float("-inf")           # (BN, 1)
+        k = tl.load(k_steady + at + d, is_live & (d < D), 0.0)                          # (BN, BD)
+        low = tl.load(v_steady + at + h, is_live & is_low, 0.0)                         # (BN, BD/2)
+        high = tl.load(v_steady + at + half + h, is_live & is_high, 0.0)
         x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b        # (BG, BN)
-        m, s, o = absorb(x, v, 1.0, m, s, o)
+        m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
@@ -271,11 +278,13 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         slot = t * BN + n
         is_live = slot < n_tokens
         row = tl.load(rows + head * N + slot, is_live, 0).to(tl.int64)
-        at = (head * T + row[:, None]) * D + d
-        k = tl.load(k_store + at, is_live[:, None] & (d < D), 0.0)
-        v = tl.load(v_store + at, is_live[:, None] & (d < D), 0.0)
+        at = (head * T + row[:, None]) * D
+        k = tl.load(k_store + at + d, is_live[:, None] & (d < D), 0.0)
+        low = tl.load(v_store + at + h, is_live[:, None] & is_low, 0.0)
+        high = tl.load(v_store + at + half + h, is_live[:, None] & is_high, 0.0)
         x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5
-        m, s, o = absorb(tl.where(is_live, x, float("-inf")), v, 1.0, m, s, o)
+        x = tl.where(is_live, x, float("-inf"))
+        m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
         r = t * BN + n
@@ -283,18 +292,21 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         is_live = tl.load(masses + ids * G, r < n_estimate, float("-inf")) > float("-inf")
         scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
         if PACKED:
-            codes = tl.load(means + ids[:, None] * (D // 2) + d % (D // 2),
-                            is_live[:, None] & (d < D), 8)                              # (BN, BD)
-            codes = codes.to(tl.int32) >> tl.where(d >= D // 2, 4, 0)
-            v = (codes & 15).to(tl.float32) - 8
+            codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 0)
+            low, high = (((codes & 15).to(tl.float32) - 8).to(queries.dtype),
+                         ((codes >> 4).to(tl.float32) - 8).to(queries.dtype))
         else:
-            v = tl.load(means + ids[:, None] * D + d, is_live[:, None] & (d < D), 0.0)
+            at = ids[:, None] * D + h
+            low = tl.load(means + at, is_live[:, None] & is_low, 0.0)
+            high = tl.load(means + at + half, is_live[:, None] & is_high, 0.0)
         x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
-        m, s, o = absorb(x, v.to(queries.dtype), scale, m, s, o)
+        m, s, o_low, o_high = absorb(x, low, high, scale, m, s, o_low, o_high)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
-    tl.store(parts + ((head * S + split) * G + g[:, None]) * D + d, o, is_q)
+    parts += ((head * S + split) * G + g[:, None]) * D + h                              # (BG, BD/2)
+    tl.store(parts, o_low, (g[:, None] < G) & is_low)
+    tl.store(parts + half, o_high, (g[:, None] < G) & is_high)
 
 
 # Grid (G, B*H). A program owns one output row: it reads S partial rows, 4*(D + 2) bytes each. Where
@@ -351,6 +363,8 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
            fits, H, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
     BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
+    if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
+        tile["num_warps"] = 16                  # float32 products hold more in registers
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))

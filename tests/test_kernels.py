@@ -87,6 +87,11 @@ def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
+def test_an_odd_number_of_dims_is_as_exact_as_pytorch():
+    case = Case((1, 2, 3, 45, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)], bits=16)
+    assert_as_exact(kernel(case), case.eager(), case.truth())
+
+
 def test_the_two_rankings_differ():
     case = Case(*CASES["plain"])
     by_mass = case.truth()
@@ -387,5 +392,6 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
         assert facts["shared"] <= (163 if is_huge else 99) * 1024, facts    # of sm_80, of sm_86 too
         assert facts["registers"] <= 255, facts
         must_not = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32"
-        most = 0 if must_not and facts["D"] == 128 else 384 if is_huge else 16
+        may = is_huge and facts["kernel"] == "rank_kernel"
+        most = 0 if must_not and facts["D"] == 128 else 384 if may else 16
         assert facts["spilled"] <= most, facts
