@@ -24,9 +24,8 @@ centroids and means in 4 bits):
     attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
-(weigh reads its 8*S*G once for 256 clusters or fewer). A test counts the bytes that interpreted
-kernels move, and finds these. Ranked as in the paper, by centroid alone, rank reads no W and writes
-4*C*G more.
+(weigh reads its 8*S*G once for 256 clusters or fewer; where centroids alone rank, as in the paper,
+rank reads no W and writes 4*C*G more). A test finds these in what interpreted kernels move.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -293,13 +292,12 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
         if PACKED:
             codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 0)
-            low, high = (((codes & 15).to(tl.float32) - 8).to(queries.dtype),
-                         ((codes >> 4).to(tl.float32) - 8).to(queries.dtype))
+            low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
         else:
-            at = ids[:, None] * D + h
-            low = tl.load(means + at, is_live[:, None] & is_low, 0.0)
-            high = tl.load(means + at + half, is_live[:, None] & is_high, 0.0)
+            low = tl.load(means + ids[:, None] * D + h, is_live[:, None] & is_low, 0.0)
+            high = tl.load(means + ids[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
         x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
+        low, high = low.to(queries.dtype), high.to(queries.dtype)
         m, s, o_low, o_high = absorb(x, low, high, scale, m, s, o_low, o_high)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
