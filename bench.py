@@ -47,6 +47,7 @@ from snapshot import Snapshot, save
 REAL = 8192                                 # more tokens than these are keys of these, repeated
 H, G, D = 8, 4, 128                         # Llama-3-8B's heads
 BEST = "wave index, native"
+SPARSE = "native, 1.8 %"                    # retrieved: the paper's share
 
 
 def take_turns(runners, repeats):
@@ -145,16 +146,17 @@ def attention_runners(layers, T):
         cache = layer(name)
         return cache.k_store[:, :, :T], cache.v_store[:, :, :T]
 
-    def wave(hot):
+    def wave(hot, **shares):
         cache = layer(hot)
         cache.n_tokens.fill_(T)
-        cache.hot = hot
+        cache.hot, cache.config = hot, RetroConfig(**shares)
         step(cache)
 
     return {"SDPA": lambda: F.scaled_dot_product_attention(grouped, *keys("SDPA")),
             "FlexAttention": lambda: flex(grouped, *keys("Flex")),
             "dense, ours": lambda: dense(grouped, *keys("dense")),
-            "wave index": lambda: wave(PLAIN), BEST: lambda: wave(native)}
+            "wave index": lambda: wave(PLAIN), BEST: lambda: wave(native),
+            SPARSE: lambda: wave(native, retrieve=RetroConfig.paper().retrieve)}
 
 
 def our_dense(q, k, v):
@@ -168,7 +170,7 @@ def plot_attention(found, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     styles = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
-              BEST: "o-"}
+              BEST: "o-", SPARSE: "o:"}
     last = {name: statistics.median(found[max(found)]["seconds"][name]) for name in styles}
     for name, style in styles.items():
         ms = [statistics.median(one["seconds"][name]) * 1e3 for one in found.values()]
