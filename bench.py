@@ -10,7 +10,6 @@ none: a row is the median over repeats, a ratio the median of the repeats' own r
 writes the numbers as JSON, and those of attention as a plot beside it.
 """
 import argparse
-import collections
 import functools
 import json
 import multiprocessing
@@ -38,6 +37,7 @@ from retroinfer import (
     keep,
     mix,
     prefill,
+    region,
     sampler,
     scores,
 )
@@ -47,6 +47,7 @@ from snapshot import Snapshot, save
 REAL = 8192                                 # more tokens than these are keys of these, repeated
 H, G, D = 8, 4, 128                         # Llama-3-8B's heads
 BEST = "wave index, native"
+SPARSE = "native, 1.8 %"                    # retrieved: the paper's share
 
 
 def take_turns(runners, repeats):
@@ -79,11 +80,12 @@ def table(head, rows):
 # ---------------------------------------------------------------- one layer
 
 def attention(args):
-    """Step time of one layer's attention against context, in bf16."""
+    """Step time of a layer's attention, one of a model's, against context, in bf16."""
     bandwidth, found = memory_bandwidth(), {}
     for T in args.tokens or (8192, 32768, 131072, 524288, 1048576):
-        layers = [clumped_index(T, seed) for seed in range(max(2, 524288 // T))]
-        found[T] = {"seconds": take_turns(attention_runners(layers, T), args.repeats),
+        layers = [clumped_index(T, seed) for seed in range(min(max(2, 524288 // T), 16))]
+        seconds = take_turns(attention_runners(layers, T), args.repeats)
+        found[T] = {"seconds": {name: [s / len(layers) for s in x] for name, x in seconds.items()},
                     "bytes": layers[0].bytes_read()}
         print(f"{T:,} tokens are done", flush=True)
         torch._dynamo.reset()                       # or one process would keep a graph a context
@@ -128,33 +130,28 @@ def clumped_index(T, seed):
 
 
 def attention_runners(layers, T):
-    """{name: function} that attends in the next layer; dense ones to the keys as clustered."""
+    """{name: function} that attends in every layer; dense ones to the keys as clustered."""
     from torch.nn.attention.flex_attention import flex_attention
     g = torch.Generator().manual_seed(9)
     q, k, v = (torch.randn(1, n, 1, D, generator=g).bfloat16() for n in (H * G, H, H))
-    grouped, turn = q.view(1, H, G, D), collections.Counter()
-    native = choose_backend("native", q.device)[1]
-    step = torch.compile(lambda cache: cache.decode(q, k, v), **COMPILE)
+    native, run = choose_backend("native", q.device)[1], region()
+    step = torch.compile(lambda: [run(cache, q, k, v) for cache in layers], **COMPILE)
     flex, dense = (torch.compile(f, **COMPILE) for f in (flex_attention, our_dense))
 
-    def layer(name):
-        turn[name] += 1
-        return layers[turn[name] % len(layers)]
+    def whole(attend):
+        return lambda: [attend(q.view(1, H, G, D), cache.k_store[:, :, :T],
+                               cache.v_store[:, :, :T]) for cache in layers]
 
-    def keys(name):
-        cache = layer(name)
-        return cache.k_store[:, :, :T], cache.v_store[:, :, :T]
+    def wave(hot, **shares):
+        for cache in layers:
+            cache.n_tokens.fill_(T)
+            cache.hot, cache.config = hot, RetroConfig(**shares)
+        step()
 
-    def wave(hot):
-        cache = layer(hot)
-        cache.n_tokens.fill_(T)
-        cache.hot = hot
-        step(cache)
-
-    return {"SDPA": lambda: F.scaled_dot_product_attention(grouped, *keys("SDPA")),
-            "FlexAttention": lambda: flex(grouped, *keys("Flex")),
-            "dense, ours": lambda: dense(grouped, *keys("dense")),
-            "wave index": lambda: wave(PLAIN), BEST: lambda: wave(native)}
+    return {"SDPA": whole(F.scaled_dot_product_attention), "FlexAttention": whole(flex),
+            "dense, ours": whole(dense), "wave index": lambda: wave(PLAIN),
+            BEST: lambda: wave(native),
+            SPARSE: lambda: wave(native, retrieve=RetroConfig.paper().retrieve)}
 
 
 def our_dense(q, k, v):
@@ -168,7 +165,7 @@ def plot_attention(found, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     styles = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
-              BEST: "o-"}
+              BEST: "o-", SPARSE: "o:"}
     last = {name: statistics.median(found[max(found)]["seconds"][name]) for name in styles}
     for name, style in styles.items():
         ms = [statistics.median(one["seconds"][name]) * 1e3 for one in found.values()]

@@ -9,24 +9,29 @@ settings, ours, sink and window, the truly best tokens (an oracle: finding them 
 pages ranked by a bound (Quest, arXiv 2406.10774); those that have a budget, at the bytes of ours.
 
 Results go to a file of lines: first command, versions and settings, then one line of JSON a result.
-A run that was stopped goes on behind the last whole line. At the end: tables, and plots beside it.
+A run that was stopped, or is to begin nothing after --minutes, goes on behind the last whole line;
+--parts takes one after another. At the end: tables of what is there, and plots beside it.
 """
 import argparse
+import functools
 import hashlib
 import json
+import math
 import platform
 import random
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import ruler
 import texts
+from cli import choose_hot
 from fidelity import against_dense, by_head, filled, methods_at, named_methods, needle_mass, read
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import decode, eager_step, prefill, sampler
+from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
 
 ROOT = Path(__file__).parent
 QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
@@ -100,6 +105,7 @@ class Run:
     tokenizer: object
     settings: dict
     results: Results
+    samples: dict = field(default_factory=dict)             # of RULER, by task and length
 
     def add(self, key, value):
         self.results.add(key, value)
@@ -108,17 +114,22 @@ class Run:
     def left(self, key, names):
         return [name for name in names if f"{key}/{name}" not in self.results.cells]
 
-    def everything(self):
-        """Fill the results with all cells that are not in them yet."""
-        for length in self.settings["lengths"]:
-            for kind in texts.KINDS:
-                against_dense_cells(self, kind, length)
-        for length in self.settings["needle_lengths"]:
-            for depth in self.settings["depths"]:
-                needle_cells(self, length, depth)
-        for length in self.settings["ruler_lengths"]:
-            for name in ruler.TASKS:
-                ruler_cells(self, name, length)
+    def jobs(self, parts):
+        """Yield functions that fill the results with the cells that are not in them yet."""
+        have = self.settings
+        if "texts" in parts:
+            for length in have["lengths"]:
+                for kind in texts.KINDS:
+                    yield functools.partial(against_dense_cells, self, kind, length)
+        if "needles" in parts:
+            for length in have["needle_lengths"]:
+                for depth in have["depths"]:
+                    yield functools.partial(needle_cells, self, length, depth)
+        if "ruler" in parts:                                # a sample of every task, then the next
+            for i in range(have["ruler_samples"]):
+                for length in have["ruler_lengths"]:
+                    for name in ruler.TASKS:
+                        yield functools.partial(ruler_cell, self, name, length, i)
 
 
 def against_dense_cells(run, kind, length):
@@ -153,22 +164,24 @@ def needle_cells(run, length, depth):
         run.add(f"{key}/{name}", needle_mass(case, methods[name], needle))
 
 
-def ruler_cells(run, name, length):
+def ruler_cell(run, name, length, i):
     n, key, tokenizer = run.settings["ruler_samples"], f"ruler/{name}/{length}", run.tokenizer
-    left = run.left(key, map(str, range(n)))
-    if not left or f"{key}/none" in run.results.cells:
+    if not run.left(key, [str(i)]) or f"{key}/none" in run.results.cells:
         return
-    empty = len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": ""}])))
-    try:
-        samples = ruler.generate(name, lambda text: len(tokenizer.encode(text)), length, n,
-                                 run.settings["dialect"], reserve=empty)
-    except ruler.TooShort as e:             # the shortest documents of qa_2 are more than 2,048
-        run.add(f"{key}/none", str(e))
-        return
-    methods = named_methods(length, 64)
-    methods = {method: methods[method] for method in ("dense", "paper", "ours")}
-    for i in left:
-        run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, samples[int(i)], methods))
+    if (name, length) not in run.samples:
+        empty = len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": ""}])))
+        try:
+            run.samples[name, length] = ruler.generate(
+                name, lambda text: len(tokenizer.encode(text)), length, n,
+                run.settings["dialect"], reserve=empty)
+        except ruler.TooShort as e:         # the shortest documents of qa_2 are more than 2,048
+            return run.add(f"{key}/none", str(e))
+    hot = choose_hot(None, torch.device("cpu"))
+    methods = {"dense": DenseCache} | {
+        method: functools.partial(WaveIndex, config, hot=hot)
+        for method, config in (("paper", RetroConfig.paper()), ("ours", RetroConfig()))}
+    sample = run.samples[name, length][i]
+    run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, sample, methods))
 
 
 # ---------------------------------------------------------------- tables and plots
@@ -190,10 +203,10 @@ def select(results, *parts):
 
 
 def by_method(results, length):
-    """{named or share: {method: its cells, one a text}} of one length."""
-    found = {}
-    for kind in texts.KINDS:
-        for key, cell in select(results, "dense", kind, length).items():
+    """{named or share: {method: its cells, one a text}} of one length, of texts that are whole."""
+    found, every = {}, [select(results, "dense", kind, length) for kind in texts.KINDS]
+    for cells in every:
+        for key, cell in cells.items() if len(cells) == max(map(len, every)) else ():
             group, method = key.split("/")
             found.setdefault(group, {}).setdefault(method, []).append(cell)
     return found
@@ -204,7 +217,8 @@ def mean(values):
 
 
 def dense_table(results, length, seed):
-    lines = [f"{length:,} tokens, {len(texts.KINDS)} texts", "",
+    n_texts = len(by_method(results, length)["named"]["ours"])
+    lines = [f"{length:,} tokens, {n_texts} texts", "",
              "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
              "| top-1 | output error | mass read | top 100 read |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -237,32 +251,35 @@ def needle_table(results, settings):
 
 
 def ruler_table(results, settings):
-    lines = ["| task | tokens | dense | ours | ours - dense (95 %) | paper - dense |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| task | tokens | samples | dense | ours | ours - dense (95 %) "
+             "| paper - dense (95 %) |", "|---|---|---|---|---|---|---|"]
     for length in settings["ruler_lengths"]:
-        for name in ruler.TASKS:
-            found = select(results, "ruler", name, length)
-            if "none" in found:
-                lines.append(f"| {name} | {length:,} | no sample fits | | | |")
-                continue
-            cells = list(found.values())
-            gaps = {x: [c[x] - c["dense"] for c in cells] for x in ("ours", "paper")}
-            center, low, high = interval([[gap] for gap in gaps["ours"]], settings["seed"])
-            lines.append(f"| {name} | {length:,} | {mean([c['dense'] for c in cells]):.1f} | "
-                         f"{mean([c['ours'] for c in cells]):.1f} | {center:+.1f} ({low:+.1f} to "
-                         f"{high:+.1f}) | {mean(gaps['paper']):+.1f} |")
+        found = {name: select(results, "ruler", name, length) for name in ruler.TASKS}
+        lines += [f"| {name} | {length:,} | 0 | no sample fits | | | |"
+                  for name, cells in found.items() if "none" in cells]
+        rows = {name: list(cells.values()) for name, cells in found.items()
+                if cells and "none" not in cells}
+        rows["all tasks"] = [cell for cells in rows.values() for cell in cells]
+        for name, cells in rows.items():
+            if cells:
+                gaps = [interval([[c[x] - c["dense"]] for c in cells], settings["seed"])
+                        for x in ("ours", "paper")]
+                lines.append(f"| {name} | {length:,} | {len(cells)} | "
+                             f"{mean([c['dense'] for c in cells]):.1f} | "
+                             f"{mean([c['ours'] for c in cells]):.1f} | " + " | ".join(
+                                 f"{x:+.1f} ({low:+.1f} to {high:+.1f})" for x, low, high in gaps)
+                             + " |")
     return "\n".join(lines)
 
 
 COLORS = {"window": "C0", "quest": "C1", "oracle": "C2", "paper": "C3", "ours": "C4"}
 
 
-def plot(results, settings, path):
+def plot(results, settings, lengths, path):
     """The Pareto front: KL, and output error where it is known, against bytes; by length."""
     from matplotlib.figure import Figure
     values = {"kl": "KL to dense, nats a token"} | (
         {"error": "relative error of a head's output"} if settings["errors"] else {})
-    lengths = settings["lengths"]
     size = 5.5 * len(lengths) + 1, 4 * len(values) + 0.6
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(values), len(lengths), squeeze=False)
@@ -341,6 +358,9 @@ def parse_args(argv):
         help="choose: other texts, to choose a setting on")
     add("--dialect", choices=["new", "old"], default="new", help="of RULER")
     add("--seed", type=int, default=0, help="of needles and intervals")
+    add("--parts", nargs="+", choices=["texts", "needles", "ruler"], help="only these now",
+        default=["texts", "needles", "ruler"])
+    add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
     return parser.parse_args(argv)
 
@@ -361,14 +381,29 @@ def evaluate(args):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                             "versions": versions, "settings": settings})
-    Run(model, tokenizer, settings, results).everything()
-    for length in settings["lengths"]:
-        print(dense_table(results, length, settings["seed"]), end="\n\n")
-    print(needle_table(results, settings))
+    end, late = time.monotonic() + 60 * args.minutes, False
+    for job in Run(model, tokenizer, settings, results).jobs(args.parts):
+        late = late or time.monotonic() > end
+        if not late:
+            job()
+    report(results, settings, out)
+    if late:
+        print("evaluate: the time is over; the same command goes on here", file=sys.stderr)
+
+
+def report(results, settings, out):
+    """Print the tables of what is there and draw its plots beside it."""
+    if lengths := [n for n in settings["lengths"] if by_method(results, n)]:
+        for length in lengths:
+            print(dense_table(results, length, settings["seed"]), end="\n\n")
+        plot(results, settings, lengths, out.with_suffix(".png"))
+    needles = [len(select(results, "needle", n, depth)) for n in settings["needle_lengths"]
+               for depth in settings["depths"]]
+    if 0 < min(needles) == max(needles):                    # a map without holes
+        print(needle_table(results, settings))
+        plot_needles(results, settings, out.with_name(f"{out.stem}-needles.png"))
     if settings["ruler_lengths"]:
         print("", ruler_table(results, settings), sep="\n")
-    plot(results, settings, out.with_suffix(".png"))
-    plot_needles(results, settings, out.with_name(f"{out.stem}-needles.png"))
 
 
 def main(argv=None):

@@ -93,8 +93,10 @@ def host_seconds(config):
     return (measured - work.seconds(MACHINES["A100-PCIe"], PUBLISHED_HIT)) / work.layers
 
 
-def predicted(hit, retro):
-    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} and the config it is of.
+def predicted(hit, own_hit, retro):
+    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} and the config it is of:
+
+    of the paper's share of the clusters, and of all that the config retrieves.
 
     Of the published code beside what was measured of it, and of ours at 5 % on three machines.
     """
@@ -106,8 +108,8 @@ def predicted(hit, retro):
             theirs.append({"tokens": tokens, "batch": batch, "ratio": ratio, "measured": speed,
                            "predicted": batch / work.seconds(a100, hit[ratio], host),
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
-    ours = {name: {batch: batch / our_work(config, 120_000, batch, retro).seconds(gpu, hit[0.05])
-                   for batch in (1, largest_batch(config, 120_000, gpu, retro))}
+    ours = {name: {batch: batch / our_work(config, 120_000, batch, retro).seconds(
+                gpu, own_hit[0.05]) for batch in (1, largest_batch(config, 120_000, gpu, retro))}
             for name, gpu in MACHINES.items()}
     own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
     return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}

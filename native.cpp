@@ -131,7 +131,7 @@ int reads(int n, int step) { return (n + step - 1) / step; }
 int start(int i, int n, int step) { return std::max(std::min(i * step, n - step), 0); }
 
 // Sums of the halves of 4 vectors: of the lower ones, in their order, then of the upper ones.
-template <class V> V halves(V a, V b, V c, V d) {
+template <class V> V half_sums(V a, V b, V c, V d) {
     auto add = [](V x, V y) {
         return __builtin_shuffle(x, y, ivec{0, 2, 8, 10, 4, 6, 12, 14})
              + __builtin_shuffle(x, y, ivec{1, 3, 9, 11, 5, 7, 13, 15});
@@ -145,7 +145,7 @@ template <class V> V sums(const V (&x)[8]) {
         return __builtin_shuffle(x[i], x[i + 4], ivec{0, 1, 2, 3, 8, 9, 10, 11})
              + __builtin_shuffle(x[i], x[i + 4], ivec{4, 5, 6, 7, 12, 13, 14, 15});
     };
-    return halves(add(0), add(1), add(2), add(3));
+    return half_sums(add(0), add(1), add(2), add(3));
 }
 
 template <class Row> void fetch(const Row* row, int size) {
@@ -426,14 +426,14 @@ struct Head {
         }
         for (int p = 0; p < Q; p++) {
             float* logits = x + p * TILE * GROUP;
-            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), halves = twice(half[p]);
+            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), norms = twice(half[p]);
             for (int i = 0; i < count; i += 2) {
                 vec sum = load<vec>(logits + i * GROUP) * units * each(scales + i);
                 store(logits + i * GROUP, each(sizes + i) > 0 ? sum : vec{} + NONE);
             }
             m[tile * Q + p] = largest(logits, count);
             s[tile * Q + p] = exponentials(logits, count, m[tile * Q + p], [&](int i, vec x) {
-                return n.by_mass ? x * each(sizes + i) * (1 + halves * each(spread + i)) : x;
+                return n.by_mass ? x * each(sizes + i) * (1 + norms * each(spread + i)) : x;
             });
         }
     }
@@ -466,7 +466,7 @@ struct Head {
                     const float* from = &mass[((t * Q + p) * TILE + i) * GROUP];
                     for (int r = 0; r < 4; r++) rows[r] += load<vec>(from + r * LANES) * scale;
                 }
-                vec sum = __builtin_shuffle(halves(rows[0], rows[1], rows[2], rows[3]),
+                vec sum = __builtin_shuffle(half_sums(rows[0], rows[1], rows[2], rows[3]),
                                             ivec{0, 4, 1, 5, 2, 6, 3, 7});
                 int at = t * TILE + i;
                 store(&share[at], load<vec>(&size[at]) > 0 ? (ivec)sum + 1 : ivec{});

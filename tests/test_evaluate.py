@@ -283,6 +283,19 @@ def test_an_interval_holds_its_mean_and_narrows_with_more_values():
     assert evaluate.interval(few.tolist(), 7) == evaluate.interval(few.tolist(), 7)
 
 
+def test_keys_that_are_clustered_again_are_not_assigned_again(monkeypatch):
+    asked, own = [], fidelity.PLAIN.nearest
+    monkeypatch.setattr(fidelity, "PLAIN", fidelity.PLAIN._replace(
+        nearest=lambda *xs: asked.append(1) or own(*xs)))
+    fidelity.remembered.cache_clear()
+    nearest, (x, y) = fidelity.remembered(), torch.randn(2, 1, 2, 9, 4)
+    for keys in (x, y, x.clone(), x):
+        assert torch.equal(nearest(keys, keys[:, :, :3]), own(keys, keys[:, :, :3]))
+    assert len(asked) == 2
+    fidelity.remembered.cache_clear()
+    assert fidelity.remembered() is not nearest
+
+
 def test_results_go_on_behind_the_last_whole_line(tmp_path):
     path, header = tmp_path / "results" / "x.jsonl", {"settings": {"steps": 3}}
     first = evaluate.Results(path, header)
@@ -305,6 +318,11 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
     out = tmp_path / "x.jsonl"
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
              "--steps", "2", "--out", str(out)]
+    assert evaluate.main([*words, "--minutes", "0"]) == 0
+    assert len(out.read_text().splitlines()) == 1 and "|" not in capsys.readouterr().out
+    assert evaluate.main([*words, "--parts", "texts"]) == 0
+    assert "needle's mass" not in capsys.readouterr().out
+    assert not (tmp_path / "x-needles.png").exists()
     assert evaluate.main(words) == 0
     table = capsys.readouterr().out
     assert "| ours | " in table and "1,200 tokens, 4 texts" in table
@@ -338,12 +356,14 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     settings = {"ruler_lengths": [2500], "ruler_samples": 2, "dialect": "new", "seed": 0}
     results = evaluate.Results(tmp_path / "x.jsonl", {"settings": settings})
     run = evaluate.Run(model, tokenizer, settings, results)
-    evaluate.ruler_cells(run, "fwe", 2500)
+    for job in run.jobs(["ruler"]):
+        job()
     assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
-    assert re.search(r"\| fwe \| 2,500 \| 0.0 \| 0.0 \| \+0.0 \(", evaluate.ruler_table(
-        results, settings))
-    evaluate.ruler_cells(run, "fwe", 150)
-    assert "| fwe | 150 | no sample fits |" in evaluate.ruler_table(
+    for row in ("fwe", "all tasks"):
+        assert re.search(rf"\| {row} \| 2,500 \| 2 \| 0.0 \| 0.0 \| \+0.0 \(",
+                         evaluate.ruler_table(results, settings))
+    evaluate.ruler_cell(run, "fwe", 150, 0)
+    assert "| fwe | 150 | 0 | no sample fits |" in evaluate.ruler_table(
         results, settings | {"ruler_lengths": [150]})
 
 
