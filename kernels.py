@@ -290,13 +290,13 @@ def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, ord
         ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
         is_live = tl.load(masses + ids * G, r < n_estimate, float("-inf")) > float("-inf")
         scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
+        x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
         if PACKED:
-            codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 0)
+            codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 8)
             low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
         else:
             low = tl.load(means + ids[:, None] * D + h, is_live[:, None] & is_low, 0.0)
             high = tl.load(means + ids[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
-        x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
         low, high = low.to(queries.dtype), high.to(queries.dtype)
         m, s, o_low, o_high = absorb(x, low, high, scale, m, s, o_low, o_high)
     stats += (head * S + split) * 2 * G + g
