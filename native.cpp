@@ -307,7 +307,7 @@ float wide(bfloat16 x) { uint32_t bits = x.bits << 16; return load<float>(&bits)
 struct Head {
     Shape n;
     Tensors given;
-    int64_t at, b, h;                       // its number; its sequence, and head of that
+    int64_t at, b;                          // its number; its sequence
     int D, Q, S;                            // Q: groups; S: steady tiles, the first parts
     Queries<Pair, vec> q;                   // scaled
     Queries<Shorts, ivec> q_packed[LIMBS];  // over unit
@@ -333,7 +333,7 @@ struct Head {
     }
 
     void begin(const Shape& shape, const Tensors& tensors, int64_t number) {
-        n = shape, given = tensors, at = number, b = at / n.H, h = at % n.H, D = n.D;
+        n = shape, given = tensors, at = number, b = at / n.H, D = n.D;
         Q = (n.G + GROUP - 1) / GROUP;
         int C = tiles(n.C), K = tiles(n.K);
         m.resize(C * Q), s.resize(C * Q), mass.resize(C * Q * TILE * GROUP), live.resize(C);
@@ -343,7 +343,7 @@ struct Head {
         part_o.resize(o(parts()) - o(0)), weight.resize(K * Q * TILE * GROUP);
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
-            float x = given.bias[b * n.bias_b + h * n.bias_h + w * n.bias_w];
+            float x = given.bias[b * n.bias_b + at % n.H * n.bias_h + w * n.bias_w];
             if (x == NONE) continue;
             k.push_back(given.k_steady + (at * n.W + w) * D);
             v.push_back(given.v_steady + (at * n.W + w) * D);
@@ -468,6 +468,7 @@ struct Head {
                 }
                 vec sum = __builtin_shuffle(half_sums(rows[0], rows[1], rows[2], rows[3]),
                                             ivec{0, 4, 1, 5, 2, 6, 3, 7});
+                sum = sum > 0 ? sum : vec{};                    // NaN too, of queries that are none
                 int at = t * TILE + i;
                 store(&share[at], load<vec>(&size[at]) > 0 ? (ivec)sum + 1 : ivec{});
             }

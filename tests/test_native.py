@@ -84,6 +84,18 @@ def test_a_sequence_with_nothing_to_attend_harms_no_other():
     assert_as_exact(mine[1], case.eager()[1], case.truth()[1])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_query_that_is_no_number_harms_no_other_head(bad):
+    """As damaged weights give it: NaN comes out, and nothing is read or written out of bounds."""
+    case = make("plain")
+    expected = case.twin(native.attend)
+    case.q = case.q.clone()
+    case.q[0, 0, 0, 3] = bad
+    mine = case.twin(native.attend)
+    assert mine[0, 0, 0].isnan().all()
+    assert torch.equal(mine[0, 1:], expected[0, 1:]) and torch.equal(mine[1:], expected[1:])
+
+
 def test_the_number_of_threads_changes_no_bit():
     """Heads in parts and in turns: fewer than threads, and no multiple of them."""
     for shape in ((1, 1, 4, 64, 300, 900), (1, 3, 2, 34, 40, 600)):
