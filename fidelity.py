@@ -181,8 +181,9 @@ def wave_at(config, rows, n, steps):
     tail = (rest - indexed) // config.cluster * config.cluster
     indexed += tail if tail >= config.update else 0
     clusters = indexed // config.cluster
-    slots = 1.05 * clusters                             # some are split
-    spent = wave_rows(config, n - indexed + steps / 2, slots, config.estimate * clusters)
+    slots = config.slots(indexed) if config.outliers else 1.05 * clusters   # some are split
+    exact = n - indexed + steps / 2
+    spent = wave_rows(config, exact, slots, config.estimate * clusters)
     retrieve = round((rows - spent) / (2 * config.cluster + config.bits / 16))
     if not 1 <= retrieve <= clusters:
         return None
@@ -205,10 +206,11 @@ def methods_at(rows, n, steps):
 
 def ours_rows(n, steps):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
-    c, indexed = RetroConfig(), torch.tensor([n - RetroConfig().sink - RetroConfig().local])
-    n_retrieve, n_ranked = (int(x[0]) for x in c.budget(indexed))
-    exact = c.sink + c.local + int(indexed[0]) % c.cluster + steps / 2 + n_retrieve * c.cluster
-    return wave_rows(c, exact, 1.05 * (int(indexed[0]) // c.cluster), n_ranked)
+    c = RetroConfig()
+    indexed = n - c.sink - c.local
+    n_retrieve, n_ranked = map(int, c.budget(torch.tensor(indexed)))
+    exact = n - indexed + indexed % c.cluster + steps / 2 + n_retrieve * c.cluster
+    return wave_rows(c, exact, c.slots(indexed), n_ranked)
 
 
 def named_methods(n, steps):

@@ -46,6 +46,7 @@ class RetroConfig:
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
     iterations: ten gain nothing. least: 128 tokens. estimate: what it saves retrieves more.
+    outliers: a needle among words unlike it is invisible in their centroid.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
@@ -58,12 +59,14 @@ class RetroConfig:
     least: int = 16              # clusters attended exactly however short the text
     estimate: float = 0.1        # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
+    outliers: bool = True        # free cluster slots hold the tokens farthest from their centroid
 
     @classmethod
     def paper(cls):
         """The published settings. A share without a floor is too few for a short text."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, bits=16,
-                   iterations=10, retrieve=0.018, least=1, estimate=0.232, by_mass=False)
+                   iterations=10, retrieve=0.018, least=1, estimate=0.232, by_mass=False,
+                   outliers=False)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
@@ -126,15 +129,17 @@ def cluster_segment(k, v, config, hot=None):
 
     Their Index, offsets from 0, and k, v (B, H, L, D) in its order.
     """
-    L, slots = k.shape[2], config.slots(k.shape[2])
+    L, slots, hot = k.shape[2], config.slots(k.shape[2]), hot or PLAIN
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (B, H, L, D)
     ids = spherical_kmeans(centred, L // config.cluster, config.iterations, hot)
     order = ids.argsort(dim=-1, stable=True)                                # (B, H, L)
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
+    if config.outliers:
+        order, pieces = part_outliers(centred, order, pieces, slots, hot)
     sizes = count(pieces, slots)                                            # (B, H, slots)
     n = sizes.clamp(min=1)[..., None]
     squares = k.float().square().mean(-1, keepdim=True) * config.by_mass    # (B, H, L, 1)
-    sums = ((hot or PLAIN).segment_sum(x, order, sizes) for x in (k, v, squares))
+    sums = (hot.segment_sum(x, order, sizes) for x in (k, v, squares))
     centroids, means, squares = (x / n for x in sums)                       # (B, H, slots, D)
     spreads = (squares[..., 0] - centroids.square().mean(-1)).clamp(min=0)  # (B, H, slots)
     rows = [pack(x) if config.bits == 4 else (x.to(k.dtype), torch.ones_like(spreads))
@@ -200,6 +205,20 @@ def split_large(ids, config, slots):
     width = (size + n_pieces - 1) // n_pieces
     pieces = ((position - start) % width == 0).cumsum(-1) - 1
     return torch.where(pieces[..., -1:] < slots, pieces, position // config.cluster)
+
+
+def part_outliers(x, order, ids, slots, hot):
+    """order, ids (B, H, L) in order, in which the farthest from their centroids have free slots.
+
+    x: centred keys (B, H, L, D). One to a slot: what is left in a cluster is nearer to its mean.
+    """
+    sizes = count(ids, slots)                                               # (B, H, slots)
+    centroids = hot.segment_sum(x, order, sizes) / sizes.clamp(min=1)[..., None]
+    far = (take(x, order) - take(centroids, ids)).square().sum(-1)          # (B, H, L)
+    rank, last = far.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1), ids[..., -1:]
+    ids = torch.where((rank < slots - 1 - last) & (far > 0), last + 1 + rank, ids)
+    again = ids.argsort(dim=-1, stable=True)
+    return order.gather(-1, again), ids.gather(-1, again)
 
 
 def count(ids, C):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 FORMAT = "retroinfer index 2"
-SHAPES = "sink", "local", "update", "segment", "cluster", "iterations", "by_mass"   # of an index
+SHAPES = "sink", "local", "update", "segment", "cluster", "iterations", "by_mass", "outliers"
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 

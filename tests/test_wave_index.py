@@ -1,9 +1,11 @@
 """The wave index against float64 loops: limits that must hold exactly, then the general case."""
 import itertools
+from dataclasses import replace
 
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,6 +142,45 @@ def test_unit_seeds_leave_few_clusters_empty():
     k = k * torch.rand(1, 2, 2048, 1) * 4 + 3                   # norms differ, as real keys' do
     ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2)
     assert (count(ids, 128) == 0).float().mean() < 0.1          # raw seeds leave more than half
+
+
+def names_of(index, v):
+    """The sets of tokens in the clusters of a head; v's first column names them."""
+    spans = zip(index.offsets[0, 0].tolist(), index.sizes[0, 0].int().tolist(), strict=True)
+    return {frozenset(v[0, 0, first:first + n, 0].int().tolist()) for first, n in spans if n}
+
+
+@pytest.mark.parametrize("L, spread", [(64, 1.0), (256, 0.05), (400, 0.3), (400, 3.0)])
+def test_the_tokens_farthest_from_their_centroid_get_the_free_slots(L, spread):
+    _, k, v = qkv(L, spread=spread)
+    v[..., 0] = torch.arange(L)
+    config = RetroConfig(**SMALL | {"bits": 16})
+    before, _, v_before = cluster_segment(k, v, replace(config, outliers=False))
+    after, _, v_after = cluster_segment(k, v, config)
+    groups, far = names_of(before, v_before), {}
+    for group in groups:
+        keys = k[0, 0, sorted(group)].double()
+        distances = (keys - keys.mean(0)).norm(dim=-1).tolist()
+        far |= dict(zip(sorted(group), distances, strict=True))
+    n_free = config.slots(L) - len(groups)
+    alone = set(sorted(far, key=far.get)[L - n_free:]) if n_free else set()
+    kept = {group - alone for group in groups} - {frozenset()}
+    assert names_of(after, v_after) == kept | {frozenset([x]) for x in alone}
+
+
+def test_a_needle_among_words_unlike_it_is_found():
+    """A text that says 16 words again and again, and once another; the query wants that one,
+    and less one of the 16."""
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(16, 32, generator=g)[torch.arange(2050) % 16]
+    k[1001] = torch.randn(32, generator=g)
+    k = 3 * k[None, None] + 0.05 * torch.randn(1, 1, 2050, 32, generator=g)
+    v, q = torch.randn(k.shape, generator=g), (k[:, :, 1001:1002] + 0.8 * k[:, :, :1]).expand_as(k)
+    config = RetroConfig(sink=0, local=1, retrieve=0.01, least=1)
+    dense = F.scaled_dot_product_attention(q[:, :, :1], k, v)
+    errors = [float((run(c, q, k, v, 2049)[1][:, :, -1:] - dense).norm() / dense.norm())
+              for c in (config, replace(config, outliers=False))]
+    assert errors[0] < 0.05 < 0.5 < errors[1]
 
 
 # ---------------------------------------------------------------- limits
