@@ -105,6 +105,7 @@ class Run:
     tokenizer: object
     settings: dict
     results: Results
+    wanted: list | None = None                              # methods; None: all, at all budgets
     samples: dict = field(default_factory=dict)             # of RULER, by task and length
 
     def add(self, key, value):
@@ -113,6 +114,10 @@ class Run:
 
     def left(self, key, names):
         return [name for name in names if f"{key}/{name}" not in self.results.cells]
+
+    def named(self, n, steps):
+        return {name: make for name, make in named_methods(n, steps).items()
+                if name in (self.wanted or [name])}
 
     def jobs(self, parts):
         """Yield functions that fill the results with the cells that are not in them yet."""
@@ -135,8 +140,8 @@ class Run:
 def against_dense_cells(run, kind, length):
     steps, key = run.settings["steps"], f"dense/{kind}/{length}"
     n = length - steps - 1
-    methods = {f"named/{name}": make for name, make in named_methods(n, steps).items()}
-    for share in run.settings["shares"]:
+    methods = {f"named/{name}": make for name, make in run.named(n, steps).items()}
+    for share in [] if run.wanted else run.settings["shares"]:
         methods |= {f"{share}/{name}": make
                     for name, make in methods_at(share * 2 * n, n, steps).items()}
     left = run.left(key, methods)
@@ -155,7 +160,7 @@ def against_dense_cells(run, kind, length):
 
 
 def needle_cells(run, length, depth):
-    methods, key, case = named_methods(length, 8), f"needle/{length}/{depth}", None
+    methods, key, case = run.named(length, 8), f"needle/{length}/{depth}", None
     for name in run.left(key, methods):
         if case is None:
             ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
@@ -217,12 +222,12 @@ def mean(values):
 
 
 def dense_table(results, length, seed):
-    n_texts = len(by_method(results, length)["named"]["ours"])
-    lines = [f"{length:,} tokens, {n_texts} texts", "",
+    found = by_method(results, length)["named"]
+    lines = [f"{length:,} tokens, {len(next(iter(found.values())))} texts", "",
              "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
              "| top-1 | output error | mass read | top 100 read |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for name, cells in by_method(results, length)["named"].items():
+    for name, cells in found.items():
         kl = [cell["kl"] for cell in cells]
         center, low, high = interval(kl, seed)
         nll = mean([c["nll"] for c in cells]) - mean([c["nll_dense"] for c in cells])
@@ -306,7 +311,7 @@ def draw_front(axes, groups, value, seed):
             x, y, low, high = zip(*sorted(map(point, found)), strict=True)
             axes.plot(x, y, "o-", color=color, label=method, markersize=4)
             axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-    for method in ("paper", "ours"):
+    for method in [x for x in ("paper", "ours") if x in groups["named"]]:
         x, y, _, _ = point(groups["named"][method])
         axes.plot(x, y, "*", color=COLORS[method], markersize=14, label=f"{method} as configured")
     axes.grid(alpha=0.3)
@@ -360,6 +365,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of needles and intervals")
     add("--parts", nargs="+", choices=["texts", "needles", "ruler"], help="only these now",
         default=["texts", "needles", "ruler"])
+    add("--methods", nargs="+", choices=named_methods(8192, 32), help="only these, and no budgets")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
     return parser.parse_args(argv)
@@ -382,7 +388,7 @@ def evaluate(args):
     results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                             "versions": versions, "settings": settings})
     end, late = time.monotonic() + 60 * args.minutes, False
-    for job in Run(model, tokenizer, settings, results).jobs(args.parts):
+    for job in Run(model, tokenizer, settings, results, args.methods).jobs(args.parts):
         late = late or time.monotonic() > end
         if not late:
             job()
