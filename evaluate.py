@@ -67,12 +67,32 @@ def ruler_answers(model, tokenizer, name, sample, methods):
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
     dense = [DenseCache(len(ids)) for _ in model.layers]
     logits, points = prefill(model, dense, [ids], chunk=2048), {}
-    for method, make in methods.items():
-        caches = [filled(make, c.k, c.v, n_answer) for c in dense]
-        tokens = decode(model, caches, logits, n_answer, sampler(), eager_step)
-        text = tokenizer.decode(torch.cat(list(tokens)).tolist())
+    caches = [Beside([filled(make, c.k, c.v, n_answer) for make in methods.values()])
+              for c in dense]
+    tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
+    for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
+        ends = [i for i, token in enumerate(answer) if token in model.config.eos_ids]
+        text = tokenizer.decode(answer[:ends[0] + 1] if ends else answer)
         points[method] = ruler.score(name, text, sample["outputs"])
     return points
+
+
+class Beside:
+    """Caches of one sequence each as the cache of a batch: a step reads the weights once."""
+
+    def __init__(self, caches):
+        self.caches = caches
+
+    @property
+    def n_tokens(self):
+        return torch.cat([cache.n_tokens for cache in self.caches])
+
+    def update(self):
+        return min(cache.update() for cache in self.caches)
+
+    def __call__(self, *qkv):
+        rows = zip(*(x.split(1) for x in qkv), strict=True)
+        return torch.cat([cache.decode(*row) for cache, row in zip(self.caches, rows, strict=True)])
 
 
 # ---------------------------------------------------------------- cells of the results
