@@ -119,7 +119,7 @@ class Cell:
         clusters, tokens = launches["pack"][1]["fits"].sum((0, 1)).tolist()
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         estimated = int(budget.n_ranked.sum()) * H - clusters
-        return {"rank": live * (D // 2 + 4) + C * (4 + 4 * G) + n_steady * (D * e + 4),
+        return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
                 "weigh": C * (4 * G + 4), "pack": 20 * clusters + 4 * tokens,
                 "attend": (2 * D * e + 4) * (n_steady + tokens)
                 + estimated * (D // 2 + 14 + 4 * G) + parts, "combine": parts + q.numel() * e}

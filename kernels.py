@@ -4,8 +4,8 @@ And of buffer.copy_rows, which brings tokens from the host.
 A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
 `pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
 
-    rank      q, steady, centroids  -> log mass (B, H, C, G); running max and sum of each split
-    weigh     mass, max and sum     -> share of each cluster, summed over G
+    rank      q, steady, centroids  -> logs of mass, hope (B, H, C, G); max and sum of each split
+    weigh     hope, max and sum     -> share of each cluster, summed over G
     topk      share                 -> order (B, H, R+E)                               (PyTorch)
     pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
     attend    steady | rows | order -> max, sum and weighted values of each split
@@ -18,14 +18,14 @@ A step over one layer is four kernels around torch.topk. No token is gathered: t
 What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;
 centroids and means in 4 bits):
 
-    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 4*G*(C + 2*S) written
+    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 8*G*(C + S) written
     weigh     4*G*(C + 2*S) read, 4*C written
     pack      20*R + 16 read, 4*N + 8 written
     attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
 (weigh reads its 8*S*G once for 256 clusters or fewer; where centroids alone rank, as in the paper,
-rank reads no W and writes 4*C*G more). A test finds these in what interpreted kernels move.
+rank reads no W). A test finds these in what interpreted kernels move.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -33,7 +33,7 @@ Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
 thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: of those rank spills up to 376 bytes, and they take 101 KB (147
+elements a group, as 40 of 256 dims: of those rank spills up to 568 bytes, and they take 101 KB (147
 under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
@@ -96,9 +96,9 @@ def grow(x, m, s):
 
 # Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
-# mass, 4*G bytes, -inf where a slot is free. BY_MASS: these are what is ranked, beside every S-th
-# tile of the steady zone; else the logits of the centroids, another 4*G bytes. PACKED: two numbers
-# a byte, multiplied as two halves.
+# mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
+# the cluster may hold (retroinfer.hope), beside every S-th tile of the steady zone; else the logit
+# of the centroid. PACKED: two numbers a byte, multiplied as two halves.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
                 n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
@@ -132,14 +132,15 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
                            is_live[:, None] & (d < D), 0.0)                             # (BC, BD)
             x = tl.dot(queries, tl.trans(keys), input_precision="ieee")                 # (BG, BC)
         x = tl.where(is_live, x * D ** -0.5 * scale, float("-inf"))
-        mass = x + tl.log(tl.where(is_live, size, 1.0) * (1 + half[:, None] * spread))
         at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
-        tl.store(masses + at, mass, is_one)
+        size, variance = tl.where(is_live, size, 1.0), 2 * half[:, None] * spread       # (BG, BC)
+        tl.store(masses + at, x + tl.log(size * (1 + variance / 2)), is_one)
         if BY_MASS:
-            m, s = grow(mass, m, s)
-        else:
-            tl.store(ranks + at, x, is_one)
-            m, s = grow(x, m, s)
+            deviation = tl.sqrt(variance)
+            top = tl.minimum(deviation, tl.sqrt(2 * tl.log(size)))
+            x += tl.log(size) + top * (deviation - top / 2)
+        tl.store(ranks + at, x, is_one)
+        m, s = grow(x, m, s)
     if BY_MASS:
         for t in range(split, tl.cdiv(W, BC), S):
             w = t * BC + tl.arange(0, BC)
@@ -187,9 +188,8 @@ def rank_clusters(q, k_steady, bias, index, n, by_mass):
     n_tiles = triton.cdiv(C, BC)
     n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
     S = triton.cdiv(C, BC * n_tiles)
-    masses, weights = index.sizes.new_empty(B, H, C, G), index.sizes.new_empty(B, H, C)
-    ranks = masses if by_mass else torch.empty_like(masses)
-    stats = index.sizes.new_empty(B, H, S, 2, G)
+    masses, ranks = index.sizes.new_empty(2, B, H, C, G)
+    weights, stats = index.sizes.new_empty(B, H, C), index.sizes.new_empty(B, H, S, 2, G)
     launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
            index.scales, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0), bias.stride(1),
            BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC, **tile,

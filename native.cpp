@@ -2,8 +2,8 @@
 // once. native.py compiles it for a pair of types: NUM, of keys and values, and ROW, of centroids
 // and means. Four loops over the tiles of a head:
 //
-//     rank      q, centroids | steady rows     -> mass of each live cluster | a part of the softmax
-//     select    masses                         -> rows and means to read, and weights of the means
+//     rank      q, centroids | steady rows     -> hope of each live cluster | a part of the softmax
+//     select    hopes                          -> rows and means to read, and logits of the means
 //     attend    retrieved rows | means         -> a part: largest logit, sum, weighted values
 //     combine   all parts                      -> o (B, H, G, D)
 //
@@ -299,6 +299,15 @@ struct Tensors {
     Num* o;
 };
 
+float logarithm(int n) {                        // of a cluster's tokens, which are few
+    static const std::vector<float> known = [] {
+        std::vector<float> x(64);
+        for (size_t i = 1; i < x.size(); i++) x[i] = std::log((float)i);
+        return x;
+    }();
+    return n < (int)known.size() ? known[n] : std::log((float)n);
+}
+
 int tiles(int64_t n) { return (n + TILE - 1) / TILE; }
 float wide(bfloat16 x) { uint32_t bits = x.bits << 16; return load<float>(&bits); }
 
@@ -312,7 +321,7 @@ struct Head {
     Queries<Pair, vec> q;                   // scaled
     Queries<Shorts, ivec> q_packed[LIMBS];  // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
-    std::vector<float> mass;                // (tiles, Q, TILE, GROUP) over e^m
+    std::vector<float> logit, hope;         // (tiles, Q, TILE, GROUP) hope: what may be, over e^m
     std::vector<quad> m, s, top;            // (tiles, Q); its sums, likewise; (Q,) the largest m
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
     std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
@@ -321,7 +330,8 @@ struct Head {
     std::vector<uint64_t> keys, best;       // of clusters: share, then place
     std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
     std::vector<const Row*> mean;           // means to read
-    std::vector<float> bias, weight;        // of steady tokens; (tiles, Q, TILE, GROUP) of means
+    std::vector<float> bias, guess, worth;  // of steady tokens; (tiles, Q, TILE, GROUP) of means:
+    std::vector<float> stretch;             // logits, tokens at them; (tiles, TILE) their scales
     std::vector<quad> part_m, part_s;       // (parts, Q) of tokens, then of means
     std::vector<Pair> part_o;               // (parts, Q, reads, GROUP)
 
@@ -336,11 +346,13 @@ struct Head {
         n = shape, given = tensors, at = number, b = at / n.H, D = n.D;
         Q = (n.G + GROUP - 1) / GROUP;
         int C = tiles(n.C), K = tiles(n.K);
-        m.resize(C * Q), s.resize(C * Q), mass.resize(C * Q * TILE * GROUP), live.resize(C);
-        size.resize(C * TILE), scale.resize(C * TILE), offset.resize(C * TILE);
+        m.resize(C * Q), s.resize(C * Q), live.resize(C);
+        logit.resize(C * Q * TILE * GROUP), hope.resize(logit.size());
+        size.resize(C * TILE + LANES), scale.resize(C * TILE), offset.resize(C * TILE);
         share.resize(C * TILE), top.assign(Q, quad{} + NONE);
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
-        part_o.resize(o(parts()) - o(0)), weight.resize(K * Q * TILE * GROUP);
+        part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
+        guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
             float x = given.bias[b * n.bias_b + at % n.H * n.bias_h + w * n.bias_w];
@@ -393,10 +405,11 @@ struct Head {
         }
     }
 
-    // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 4*G + 12.
+    // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 8*G + 12.
     void rank(int tile) {
         const Row* rows[TILE];
-        float scales[TILE + LANES] = {}, spread[TILE + LANES] = {};
+        float scales[TILE + LANES] = {}, logs[TILE + LANES] = {};  // of free slots, too, 0
+        float root[TILE + LANES] = {}, most[TILE + LANES] = {};     // spread; 2 log n
         int64_t first = at * n.C + tile * TILE;
         int count = std::min<int>(TILE, n.C - tile * TILE);
         float* sizes = &size[tile * TILE];
@@ -410,13 +423,16 @@ struct Head {
         for (int i = 0; i < count; i++) {       // what is in no cluster may be anything
             auto both = load<uint32_t>(&given.scales[2 * (first + i)]);
             uint32_t bits[] = {both << 16, both & 0xffff0000};
-            float y = wide(given.spreads[first + i]);
-            scales[i] = sizes[i] > 0 ? load<float>(bits) : 0, spread[i] = sizes[i] > 0 ? y : 0;
+            if (sizes[i] > 0) scales[i] = load<float>(bits);
+            if (sizes[i] > 0 && n.by_mass) {
+                logs[i] = logarithm(sizes[i]), most[i] = std::sqrt(2 * logs[i]);
+                root[i] = std::sqrt(wide(given.spreads[first + i]));
+            }
             scale[tile * TILE + i] = load<float>(bits + 1);
             offset[tile * TILE + i] = given.offsets[first + i];
         }
         for (int i = 0; i < count; i++) rows[i] = given.centroids + (first + i) * Row::size(D);
-        float* x = &mass[tile * Q * TILE * GROUP];
+        float* x = &logit[tile * Q * TILE * GROUP];
         if constexpr (IS_PACKED) score(q_packed[0], D, rows, count, x);
         else score(q, D, rows, count, x);
         if constexpr (LIMBS == 2) {
@@ -425,16 +441,20 @@ struct Head {
             for (size_t i = 0; i < rest.size(); i++) x[i] += rest[i] / (2 * MOST);
         }
         for (int p = 0; p < Q; p++) {
-            float* logits = x + p * TILE * GROUP;
-            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), norms = twice(half[p]);
+            float *logits = x + p * TILE * GROUP, *hopes = &hope[(tile * Q + p) * TILE * GROUP];
+            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), length = twice(2 * half[p]);
+            for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
-                vec sum = load<vec>(logits + i * GROUP) * units * each(scales + i);
-                store(logits + i * GROUP, each(sizes + i) > 0 ? sum : vec{} + NONE);
+                vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
+                vec spread = length * each(root + i), top = each(most + i);
+                top = top < spread ? top : spread;          // in deviations; see retroinfer.hope
+                store(logits + i * GROUP, y);
+                y += each(logs + i) + top * (spread - top * .5f);
+                store(hopes + i * GROUP, each(sizes + i) > 0 ? y : vec{} + NONE);
             }
-            m[tile * Q + p] = largest(logits, count);
-            s[tile * Q + p] = exponentials(logits, count, m[tile * Q + p], [&](int i, vec x) {
-                return n.by_mass ? x * each(sizes + i) * (1 + norms * each(spread + i)) : x;
-            });
+            m[tile * Q + p] = largest(hopes, count);
+            s[tile * Q + p] = exponentials(hopes, count, m[tile * Q + p],
+                                           [](int, vec x) { return x; });
         }
     }
 
@@ -463,7 +483,7 @@ struct Head {
                 vec rows[4] = {};                               // two each
                 for (int p = 0; p < Q && live[t]; p++) {
                     vec scale = twice(m[t * Q + p] * over[p]);
-                    const float* from = &mass[((t * Q + p) * TILE + i) * GROUP];
+                    const float* from = &hope[((t * Q + p) * TILE + i) * GROUP];
                     for (int r = 0; r < 4; r++) rows[r] += load<vec>(from + r * LANES) * scale;
                 }
                 vec sum = __builtin_shuffle(half_sums(rows[0], rows[1], rows[2], rows[3]),
@@ -521,25 +541,19 @@ struct Head {
 
     void estimate(int place) {
         int64_t c = at * n.C + place;
-        int t = place / TILE, i = place % TILE, j = mean.size(), part = of_tokens() + j / TILE;
-        mean.push_back(given.means + c * Row::size(D));
+        int t = place / TILE, i = place % TILE, j = mean.size();
+        mean.push_back(given.means + c * Row::size(D)), stretch[j] = scale[place];
         for (int p = 0; p < Q; p++) {
-            quad w = load<quad>(&mass[((t * Q + p) * TILE + i) * GROUP]) * m[t * Q + p];
-            if (!n.by_mass) w *= size[place] * (1 + half[p] * wide(given.spreads[c]));
-            part_m[part * Q + p] = top[p], part_s[part * Q + p] += w;
-            store(&weight[((j / TILE * Q + p) * TILE + j % TILE) * GROUP], w * scale[place]);
+            int to = ((j / TILE * Q + p) * TILE + j % TILE) * GROUP;
+            store(&guess[to], load<quad>(&logit[((t * Q + p) * TILE + i) * GROUP]));
+            store(&worth[to], size[place] * (1 + half[p] * wide(given.spreads[c])));
         }
     }
 
-    // Reads 2*D*e bytes a token, or a mean and 4*G, and writes 4*G*(D + 2).
+    // Reads 2*D*e bytes a token, or a mean and 8*G + 4, and writes 4*G*(D + 2).
     void attend(int part) {
         int first = part * TILE;
-        if (part >= of_tokens()) {
-            first -= of_tokens() * TILE;
-            if (int count = std::min<int>(TILE, mean.size() - first); count > 0)
-                mix(&weight[first * Q * GROUP], Q, D, &mean[first], count, o(part));
-            return;
-        }
+        if (part >= of_tokens()) return attend_means(part, first - of_tokens() * TILE);
         bool is_steady = part < tiles(n.W);
         if (!is_steady) first += (S - tiles(n.W)) * TILE;
         int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
@@ -554,6 +568,24 @@ struct Head {
             part_s[part * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
         }
         mix(x.data(), Q, D, &v[first], count, o(part));
+    }
+
+    void attend_means(int part, int first) {
+        int count = std::min<int>(TILE, mean.size() - first);
+        if (count <= 0) return;
+        float* x = &guess[first * Q * GROUP];
+        for (int p = 0; p < Q; p++) {
+            float *logits = x + p * TILE * GROUP, *tokens = &worth[(first * Q + p * TILE) * GROUP];
+            quad most = part_m[part * Q + p] = largest(logits, count);
+            part_s[part * Q + p] = exponentials(logits, count, most, [&](int i, vec x) {
+                return x * load<vec>(tokens + i * GROUP);
+            });
+            for (int i = 0; i < count; i += 2) {
+                vec y = load<vec>(logits + i * GROUP) * each(&stretch[first + i]);
+                store(logits + i * GROUP, y);
+            }
+        }
+        mix(x, Q, D, &mean[first], count, o(part));
     }
 
     // Reads 4*G*(D + 2) bytes a part and writes D*e*G.

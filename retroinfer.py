@@ -335,18 +335,32 @@ def keep(x):
 def rank_clusters(q, x_steady, index, n, by_mass=True):
     """Logarithms of the clusters' masses for q, scaled: (B, H, G, C), and the n best (B, H, n).
 
-    The best have the largest shares of attention, summed over G: estimated beside the steady zone's
-    logits (B, H, G, W), or as in the paper their probabilities over the centroids alone (§4.2).
+    The best have the largest shares of attention, summed over G: of what clusters may hold beside
+    the steady zone's logits (B, H, G, W), or as in the paper of their centroids' alone (§4.2).
     """
     logits = scores(q, index.centroids) * index.scales[..., 0][:, :, None]  # (B, H, G, C)
     masses = logits + weigh_clusters(q, index).log()
     if by_mass:
-        total = masses.logsumexp(-1).logaddexp(x_steady.logsumexp(-1))      # (B, H, G)
-        shares = (masses - total[..., None]).exp()
+        hopes = logits + hope(q, index)                                     # (B, H, G, C)
+        total = hopes.logsumexp(-1).logaddexp(x_steady.logsumexp(-1))       # (B, H, G)
+        shares = (hopes - total[..., None]).exp()
     else:
         is_free = index.sizes[:, :, None] == 0
         shares = logits.masked_fill(is_free, torch.finfo(logits.dtype).min).softmax(-1)
     return masses, shares.sum(2).topk(n, sorted=True).indices               # (B, H, n)
+
+
+def hope(q, index):
+    """What a cluster may hold for q (B, H, G, D), scaled, as a logarithm over its centroid's mass.
+
+    Of n logits, normal with variance s, the sum of e^x is typically n e^(s/2), but no value lies
+    above sqrt(2 log n) deviations (Derrida's random energy model). It is what ranks: a needle is
+    missed for good, a cluster that is opened in vain costs little. (B, H, G, C), -inf if free.
+    """
+    sizes, spreads = (x[:, :, None] for x in (index.sizes, index.spreads))  # (B, H, 1, C)
+    deviation = (q.square().sum(-1, keepdim=True) * spreads).sqrt()         # (B, H, G, C)
+    top = deviation.minimum((2 * sizes.clamp(min=1).log()).sqrt())
+    return sizes.log() + top * (deviation - top / 2)
 
 
 def weigh_clusters(q, index):

@@ -19,6 +19,13 @@ def dense(q, k, v):
     return o
 
 
+def hope(n, variance):
+    """Logarithm of what n normal logits of mean 0 may hold: their mean sum as long as values so
+    large are among n, else the largest, at sqrt(2 log n) deviations."""
+    deviation, limit = math.sqrt(variance), math.sqrt(2 * math.log(n))
+    return math.log(n) + variance / 2 if deviation < limit else deviation * limit
+
+
 def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=None):
     """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
 
@@ -29,7 +36,7 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=Non
 
     stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them. A cluster then
     weighs its size times 1 + s/2 centroids, s being |q|^2 times its spread, and is ranked by the
-    share of this mass in all, that of the steady zone included.
+    share of its hope in all, the steady zone's mass included.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
     sizes = torch.tensor([float(len(k)) for k, _ in clusters], dtype=torch.float64)
@@ -44,7 +51,10 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=Non
                 query @ centroids[i])
         if stored:
             near = sum(math.exp(query @ key) for key in steady[0].double())
-            share[g] = masses[g] / (near + masses[g].sum())
+            hopes = torch.tensor([
+                math.exp(query @ centroids[i] + hope(size, query @ query * spreads[i]))
+                for i, size in enumerate(sizes)], dtype=torch.float64)
+            share[g] = hopes / (near + hopes.sum())
     rank = share.sum(0).argsort(descending=True).tolist()
     fit, room = 0, n_tokens
     while fit < min(n_retrieve, len(rank)) and len(clusters[rank[fit]][0]) <= room:

@@ -1,6 +1,7 @@
 """Decode steps over random clusters, and what PyTorch and float64 loops make of them."""
 import math
 
+import oracle
 import torch
 
 import retroinfer
@@ -95,10 +96,12 @@ class Case:
         logits = q @ centroids[live].T                                              # (G, live)
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
-        mass = logits + torch.cat([half[:, :0], *worth.values()], -1).log()
         is_in, share = bias[0] == 0, logits.softmax(-1)
         if self.budget.by_mass:                     # of all attention, the steady zone's included
-            share = torch.cat([mass, q @ k_s[is_in].T], -1).softmax(-1)[:, :len(live)]
+            hopes = [[oracle.hope(sizes[c], 2 * float(x) * float(self.index.spreads[b, h, c]))
+                      for c in live] for x in half]
+            near = q @ k_s[is_in].T                                                 # (G, steady)
+            share = torch.cat([logits + q.new_tensor(hopes), near], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
         n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
         k, v, room = [k_s[is_in]], [v_s[is_in]], int(self.budget.n_tokens[b])

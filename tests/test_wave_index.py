@@ -1,5 +1,6 @@
 """The wave index against float64 loops: limits that must hold exactly, then the general case."""
 import itertools
+import math
 from dataclasses import replace
 
 import oracle
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 
 from retroinfer import (
     PLAIN,
+    Index,
     RetroConfig,
     WaveIndex,
     attend,
     cluster_segment,
     count,
     gather_clusters,
+    hope,
     spherical_kmeans,
     split_large,
 )
@@ -181,6 +184,18 @@ def test_a_needle_among_words_unlike_it_is_found():
     errors = [float((run(c, q, k, v, 2049)[1][:, :, -1:] - dense).norm() / dense.norm())
               for c in (config, replace(config, outliers=False))]
     assert errors[0] < 0.05 < 0.5 < errors[1]
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 16])
+@pytest.mark.parametrize("deviation", [0.0, 0.5, 2.0, 6.0, 30.0])
+def test_what_a_cluster_may_hold_is_between_the_typical_and_the_mean(n, deviation):
+    g = torch.Generator().manual_seed(0)
+    q, shape = torch.full((1, 1, 1, 4), deviation / 2), (1, 1, 1)
+    index = Index(None, None, torch.full(shape, float(n)), None, torch.ones(shape), None)
+    mine = float(hope(q, index))
+    sums = (deviation * torch.randn(4000, n, generator=g).double()).logsumexp(-1)
+    assert sums.median() - 0.05 <= mine <= math.log(n) + deviation ** 2 / 2 + 1e-5
+    assert mine == pytest.approx(oracle.hope(n, deviation ** 2), abs=1e-5)
 
 
 # ---------------------------------------------------------------- limits
