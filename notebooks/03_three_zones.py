@@ -298,7 +298,12 @@ assert together > 0.9
 # where σ² is large that factor flies off; 1 + σ²/2 starts alike and stays tame. σ² itself differs
 # from query to query, but one number a cluster gives a fair idea of it: the mean variance of its
 # keys along the D axes, times |q|². That is what the library does unless it is told not to
-# (`by_mass`), and it ranks the clusters by the mass so corrected.
+# (`by_mass`).
+#
+# An estimate should be tame; a guess at what to open should be bold. One token far above the mean
+# is all that some heads look for, so clusters are ranked by what they *may* hold (`hope`): n
+# exp(σ²/2) as long as n tokens are enough to have such logits, and beyond that the largest of n,
+# which lies about √(2 log n) deviations above the mean.
 
 # %%
 wide = replace(config, by_mass=True)
