@@ -299,13 +299,18 @@ struct Tensors {
     Num* o;
 };
 
-float logarithm(int n) {                        // of a cluster's tokens, which are few
-    static const std::vector<float> known = [] {
-        std::vector<float> x(64);
-        for (size_t i = 1; i < x.size(); i++) x[i] = std::log((float)i);
-        return x;
-    }();
-    return n < (int)known.size() ? known[n] : std::log((float)n);
+// log n and sqrt(2 log n) of a cluster of n tokens, most of which are small.
+struct Logarithm {
+    float x, most;
+    explicit Logarithm(float n) : x(std::log(n)), most(std::sqrt(2 * x)) {}
+};
+const std::vector<Logarithm> LOGARITHMS = [] {
+    std::vector<Logarithm> all;
+    for (int n = 0; n < 64; n++) all.emplace_back(std::max(n, 1));
+    return all;
+}();
+Logarithm logarithm(float n) {
+    return n < LOGARITHMS.size() ? LOGARITHMS[(int)n] : Logarithm(n);
 }
 
 int tiles(int64_t n) { return (n + TILE - 1) / TILE; }
@@ -408,8 +413,8 @@ struct Head {
     // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 8*G + 12.
     void rank(int tile) {
         const Row* rows[TILE];
-        float scales[TILE + LANES] = {}, logs[TILE + LANES] = {};  // of free slots, too, 0
-        float root[TILE + LANES] = {}, most[TILE + LANES] = {};     // spread; 2 log n
+        float scales[TILE + LANES] = {}, spread[TILE + LANES] = {};     // 0 of a free slot
+        float logs[TILE + LANES] = {}, most[TILE + LANES] = {};
         int64_t first = at * n.C + tile * TILE;
         int count = std::min<int>(TILE, n.C - tile * TILE);
         float* sizes = &size[tile * TILE];
@@ -423,14 +428,14 @@ struct Head {
         for (int i = 0; i < count; i++) {       // what is in no cluster may be anything
             auto both = load<uint32_t>(&given.scales[2 * (first + i)]);
             uint32_t bits[] = {both << 16, both & 0xffff0000};
-            if (sizes[i] > 0) scales[i] = load<float>(bits);
-            if (sizes[i] > 0 && n.by_mass) {
-                logs[i] = logarithm(sizes[i]), most[i] = std::sqrt(2 * logs[i]);
-                root[i] = std::sqrt(wide(given.spreads[first + i]));
-            }
+            float y = wide(given.spreads[first + i]);
+            scales[i] = sizes[i] > 0 ? load<float>(bits) : 0, spread[i] = sizes[i] > 0 ? y : 0;
+            Logarithm log = logarithm(n.by_mass ? sizes[i] : 0);
+            logs[i] = log.x, most[i] = log.most;
             scale[tile * TILE + i] = load<float>(bits + 1);
             offset[tile * TILE + i] = given.offsets[first + i];
         }
+        for (float& y : spread) y = std::sqrt(y);
         for (int i = 0; i < count; i++) rows[i] = given.centroids + (first + i) * Row::size(D);
         float* x = &logit[tile * Q * TILE * GROUP];
         if constexpr (IS_PACKED) score(q_packed[0], D, rows, count, x);
@@ -446,10 +451,10 @@ struct Head {
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
-                vec spread = length * each(root + i), top = each(most + i);
-                top = top < spread ? top : spread;          // in deviations; see retroinfer.hope
+                vec deviation = length * each(spread + i), top = each(most + i);
+                top = top < deviation ? top : deviation;            // as retroinfer.hope
                 store(logits + i * GROUP, y);
-                y += each(logs + i) + top * (spread - top * .5f);
+                y += each(logs + i) + top * (deviation - top * .5f);
                 store(hopes + i * GROUP, each(sizes + i) > 0 ? y : vec{} + NONE);
             }
             m[tile * Q + p] = largest(hopes, count);
