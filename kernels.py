@@ -33,7 +33,7 @@ Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
 thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: of those rank spills up to 568 bytes, and they take 101 KB (147
+elements a group, as 40 of 256 dims: of those rank spills at most 384 bytes, and they take 101 KB (147
 under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
@@ -133,10 +133,10 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
             x = tl.dot(queries, tl.trans(keys), input_precision="ieee")                 # (BG, BC)
         x = tl.where(is_live, x * D ** -0.5 * scale, float("-inf"))
         at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
-        size, variance = tl.where(is_live, size, 1.0), 2 * half[:, None] * spread       # (BG, BC)
-        tl.store(masses + at, x + tl.log(size * (1 + variance / 2)), is_one)
+        size = tl.where(is_live, size, 1.0)
+        tl.store(masses + at, x + tl.log(size * (1 + half[:, None] * spread)), is_one)
         if BY_MASS:
-            deviation = tl.sqrt(variance)
+            deviation = tl.sqrt(2 * half)[:, None] * tl.sqrt(spread)                    # (BG, BC)
             top = tl.minimum(deviation, tl.sqrt(2 * tl.log(size)))
             x += tl.log(size) + top * (deviation - top / 2)
         tl.store(ranks + at, x, is_one)

@@ -327,7 +327,7 @@ struct Head {
     Queries<Shorts, ivec> q_packed[LIMBS];  // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
     std::vector<float> logit, hope;         // (tiles, Q, TILE, GROUP) hope: what may be, over e^m
-    std::vector<quad> m, s, top;            // (tiles, Q); its sums, likewise; (Q,) the largest m
+    std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
     std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
     std::vector<int> live;                  // (tiles,) how many have some
@@ -354,7 +354,7 @@ struct Head {
         m.resize(C * Q), s.resize(C * Q), live.resize(C);
         logit.resize(C * Q * TILE * GROUP), hope.resize(logit.size());
         size.resize(C * TILE + LANES), scale.resize(C * TILE), offset.resize(C * TILE);
-        share.resize(C * TILE), top.assign(Q, quad{} + NONE);
+        share.resize(C * TILE);
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
         guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
@@ -467,6 +467,7 @@ struct Head {
     // paper of what clusters have among themselves.
     void weigh() {
         std::vector<quad> sum(Q), over(Q);      // over: 1 / all that share attention, over e^top
+        std::vector<quad> top(Q, quad{} + NONE);                // the largest m
         for (int t = 0; t < tiles(n.C); t++)
             for (int p = 0; p < Q; p++) top[p] = larger(top[p], m[t * Q + p]);
         for (int t = 0; t < tiles(n.C); t++)
