@@ -33,7 +33,7 @@ Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
 thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: of those rank spills at most 384 bytes, and they take 101 KB (147
+elements a group, as 40 of 256 dims: of those rank spills up to 384 bytes, and they take 101 KB (147
 under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
