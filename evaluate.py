@@ -32,6 +32,7 @@ from cli import choose_hot
 from fidelity import against_dense, by_head, filled, methods_at, named_methods, needle_mass, read
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
+from tables import report
 
 ROOT = Path(__file__).parent
 QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
@@ -186,7 +187,9 @@ def needle_cells(run, length, depth):
             ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
                                                   run.settings["seed"])
             case = read(run.model, ids, n_answer)
-        run.add(f"{key}/{name}", needle_mass(case, methods[name], needle))
+        answer = torch.tensor(against_dense(run.model, case, methods[name])["nll"])
+        run.add(f"{key}/{name}", {"answer": answer.neg().exp().mean().item(),
+                                  **needle_mass(case, methods[name], needle)})
 
 
 def ruler_cell(run, name, length, i):
@@ -209,156 +212,7 @@ def ruler_cell(run, name, length, i):
     run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, sample, methods))
 
 
-# ---------------------------------------------------------------- tables and plots
-
-def interval(groups, seed, draws=1000):
-    """Mean of all values and its 95 % interval: groups (texts) drawn anew, then values in each."""
-    values = torch.tensor(groups, dtype=torch.float64)                      # (texts, positions)
-    dice = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(values), (draws, len(values)), generator=dice)
-    columns = torch.randint(values.shape[1], (draws, *values.shape), generator=dice)
-    means = values[rows].gather(-1, columns).mean((1, 2))
-    return values.mean().item(), *means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-
-
-def select(results, *parts):
-    """Cells by what stands behind the given parts of their keys."""
-    start = "/".join(map(str, parts)) + "/"
-    return {key[len(start):]: cell for key, cell in results.cells.items() if key.startswith(start)}
-
-
-def by_method(results, length):
-    """{named or share: {method: its cells, one a text}} of one length, of texts that are whole."""
-    found, every = {}, [select(results, "dense", kind, length) for kind in texts.KINDS]
-    for cells in every:
-        for key, cell in cells.items() if len(cells) == max(map(len, every)) else ():
-            group, method = key.split("/")
-            found.setdefault(group, {}).setdefault(method, []).append(cell)
-    return found
-
-
-def mean(values):
-    return torch.tensor(values, dtype=torch.float64).mean().item()
-
-
-def dense_table(results, length, seed):
-    found = by_method(results, length)["named"]
-    lines = [f"{length:,} tokens, {len(next(iter(found.values())))} texts", "",
-             "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
-             "| top-1 | output error | mass read | top 100 read |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for name, cells in found.items():
-        kl = [cell["kl"] for cell in cells]
-        center, low, high = interval(kl, seed)
-        nll = mean([c["nll"] for c in cells]) - mean([c["nll_dense"] for c in cells])
-        p95 = torch.tensor(kl).flatten().quantile(0.95).item()
-        share, same, error, mass, recall = (mean([c[x] for c in cells]) for x in (
-            "share", "same", "error", "mass", "recall"))
-        lines.append(f"| {name} | {share:.1%} | {100 * torch.tensor(nll).expm1().item():+.2f} % | "
-                     f"{center:.4f} ({low:.4f} to {high:.4f}) | {p95:.4f} | {same:.1%} | "
-                     f"{error:.3f} | {mass:.1%} | {recall:.1%} |")
-    return "\n".join(lines)
-
-
-def needle_table(results, settings):
-    lines = ["| needle's mass read exactly | " + " | ".join(
-        f"{n:,}" for n in settings["needle_lengths"]) + " | cluster's rank: median, p90 |",
-             "|---|" + "---|" * (len(settings["needle_lengths"]) + 1)]
-    cells = {n: [select(results, "needle", n, depth) for depth in settings["depths"]]
-             for n in settings["needle_lengths"]}
-    for name in next(iter(cells.values()))[0]:
-        shares = [f"{mean([c[name]['kept'] for c in found]):.1%}" for found in cells.values()]
-        ranks = torch.tensor([float(r) for found in cells.values() for c in found
-                              for r in c[name]["ranks"]])
-        rank = ", ".join(f"{ranks.quantile(x):.0f}" for x in (0.5, 0.9)) if len(ranks) else "-"
-        lines.append(f"| {name} | " + " | ".join(shares) + f" | {rank} |")
-    return "\n".join(lines)
-
-
-def ruler_table(results, settings):
-    lines = ["| task | tokens | samples | dense | ours | ours - dense (95 %) "
-             "| paper - dense (95 %) |", "|---|---|---|---|---|---|---|"]
-    for length in settings["ruler_lengths"]:
-        found = {name: select(results, "ruler", name, length) for name in ruler.TASKS}
-        lines += [f"| {name} | {length:,} | 0 | no sample fits | | | |"
-                  for name, cells in found.items() if "none" in cells]
-        rows = {name: list(cells.values()) for name, cells in found.items()
-                if cells and "none" not in cells}
-        rows["all tasks"] = [cell for cells in rows.values() for cell in cells]
-        for name, cells in rows.items():
-            if cells:
-                gaps = [interval([[c[x] - c["dense"]] for c in cells], settings["seed"])
-                        for x in ("ours", "paper")]
-                lines.append(f"| {name} | {length:,} | {len(cells)} | "
-                             f"{mean([c['dense'] for c in cells]):.1f} | "
-                             f"{mean([c['ours'] for c in cells]):.1f} | " + " | ".join(
-                                 f"{x:+.1f} ({low:+.1f} to {high:+.1f})" for x, low, high in gaps)
-                             + " |")
-    return "\n".join(lines)
-
-
-COLORS = {"window": "C0", "quest": "C1", "oracle": "C2", "paper": "C3", "ours": "C4"}
-
-
-def plot(results, settings, lengths, path):
-    """The Pareto front: KL, and output error where it is known, against bytes; by length."""
-    from matplotlib.figure import Figure
-    values = {"kl": "KL to dense, nats a token"} | (
-        {"error": "relative error of a head's output"} if settings["errors"] else {})
-    size = 5.5 * len(lengths) + 1, 4 * len(values) + 0.6
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(values), len(lengths), squeeze=False)
-    for (value, label), row in zip(values.items(), panels, strict=True):
-        for axes, length in zip(row, lengths, strict=True):
-            draw_front(axes, by_method(results, length), value, settings["seed"])
-            axes.set(yscale="log", ylabel=label, title=f"{length:,} tokens",
-                     xlabel="bytes read a step, % of dense")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper",
-                  frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def draw_front(axes, groups, value, seed):
-    """Each method's value over its budgets, with the interval over texts; stars: as configured."""
-    def point(cells):
-        numbers = [torch.tensor(cell[value]).flatten().tolist() for cell in cells]
-        return 100 * mean([cell["share"] for cell in cells]), *interval(numbers, seed)
-
-    for method, color in COLORS.items():
-        found = [cells[method] for name, cells in groups.items()
-                 if name != "named" and method in cells]
-        if found:
-            x, y, low, high = zip(*sorted(map(point, found)), strict=True)
-            axes.plot(x, y, "o-", color=color, label=method, markersize=4)
-            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-    for method in [x for x in ("paper", "ours") if x in groups["named"]]:
-        x, y, _, _ = point(groups["named"][method])
-        axes.plot(x, y, "*", color=COLORS[method], markersize=14, label=f"{method} as configured")
-    axes.grid(alpha=0.3)
-
-
-def plot_needles(results, settings, path):
-    """Heat maps, depth against length: how much of the needle's mass each method reads."""
-    from matplotlib.figure import Figure
-    lengths, depths = settings["needle_lengths"], settings["depths"]
-    names = [x for x in select(results, "needle", lengths[0], depths[0]) if x != "dense"]
-    figure = Figure(figsize=(2.2 * len(names) + 1, 3.4), layout="constrained")
-    every = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(every, names, strict=True):
-        share = [[100 * select(results, "needle", n, depth)[name]["kept"] for n in lengths]
-                 for depth in depths]
-        image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axes.set_title(name, fontsize=9)
-        axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" for n in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
-        for i, row in enumerate(share):
-            for j, x in enumerate(row):
-                axes.text(j, i, f"{x:.0f}", ha="center", va="center", fontsize=8,
-                          color="black" if x > 60 else "white")
-    every[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=every, label="needle's mass read, %")
-    figure.savefig(path, dpi=150)
-
+# ---------------------------------------------------------------- command line
 
 def settings_of(args):
     """What the results depend on: a file holds results of one of these."""
@@ -415,21 +269,6 @@ def evaluate(args):
     report(results, settings, out)
     if late:
         print("evaluate: the time is over; the same command goes on here", file=sys.stderr)
-
-
-def report(results, settings, out):
-    """Print the tables of what is there and draw its plots beside it."""
-    if lengths := [n for n in settings["lengths"] if by_method(results, n)]:
-        for length in lengths:
-            print(dense_table(results, length, settings["seed"]), end="\n\n")
-        plot(results, settings, lengths, out.with_suffix(".png"))
-    needles = [len(select(results, "needle", n, depth)) for n in settings["needle_lengths"]
-               for depth in settings["depths"]]
-    if 0 < min(needles) == max(needles):                    # a map without holes
-        print(needle_table(results, settings))
-        plot_needles(results, settings, out.with_name(f"{out.stem}-needles.png"))
-    if settings["ruler_lengths"]:
-        print("", ruler_table(results, settings), sep="\n")
 
 
 def main(argv=None):

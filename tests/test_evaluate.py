@@ -12,6 +12,7 @@ import torch
 import evaluate
 import fidelity
 import ruler
+import tables
 import texts
 from fidelity import Case, Chosen, against_dense, by_head, filled, needle_mass, probe, read, wave
 from model import DenseCache, load
@@ -275,12 +276,12 @@ def test_an_interval_holds_its_mean_and_narrows_with_more_values():
     torch.manual_seed(0)
     few, many = torch.randn(4, 8) + 1, torch.randn(16, 200) + 1
     for values in (few, many):
-        center, low, high = evaluate.interval(values.tolist(), 0)
+        center, low, high = tables.interval(values.tolist(), 0)
         assert low < center < high
         assert center == pytest.approx(values.mean().item(), abs=1e-6)
-    width = [high - low for _, low, high in (evaluate.interval(x.tolist(), 0) for x in (few, many))]
+    width = [high - low for _, low, high in (tables.interval(x.tolist(), 0) for x in (few, many))]
     assert width[1] < width[0] / 2
-    assert evaluate.interval(few.tolist(), 7) == evaluate.interval(few.tolist(), 7)
+    assert tables.interval(few.tolist(), 7) == tables.interval(few.tolist(), 7)
 
 
 def test_keys_that_are_clustered_again_are_not_assigned_again(monkeypatch):
@@ -332,6 +333,14 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
     head, *lines = out.read_text().splitlines()
     assert json.loads(head)["settings"]["seed"] == 0 and "torch" in json.loads(head)["versions"]
     assert len({key for line in lines for key in json.loads(line)}) == len(lines) > 40
+    model, tokenizer = load(words[1], device="cpu")
+    ids, _, n_answer = evaluate.needle_prompt(tokenizer, 1200, 50, 0)
+    hidden = model(ids[None], torch.arange(1200)[None],
+                   [DenseCache(1200).prefill for _ in model.layers])
+    p = model.logits(hidden)[0, -n_answer - 1:-1].softmax(-1).gather(-1, ids[-n_answer:, None])
+    needle, = (cell for line in lines for key, cell in json.loads(line).items()
+               if key == "needle/1200/50/dense")
+    assert needle["answer"] == pytest.approx(p.mean().item(), rel=1e-3)
     for name in ("x.png", "x-needles.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     out.write_text("\n".join([head, *lines[:-1], lines[-1][:20]]))
@@ -364,9 +373,9 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     assert results.cells.keys() == {"ruler/fwe/2500/0", "ruler/fwe/2500/1"}
     for row in ("fwe", "all tasks"):
         assert re.search(rf"\| {row} \| 2,500 \| 2 \| 0.0 \| 0.0 \| \+0.0 \(",
-                         evaluate.ruler_table(results, settings))
+                         tables.ruler_table(results, settings))
     evaluate.ruler_cell(run, "fwe", 150, 0)
-    assert "| fwe | 150 | 0 | no sample fits |" in evaluate.ruler_table(
+    assert "| fwe | 150 | 0 | no sample fits |" in tables.ruler_table(
         results, settings | {"ruler_lengths": [150]})
 
 
