@@ -187,7 +187,7 @@ def wave_at(config, rows, n, steps):
     retrieve = round((rows - spent) / (2 * config.cluster + config.bits / 16))
     if not 1 <= retrieve <= clusters:
         return None
-    return replace(config, least=1, retrieve=retrieve / clusters,
+    return replace(config, least=1, growth=1.0, retrieve=retrieve / clusters,
                    estimate=min(config.estimate, 1 - retrieve / clusters))
 
 

@@ -94,11 +94,19 @@ def grow(x, m, s):
     return top, s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
 
 
+@triton.jit
+def in_bytes(x, D: tl.constexpr, fine):
+    """Whole numbers, fp16, for queries x (BG, ...): retroinfer.in_bytes, of x scaled. A sum with
+    three times 2**22 has no room for what follows the point."""
+    return ((x.to(tl.float32) * D ** -0.5 * fine[:, None] + 12582912.0) - 12582912.0).to(tl.float16)
+
+
 # Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
 # the cluster may hold (retroinfer.hope), beside every S-th tile of the steady zone; else the logit
-# of the centroid. PACKED: two numbers a byte, multiplied as two halves.
+# of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes, which
+# fp16 holds and fp32 adds up exactly.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
                 n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
@@ -111,7 +119,10 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
     half = tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1) * (0.5 / D)       # (BG,)
     if PACKED:
         is_half = (g[:, None] < G) & (h < D // 2)
-        q_low, q_high = tl.load(q + h, is_half, 0.0), tl.load(q + D // 2 + h, is_half, 0.0)
+        largest = tl.max(tl.abs(queries.to(tl.float32)) * D ** -0.5, 1)                 # (BG,)
+        fine = 127 / tl.maximum(largest, 1e-30)
+        q_low = in_bytes(tl.load(q + h, is_half, 0.0), D, fine)                         # (BG, BD/2)
+        q_high = in_bytes(tl.load(q + D // 2 + h, is_half, 0.0), D, fine)
     m = tl.full([BG], float("-inf"), tl.float32)
     s = tl.zeros([BG], tl.float32)
     for t in range(split * n_tiles, split * n_tiles + n_tiles):
@@ -123,15 +134,13 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
         if PACKED:
             codes = tl.load(centroids + (head * C + c[:, None]) * (D // 2) + h,
                             is_live[:, None] & (h < D // 2), 0)                         # (BC, BD/2)
-            low, high = (((codes & 15).to(tl.float32) - 8).to(q_low.dtype),
-                         ((codes >> 4).to(tl.float32) - 8).to(q_low.dtype))
-            x = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-            x = tl.dot(q_high, tl.trans(high), x, input_precision="ieee")
+            low, high = (codes & 15).to(tl.float16) - 8, (codes >> 4).to(tl.float16) - 8
+            x = tl.dot(q_high, tl.trans(high), tl.dot(q_low, tl.trans(low))) / fine[:, None]
         else:
             keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
                            is_live[:, None] & (d < D), 0.0)                             # (BC, BD)
-            x = tl.dot(queries, tl.trans(keys), input_precision="ieee")                 # (BG, BC)
-        x = tl.where(is_live, x * D ** -0.5 * scale, float("-inf"))
+            x = tl.dot(queries, tl.trans(keys), input_precision="ieee") * D ** -0.5     # (BG, BC)
+        x = tl.where(is_live, x * scale, float("-inf"))
         at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
         size = tl.where(is_live, size, 1.0)
         tl.store(masses + at, x + tl.log(size * (1 + half[:, None] * spread)), is_one)

@@ -38,6 +38,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int16_t svec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t usvec __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bvec __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(4 * GROUP)));     // of the queries of a group
 typedef uint8_t few __attribute__((vector_size(LANES)));
 
@@ -95,15 +96,16 @@ struct uint8 {
     static int place(int e, int i, int D) { return e + i % LANES + i / LANES * (D / 2); }
 };
 
-#ifdef __AVX2__                 // these two GCC 12 does not find by itself
+#ifdef __AVX2__                 // these three GCC 12 does not find by itself
 ivec ints(const uint8* x) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)x)); }
-ivec product(svec x, svec y) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)y); }
+svec product(bvec x, bvec y) { return (svec)_mm256_maddubs_epi16((__m256i)x, (__m256i)y); }
+ivec pairs(svec x) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)(svec{} + 1)); }
 #else
 ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
-ivec product(svec x, svec y) {  // of two neighbours each, added
-    ivec a = (ivec)x, b = (ivec)y;
-    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+svec product(bvec x, bvec y) {  // of bytes and signed bytes, two neighbours added
+    return (svec)((usvec)x & 255) * ((svec)y << 8 >> 8) + (svec)((usvec)x >> 8) * ((svec)y >> 8);
 }
+ivec pairs(svec x) { return ((ivec)x << 16 >> 16) + ((ivec)x >> 16); }
 #endif
 
 Pair widen(const uint8* x) {
@@ -112,10 +114,10 @@ Pair widen(const uint8* x) {
             __builtin_convertvector((both >> 4) - 8, vec)};
 }
 
-// Queries as score takes them, (groups, reads, GROUP). Rows of 4 bits are multiplied as shorts, so
-// that sums are exact: of 32 bytes, lower and upper half of the even ones, then of the odd ones.
-// The 8 in each number makes a sum too large by excess.
-struct Shorts { svec x[4]; };
+// Queries as score takes them, (groups, reads, GROUP). Those for rows of 4 bits are whole numbers,
+// of the columns of lower halves and of upper ones: sums are exact, too large by excess, as each
+// number of a row is by 8.
+struct Bytes { bvec low, high; };
 template <class Part, class Sum> struct Queries {
     std::vector<Part> x;
     std::vector<Sum> excess;                    // (groups,) of two rows
@@ -167,25 +169,32 @@ template <class Row> vec multiply(const Pair* q, int D, const Row* row, const Ro
     return sums(sum);
 }
 
-ivec multiply(const Shorts* q, int D, const uint8* row, const uint8* other) {
-    ivec sum[2 * GROUP];
-    #pragma GCC unroll 2
-    for (int r = 0; r < 2; r++, row = other) {
-        ivec some[GROUP] = {};
-        for (int j = 0; j < reads(D / 2, BYTES); j++) {
-            usvec x = {};
-            if (D / 2 < BYTES) std::memcpy(&x, row, D / 2);
-            else x = load<usvec>(row + start(j, D / 2, BYTES));
-            usvec parts[] = {x & 15, x >> 4 & 15, x >> 8 & 15, x >> 12};
-            #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++)
-                #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
-                    some[g] += product((svec)parts[i], q[j * GROUP + g].x[i]);
+[[gnu::noinline]] bvec load_short(const uint8* row, int size) {
+    bvec x = {};
+    std::memcpy(&x, row, size);
+    return x;
+}
+
+ivec multiply(const Bytes* q, int D, const uint8* row, const uint8* other) {
+    const uint8* rows[] = {row, other};
+    svec some[2 * GROUP] = {};                  // has room for the 256 columns that native.py takes
+    for (int j = 0; j < reads(D / 2, BYTES); j++, q += GROUP) {
+        bvec low[2], high[2];
+        #pragma GCC unroll 2
+        for (int r = 0; r < 2; r++) {
+            low[r] = D / 2 < BYTES ? load_short(rows[r], D / 2)
+                                   : load<bvec>(rows[r] + start(j, D / 2, BYTES));
+            high[r] = (bvec)((usvec)low[r] >> 4) & 15, low[r] &= 15;
         }
         #pragma GCC unroll 4
-        for (int g = 0; g < GROUP; g++) sum[r * GROUP + g] = some[g];
+        for (int g = 0; g < GROUP; g++)
+            #pragma GCC unroll 2
+            for (int r = 0; r < 2; r++)
+                some[r * GROUP + g] += product(low[r], q[g].low) + product(high[r], q[g].high);
     }
+    ivec sum[2 * GROUP];
+    #pragma GCC unroll 8
+    for (int i = 0; i < 2 * GROUP; i++) sum[i] = pairs(some[i]);
     return sums(sum);
 }
 
@@ -282,8 +291,6 @@ quad fade(quad m, quad top) {
 typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
-constexpr int LIMBS = IS_PACKED && sizeof(Num) == 4 ? 2 : 1;    // shorts that hold a number of q
-constexpr int MOST = 32767;                                     // in a short
 
 struct Shape { int64_t B, H, G, D, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
 
@@ -324,7 +331,7 @@ struct Head {
     int64_t at, b;                          // its number; its sequence
     int D, Q, S;                            // Q: groups; S: steady tiles, the first parts
     Queries<Pair, vec> q;                   // scaled
-    Queries<Shorts, ivec> q_packed[LIMBS];  // over unit
+    Queries<Bytes, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
     std::vector<float> logit, hope;         // (tiles, Q, TILE, GROUP) hope: what may be, over e^m
     std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
@@ -332,7 +339,9 @@ struct Head {
     std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
     std::vector<int> live;                  // (tiles,) how many have some
     std::vector<uint32_t> share;            // (tiles, TILE) of attention, as bits + 1; 0 of none
-    std::vector<uint64_t> keys, best;       // of clusters: share, then place
+    std::vector<uint64_t> keys;             // (n_keys,) of clusters: share, then place
+    uint64_t last, least;                   // of the keys of those retrieved; of those ranked
+    int n_keys;
     std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
     std::vector<const Row*> mean;           // means to read
     std::vector<float> bias, guess, worth;  // of steady tokens; (tiles, Q, TILE, GROUP) of means:
@@ -354,7 +363,7 @@ struct Head {
         m.resize(C * Q), s.resize(C * Q), live.resize(C);
         logit.resize(C * Q * TILE * GROUP), hope.resize(logit.size());
         size.resize(C * TILE + LANES), scale.resize(C * TILE), offset.resize(C * TILE);
-        share.resize(C * TILE);
+        share.resize(C * TILE), keys.resize(C * TILE);
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
         guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
@@ -374,10 +383,10 @@ struct Head {
     void prepare() {
         int count = reads(D, WIDTH), packed = reads(D / 2, BYTES);
         q.x.assign(Q * count * GROUP, Pair{}), q.excess.assign(Q, vec{});
-        for (auto& limb : q_packed)
-            limb.x.assign(Q * packed * GROUP, Shorts{}), limb.excess.assign(Q, ivec{});
+        q_packed.x.assign(Q * packed * GROUP, Bytes{}), q_packed.excess.assign(Q, ivec{});
         unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
         std::vector<float> x(D);
+        float scale = std::pow(D, -0.5);
         for (int g = 0; g < n.G; g++) {
             int p = g / GROUP, lane = g % GROUP;
             float most = 0;
@@ -386,10 +395,11 @@ struct Head {
                 Pair read = widen(given.q + (at * n.G + g) * D + e);
                 for (int i = 0; i < 16; i++) x[Num::place(e, i, D)] = ((float*)&read)[i];
             }
-            for (float& value : x) value /= std::sqrt((float)D), half[p][lane] += value * value / 2;
+            for (float& value : x) value *= scale, half[p][lane] += value * value / 2;
             for (float value : x) most = std::max(most, std::abs(value));
+            float fine = 127 / std::max(most, 1e-30f);                  // as retroinfer.in_bytes
             real[p][lane] = 1;
-            if (most > 0) unit[p][lane] = most / MOST;
+            if (IS_PACKED) unit[p][lane] = 1 / fine;
             for (int j = 0; j < count; j++)
                 for (int i = 0, e = start(j, D, WIDTH); i < 16; i++) {
                     int d = Num::place(e, i, D);
@@ -397,15 +407,12 @@ struct Head {
                 }
             for (int j = 0; j < packed; j++)
                 for (int i = 0; i < 2 * BYTES; i++) {
-                    int e = start(j, D / 2, BYTES) + i % 16 * 2 + i / 32;
+                    int e = start(j, D / 2, BYTES) + i % BYTES;
                     if (e < j * BYTES || e >= D / 2) continue;
-                    float rest = x[e + i / 16 % 2 * (D / 2)] / unit[p][lane];
-                    for (auto& limb : q_packed) {
-                        int whole = std::nearbyint(rest);
-                        limb.x[(p * packed + j) * GROUP + lane].x[i / 16][i % 16] = whole;
-                        for (int l : {lane, GROUP + lane}) limb.excess[p][l] += 8 * whole;
-                        rest = (rest - whole) * 2 * MOST;
-                    }
+                    int whole = std::nearbyint(x[e + i / BYTES * (D / 2)] * fine);
+                    Bytes& to = q_packed.x[(p * packed + j) * GROUP + lane];
+                    (i < BYTES ? to.low : to.high)[i % BYTES] = whole;
+                    for (int l : {lane, GROUP + lane}) q_packed.excess[p][l] += 8 * whole;
                 }
         }
     }
@@ -416,38 +423,35 @@ struct Head {
         float scales[TILE + LANES] = {}, spread[TILE + LANES] = {};     // 0 of a free slot
         float logs[TILE + LANES] = {}, most[TILE + LANES] = {};
         int64_t first = at * n.C + tile * TILE;
-        int count = std::min<int>(TILE, n.C - tile * TILE);
-        float* sizes = &size[tile * TILE];
+        int count = std::min<int>(TILE, n.C - tile * TILE), some = 0;
+        float *sizes = &size[tile * TILE], *of_means = &scale[tile * TILE];
+        int32_t* where = &offset[tile * TILE];
         std::fill(std::copy_n(given.sizes + first, count, sizes), sizes + TILE, 0.f);
-        live[tile] = 0;
-        for (int i = 0; i < TILE; i++) live[tile] += sizes[i] > 0;
-        if (!live[tile]) {
+        for (int i = 0; i < TILE; i++) some += sizes[i] > 0;
+        live[tile] = some;
+        if (!some) {
             for (int p = 0; p < Q; p++) m[tile * Q + p] = quad{} + NONE, s[tile * Q + p] = quad{};
             return;
         }
         for (int i = 0; i < count; i++) {       // what is in no cluster may be anything
             auto both = load<uint32_t>(&given.scales[2 * (first + i)]);
-            uint32_t bits[] = {both << 16, both & 0xffff0000};
-            float y = wide(given.spreads[first + i]);
-            scales[i] = sizes[i] > 0 ? load<float>(bits) : 0, spread[i] = sizes[i] > 0 ? y : 0;
-            Logarithm log = logarithm(n.by_mass ? sizes[i] : 0);
+            uint32_t mask = sizes[i] > 0 ? ~0u : 0;
+            store(&scales[i], both << 16 & mask), store(of_means + i, both & 0xffff0000);
+            store(&spread[i], given.spreads[first + i].bits << 16 & mask);
+            where[i] = given.offsets[first + i];
+        }
+        for (int i = 0; i < count && n.by_mass; i++) {
+            Logarithm log = logarithm(sizes[i]);
             logs[i] = log.x, most[i] = log.most;
-            scale[tile * TILE + i] = load<float>(bits + 1);
-            offset[tile * TILE + i] = given.offsets[first + i];
         }
         for (float& y : spread) y = std::sqrt(y);
         for (int i = 0; i < count; i++) rows[i] = given.centroids + (first + i) * Row::size(D);
         float* x = &logit[tile * Q * TILE * GROUP];
-        if constexpr (IS_PACKED) score(q_packed[0], D, rows, count, x);
+        if constexpr (IS_PACKED) score(q_packed, D, rows, count, x);
         else score(q, D, rows, count, x);
-        if constexpr (LIMBS == 2) {
-            std::vector<float> rest(Q * TILE * GROUP);
-            score(q_packed[1], D, rows, count, rest.data());
-            for (size_t i = 0; i < rest.size(); i++) x[i] += rest[i] / (2 * MOST);
-        }
         for (int p = 0; p < Q; p++) {
             float *logits = x + p * TILE * GROUP, *hopes = &hope[(tile * Q + p) * TILE * GROUP];
-            vec units = twice(IS_PACKED ? unit[p] : quad{} + 1), length = twice(2 * half[p]);
+            vec units = twice(unit[p]), length = twice(2 * half[p]);
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
@@ -500,24 +504,42 @@ struct Head {
             }
     }
 
-    // The n_ranked largest keys, of which the first n_retrieve are in order. Leaves in keys those
-    // whose share has the same 11 leading bits as one of them, or more.
-    void choose(int n_ranked, int n_retrieve) {
-        int count[2][2048] = {}, bin = 2048;    // two, as neighbours are often alike
-        for (size_t i = 0; i < share.size(); i += 2)
-            count[0][share[i] >> 20]++, count[1][share[i + 1] >> 20]++;
-        for (int above = 0; above < n_ranked; above += count[0][bin] + count[1][bin]) bin--;
-        uint32_t least = std::max(bin << 20, 1);
-        size_t found = 0;
-        keys.resize(share.size());
+    // The keys, in no order, of the n_ranked best clusters at least. The best n_retrieve of all, as
+    // far as together they fit room, have keys from `last` on, the n_ranked best from `least` on.
+    void choose(int n_ranked, int n_retrieve, int64_t room) {
+        constexpr int64_t ONE = int64_t(1) << 32;       // cluster; its tokens are counted below it
+        std::vector<int64_t> count(2 * 2048);           // by 11 bits; two, as neighbours are alike
         for (size_t i = 0; i < share.size(); i++)
-            keys[found] = (uint64_t)share[i] << 32 | ~uint32_t(i), found += share[i] >= least;
-        keys.resize(found), best = keys;
-        auto from = best.begin();
-        std::nth_element(from, from + n_ranked, best.end(), std::greater());
-        best.resize(n_ranked);
-        std::nth_element(from, from + n_retrieve, best.end(), std::greater());
-        std::sort(from, from + n_retrieve, std::greater());
+            count[share[i] >> 20 << 1 | i % 2] += ONE + (int)size[i];
+        auto in = [&](int bin) { return count[2 * bin] + count[2 * bin + 1]; };
+        auto fits = [&](int64_t x) { return x / ONE <= n_retrieve && x % ONE <= room; };
+        int near = 2047, far = 2048;                    // the bins that last and least lie in
+        int64_t whole = 0, above = 0;                   // what lies above them
+        for (; near >= 0 && fits(whole + in(near)); near--) whole += in(near);
+        for (int64_t next = 0; next / ONE < n_ranked; next += in(--far)) above = next;
+        n_keys = 0;
+        for (size_t i = 0; i < share.size(); i++) {
+            keys[n_keys] = (uint64_t)share[i] << 32 | ~uint32_t(i);
+            n_keys += share[i] >= std::max<uint32_t>(far << 20, 1);
+        }
+        last = uint64_t(near + 1) << 52, least = UINT64_MAX;
+        auto tied = in_bin(near);
+        std::sort(tied.begin(), tied.end(), std::greater());
+        for (size_t i = 0; i < tied.size() && fits(whole += ONE + (int)size[place(tied[i])]); i++)
+            last = tied[i];
+        if (!n_ranked) return;
+        tied = in_bin(far);
+        auto nth = tied.begin() + (n_ranked - above / ONE - 1);
+        std::nth_element(tied.begin(), nth, tied.end(), std::greater());
+        least = *nth;
+    }
+
+    static int place(uint64_t key) { return ~uint32_t(key); }
+    std::vector<uint64_t> in_bin(int bin) const {
+        std::vector<uint64_t> some;
+        std::copy_if(keys.begin(), keys.begin() + n_keys, std::back_inserter(some),
+                     [&](uint64_t key) { return int(key >> 52) == bin; });
+        return some;
     }
 
     // Reads what rank left; writes 16 bytes a token, 4*G + 8 a mean.
@@ -526,23 +548,18 @@ struct Head {
         int clusters = 0;
         for (int x : live) clusters += x;
         int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, clusters});
-        int n_retrieve = std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked});
-        choose(n_ranked, n_retrieve);
-        uint64_t last = UINT64_MAX;             // key of the last cluster whose tokens fit
         int64_t room = std::min(n.N, given.n_tokens[b]), to = S * TILE;
+        choose(n_ranked, std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked}), room);
         k.resize(to + room), v.resize(to + room);
-        for (int r = 0; r < n_retrieve; r++) {
-            int c = ~uint32_t(best[r]), tokens = size[c];
-            if ((room -= tokens) < 0) break;
+        for (int r = 0; r < n_keys; r++) {
+            uint64_t key = keys[r];
+            int c = place(key), tokens = key >= last ? size[c] : 0;
             int64_t first = (at * n.T + offset[c]) * D;
             for (int i = 0; i < tokens; i++, to++)
                 k[to] = given.k_store + first + i * D, v[to] = given.v_store + first + i * D;
-            last = best[r];
+            if (least <= key && key < last) estimate(c);
         }
         k.resize(to), v.resize(to);
-        uint64_t least = n_ranked ? *std::min_element(best.begin(), best.end()) : last;
-        for (uint64_t key : keys)
-            if (least <= key && key < last) estimate(~uint32_t(key));
     }
 
     void estimate(int place) {

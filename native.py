@@ -28,15 +28,15 @@ def attend(q, steady, index, budget, stores):
 
     q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
     and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on the CPU, q, k and
-    v of one dtype, D at least 16; ValueError otherwise, and where nothing compiles native.cpp. The
+    v of one dtype, D 16 to 256; ValueError otherwise, and where nothing compiles native.cpp. The
     number of threads, torch.get_num_threads(), changes no bit. Runs under torch.compile.
     """
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
-    if q.device.type != "cpu" or q.shape[3] < 16:
-        raise ValueError(f"native.py runs on a CPU from 16 head dims on, and q has {q.shape[3]} on "
-                         f"{q.device}: use the functions of retroinfer.py")
+    if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
+        raise ValueError(f"native.py runs on a CPU with 16 to 256 head dims, and q has {q.shape[3]} "
+                         f"on {q.device}: use the functions of retroinfer.py")
     rest = [name(x) for x in index[2:]]
     assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
     shares = [budget.n_retrieve, budget.n_ranked, budget.room]

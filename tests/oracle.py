@@ -26,6 +26,15 @@ def hope(n, variance):
     return math.log(n) + variance / 2 if deviation < limit else deviation * limit
 
 
+def in_bytes(q):
+    """q (G, D) in float64, each row as whole numbers from -127 to 127 of its own unit."""
+    rows = []
+    for row in q.float().tolist():
+        unit = max(abs(x) for x in row) / 127 or 1.0
+        rows.append([round(x / unit) * unit for x in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=None):
     """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
 
@@ -34,25 +43,25 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=Non
     clusters are ranked by probability over the centroids, summed over the queries. Of the
     n_retrieve best those are exact that fit n_tokens together; the others are estimated.
 
-    stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them. A cluster then
-    weighs its size times 1 + s/2 centroids, s being |q|^2 times its spread, and is ranked by the
-    share of its hope in all, the steady zone's mass included.
+    stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them, and q (G, D) as
+    it meets the centroids. A cluster then weighs its size times 1 + s/2 centroids, s being |q|^2
+    times its spread, and is ranked by the share of its hope in all, the steady zone's included.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
     sizes = torch.tensor([float(len(k)) for k, _ in clusters], dtype=torch.float64)
-    centroids, means, spreads = stored or (
+    centroids, means, spreads, asked = stored or (
         torch.stack([k.double().mean(0) for k, _ in clusters]),
-        torch.stack([v.double().mean(0) for _, v in clusters]), 0 * sizes)
-    share = (q @ centroids.T * scale).softmax(-1)                                       # (G, C)
+        torch.stack([v.double().mean(0) for _, v in clusters]), 0 * sizes, q)
+    logits = asked.double() @ centroids.T * scale                                       # (G, C)
+    share = logits.softmax(-1)
     masses = torch.zeros_like(share)
     for g, query in enumerate(q * scale):
         for i, size in enumerate(sizes):
-            masses[g, i] = size * (1 + query @ query * spreads[i] / 2) * math.exp(
-                query @ centroids[i])
+            masses[g, i] = size * (1 + query @ query * spreads[i] / 2) * math.exp(logits[g, i])
         if stored:
             near = sum(math.exp(query @ key) for key in steady[0].double())
             hopes = torch.tensor([
-                math.exp(query @ centroids[i] + hope(size, query @ query * spreads[i]))
+                math.exp(logits[g, i] + hope(size, query @ query * spreads[i]))
                 for i, size in enumerate(sizes)], dtype=torch.float64)
             share[g] = hopes / (near + hopes.sum())
     rank = share.sum(0).argsort(descending=True).tolist()

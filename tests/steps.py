@@ -93,7 +93,8 @@ class Case:
         centroids, means = (self.vectors(i)[b, h] for i in (0, 1))
         sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
         live = [c for c, n in enumerate(sizes) if n]
-        logits = q @ centroids[live].T                                              # (G, live)
+        asked = q if self.index.centroids.dtype != torch.uint8 else oracle.in_bytes(q)
+        logits = asked @ centroids[live].T                                          # (G, live)
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
         is_in, share = bias[0] == 0, logits.softmax(-1)

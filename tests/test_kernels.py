@@ -387,7 +387,7 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
     assert not compilers[capability].returncode, err
     found = [json.loads(line) for line in out.splitlines()]
     names = {f.__name__ for f in vars(kernels).values() if hasattr(f, "arg_names")}
-    assert {facts["kernel"] for facts in found} == names - {"absorb", "grow"}
+    assert {facts["kernel"] for facts in found} == names - {"absorb", "grow", "in_bytes"}
     for facts in found:
         is_huge = facts.get("BG", 0) * facts.get("BD", 0) * (facts["dtype"] == "fp32") > 8192
         assert facts["shared"] <= (163 if is_huge else 99) * 1024, facts    # of sm_80, of sm_86 too
