@@ -32,9 +32,8 @@ is read on the device, and a program without work ends. So a step can be capture
 Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
 Registers hold the tiles that tile_sizes and tile_rows choose without spilling (at most 16 bytes a
-thread of stack); 99 KB of shared memory hold them too. But not float32 queries of more than 8,192
-elements a group, as 40 of 256 dims: of those rank spills up to 384 bytes, and they take 101 KB (147
-under Triton 3.6), which an A100 has.
+thread of stack); 99 KB of shared memory hold them too, but float32 queries of more than 8,192
+elements a group, as 40 of 256 dims, take 101 KB (107 under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
 they are), a selection of our own in place of torch.topk, and the column sums of causal attention
@@ -96,8 +95,7 @@ def grow(x, m, s):
 
 @triton.jit
 def in_bytes(x, D: tl.constexpr, fine):
-    """Whole numbers, fp16, for queries x (BG, ...): retroinfer.in_bytes, of x scaled. A sum with
-    three times 2**22 has no room for what follows the point."""
+    """retroinfer.in_bytes, in fp16: beside 3 * 2**22 nothing behind the point has room."""
     return ((x.to(tl.float32) * D ** -0.5 * fine[:, None] + 12582912.0) - 12582912.0).to(tl.float16)
 
 
@@ -105,8 +103,7 @@ def in_bytes(x, D: tl.constexpr, fine):
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
 # the cluster may hold (retroinfer.hope), beside every S-th tile of the steady zone; else the logit
-# of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes, which
-# fp16 holds and fp32 adds up exactly.
+# of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
                 n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
@@ -119,8 +116,7 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
     half = tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1) * (0.5 / D)       # (BG,)
     if PACKED:
         is_half = (g[:, None] < G) & (h < D // 2)
-        largest = tl.max(tl.abs(queries.to(tl.float32)) * D ** -0.5, 1)                 # (BG,)
-        fine = 127 / tl.maximum(largest, 1e-30)
+        fine = 127 / tl.maximum(tl.max(tl.abs(queries.to(tl.float32)) * D ** -0.5, 1), 1e-30)
         q_low = in_bytes(tl.load(q + h, is_half, 0.0), D, fine)                         # (BG, BD/2)
         q_high = in_bytes(tl.load(q + D // 2 + h, is_half, 0.0), D, fine)
     m = tl.full([BG], float("-inf"), tl.float32)

@@ -35,8 +35,8 @@ def attend(q, steady, index, budget, stores):
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
     if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
-        raise ValueError(f"native.py runs on a CPU with 16 to 256 head dims, and q has {q.shape[3]} "
-                         f"on {q.device}: use the functions of retroinfer.py")
+        raise ValueError("native.py runs on a CPU with 16 to 256 head dims, and q has "
+                         f"{q.shape[3]} on {q.device}: use the functions of retroinfer.py")
     rest = [name(x) for x in index[2:]]
     assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
     shares = [budget.n_retrieve, budget.n_ranked, budget.room]

@@ -390,10 +390,8 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
     assert {facts["kernel"] for facts in found} == names - {"absorb", "grow", "in_bytes"}
     for facts in found:
         is_huge = facts.get("BG", 0) * facts.get("BD", 0) * (facts["dtype"] == "fp32") > 8192
-        assert facts["shared"] <= (163 if is_huge else 99) * 1024, facts    # of sm_80, of sm_86 too
+        assert facts["shared"] <= (107 if is_huge else 99) * 1024, facts    # sm_86 has the latter
         assert facts["registers"] <= 255, facts
         must_not = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32" and (
             not triton.__version__.startswith("3.6."))      # which spills 8 bytes of one on sm_90
-        may = is_huge and facts["kernel"] == "rank_kernel"
-        most = 0 if must_not and facts["D"] == 128 else 384 if may else 16
-        assert facts["spilled"] <= most, facts
+        assert facts["spilled"] <= (0 if must_not and facts["D"] == 128 else 16), facts

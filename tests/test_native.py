@@ -136,7 +136,8 @@ def test_tensors_may_lie_as_they_like():
 
 
 @pytest.mark.parametrize("D, dtype, words", [
-    (32, torch.float16, "float16.*float32.*cast to one"), (8, torch.float32, "16 to 256 head dims")])
+    (32, torch.float16, "float16.*float32.*cast to one"),
+    *[(D, torch.float32, f"16 to 256 head dims, and q has {D}") for D in (8, 272)]])
 def test_what_it_does_not_know_is_refused(D, dtype, words):
     case = Case((1, 1, 1, D, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)])
     case.q = case.q.to(dtype)
