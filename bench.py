@@ -47,7 +47,6 @@ from snapshot import Snapshot, save
 REAL = 8192                                 # more tokens than these are keys of these, repeated
 H, G, D = 8, 4, 128                         # Llama-3-8B's heads
 BEST = "wave index, native"
-SPARSE = "native, 1.8 %"                    # retrieved: the paper's share
 
 
 def take_turns(runners, repeats):
@@ -142,16 +141,15 @@ def attention_runners(layers, T):
         return lambda: [attend(q.view(1, H, G, D), cache.k_store[:, :, :T],
                                cache.v_store[:, :, :T]) for cache in layers]
 
-    def wave(hot, **shares):
+    def wave(hot):
         for cache in layers:
             cache.n_tokens.fill_(T)
-            cache.hot, cache.config = hot, RetroConfig(**shares)
+            cache.hot = hot
         step()
 
     return {"SDPA": whole(F.scaled_dot_product_attention), "FlexAttention": whole(flex),
             "dense, ours": whole(dense), "wave index": lambda: wave(PLAIN),
-            BEST: lambda: wave(native),
-            SPARSE: lambda: wave(native, retrieve=RetroConfig.paper().retrieve)}
+            BEST: lambda: wave(native)}
 
 
 def our_dense(q, k, v):
@@ -165,7 +163,7 @@ def plot_attention(found, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     styles = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
-              BEST: "o-", SPARSE: "o:"}
+              BEST: "o-"}
     last = {name: statistics.median(found[max(found)]["seconds"][name]) for name in styles}
     for name, style in styles.items():
         ms = [statistics.median(one["seconds"][name]) * 1e3 for one in found.values()]

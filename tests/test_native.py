@@ -124,6 +124,16 @@ def test_of_equally_good_clusters_the_first_count():
     torch.testing.assert_close(case.twin(native.attend), torch.full((1, 1, 2, 32), expected))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_longest_rows_do_not_overflow(sign):
+    """Every number of a packed row as large as can be, and of the queries, 256 of them."""
+    case = make("256 dims")
+    case.q = torch.full_like(case.q, sign * 0.1)
+    codes = torch.tensor([255, 17]).repeat(15).to(torch.uint8)[:, None]     # all 7, or all -7
+    case.index = case.index._replace(centroids=codes.expand(1, 1, 30, 128).contiguous())
+    assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
+
+
 def test_tensors_may_lie_as_they_like():
     case = Case((2, 2, 3, 48, 37, 53), (50, 7, 33), [(7, 33)] * 2, [(36, 53), (9, 20)])
     expected = case.twin(native.attend)

@@ -20,6 +20,8 @@ from retroinfer import (
     count,
     gather_clusters,
     hope,
+    in_bytes,
+    scores,
     spherical_kmeans,
     split_large,
 )
@@ -410,6 +412,41 @@ def test_a_short_text_keeps_the_least_clusters():
     tokens = torch.tensor([0, 4096, 131072])
     assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [16, 20, 655]  # 4 % of 16,384
     assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
+
+
+def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
+    short, long = torch.tensor([300, 4096, 8192]), 8192 * 2 ** torch.arange(8)
+    even, slow, none = (RetroConfig(growth=x) for x in (1.0, 0.7, 0.0))
+    assert RetroConfig() == slow
+    assert slow.budget(short)[0].tolist() == even.budget(short)[0].tolist()
+    for config, power in ((even, 1.0), (slow, 0.7), (none, 0.0)):
+        found = config.budget(long)[0]
+        expected = [0.04 * 1024 * 2 ** (power * i) for i in range(8)]
+        assert found.tolist() == pytest.approx(expected, abs=0.51)
+        assert config.budget(long)[1].tolist() == even.budget(long)[1].tolist()
+    ours, paper = (int(c.budget(torch.tensor(131072))[0]) * c.cluster
+                   for c in (slow, RetroConfig.paper()))
+    assert ours == pytest.approx(paper, rel=0.05)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.7, 1.0])
+def test_all_clusters_are_retrieved_of_any_text_if_all_are_wanted(growth):
+    config, tokens = RetroConfig(retrieve=1.0, growth=growth), torch.tensor([64, 8192, 1048576])
+    assert config.budget(tokens)[0].tolist() == config.slots(tokens).tolist()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 64, 80, 256]))
+def test_queries_in_bytes_are_within_half_a_step_and_their_sums_are_exact(seed, D):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, 1, 3, D, generator=g) * 10.0 ** torch.randint(-5, 6, (1,), generator=g)
+    q[0, 0, 2] = 0
+    numbers, unit = in_bytes(q)
+    assert torch.equal(numbers, numbers.round()) and not numbers[0, 0, 2].any()
+    assert numbers.abs().amax(-1)[0, 0].tolist() == [127, 127, 0]
+    assert ((numbers * unit - q).abs() <= unit * 0.5001).all()
+    codes = torch.randint(17, 256, (1, 1, 9, D // 2), generator=g).to(torch.uint8)
+    exact = numbers.long() @ torch.cat([codes & 15, codes >> 4], -1).long().sub(8).mT
+    assert torch.equal(scores(numbers, codes).long(), exact)
 
 
 @pytest.mark.parametrize("capacity", [300, 4096, 5000, 8192])
