@@ -431,7 +431,7 @@ def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
 
 @pytest.mark.parametrize("growth", [0.0, 0.7, 1.0])
 def test_all_clusters_are_retrieved_of_any_text_if_all_are_wanted(growth):
-    config, tokens = RetroConfig(retrieve=1.0, growth=growth), torch.tensor([64, 8192, 1048576])
+    config, tokens = RetroConfig(retrieve=1.0, growth=growth), torch.tensor([1024, 8192, 1048576])
     assert config.budget(tokens)[0].tolist() == config.slots(tokens).tolist()
 
 
