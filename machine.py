@@ -93,10 +93,9 @@ def host_seconds(config):
     return (measured - work.seconds(MACHINES["A100-PCIe"], PUBLISHED_HIT)) / work.layers
 
 
-def predicted(hit, own_hit, retro):
-    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} and the config it is of:
-
-    of the paper's share of the clusters, and of all that the config retrieves.
+def predicted(hit, retro):
+    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} of the paper's share of
+    clusters, which is also what `retro` retrieves of so long a text.
 
     Of the published code beside what was measured of it, and of ours at 5 % on three machines.
     """
@@ -109,7 +108,7 @@ def predicted(hit, own_hit, retro):
                            "predicted": batch / work.seconds(a100, hit[ratio], host),
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
     ours = {name: {batch: batch / our_work(config, 120_000, batch, retro).seconds(
-                gpu, own_hit[0.05]) for batch in (1, largest_batch(config, 120_000, gpu, retro))}
+                gpu, hit[0.05]) for batch in (1, largest_batch(config, 120_000, gpu, retro))}
             for name, gpu in MACHINES.items()}
     own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
     return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}

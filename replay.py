@@ -288,8 +288,8 @@ def main():
     with ProcessPoolExecutor() as pool:         # a text is replayed while the next is recorded
         cells = {kind: pool.submit(cell, recorded(kind, args)) for kind in args.texts}
         found = {kind: future.result() for kind, future in cells.items()}
-    hits = (averaged([cell[x] for cell in found.values()])["LRU"] for x in WORDS)
-    speed = predicted(*hits, RetroConfig(**found[args.texts[0]]["config"]))
+    hits = averaged([cell["paper"] for cell in found.values()])["LRU"]
+    speed = predicted(hits, RetroConfig(**found[args.texts[0]]["config"]))
     print(report(found, speed))
     if args.save:
         path, facts = Path(args.save), {"where": where, "command": " ".join(sys.argv)}

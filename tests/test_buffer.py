@@ -276,10 +276,13 @@ def model(checkpoint):
 
 
 def say(model, one_step, n, **how):
-    """(caches, logits (n, B, V)) of n tokens behind a ragged batch."""
+    """(caches, logits (n, B, V)) of n tokens behind a ragged batch.
+
+    With centroids in 16 bits: what a compiler rounds otherwise may make a query in 8 bits another.
+    """
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in (30, 250)]
-    config = RetroConfig(**SMALL | {"cluster": 16}, retrieve=.1, estimate=.2)
+    config = RetroConfig(**SMALL | {"cluster": 16, "bits": 16}, retrieve=.1, estimate=.2)
     make = offload(model, 400, 2, cache_ratio=.3, **how)
     held, got = [WaveIndex(config, 400, 2, offload=make) for _ in model.layers], []
     list(generate(model, held, prompts, n, lambda x: fixed(x, got), one_step))

@@ -213,7 +213,7 @@ def test_the_fitted_constant_gives_back_the_run_it_is_fitted_to():
 
 
 def test_a_prediction_falls_with_the_hit_ratio_and_never_above_its_bytes():
-    good, bad = (machine.predicted(*[dict.fromkeys((0.005, 0.025, 0.05, 0.1), hit)] * 2, CONFIG)
+    good, bad = (machine.predicted(dict.fromkeys((0.005, 0.025, 0.05, 0.1), hit), CONFIG)
                  for hit in (0.9, 0.5))
     for a, b in zip(good["published"], bad["published"], strict=True):
         assert b["predicted"] < a["predicted"] < a["bytes only"]
