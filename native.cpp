@@ -339,7 +339,7 @@ struct Head {
     std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
     std::vector<int> live;                  // (tiles,) how many have some
     std::vector<uint32_t> share;            // (tiles, TILE) of attention, as bits + 1; 0 of none
-    std::vector<uint64_t> keys;             // (n_keys,) of clusters: share, then place
+    std::vector<uint64_t> keys;             // the first n_keys: of clusters, share, then place
     uint64_t last, least;                   // of the keys of those retrieved; of those ranked
     int n_keys;
     std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
@@ -386,7 +386,7 @@ struct Head {
         q_packed.x.assign(Q * packed * GROUP, Bytes{}), q_packed.excess.assign(Q, ivec{});
         unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
         std::vector<float> x(D);
-        float scale = std::pow(D, -0.5);
+        float factor = std::pow(D, -0.5);
         for (int g = 0; g < n.G; g++) {
             int p = g / GROUP, lane = g % GROUP;
             float most = 0;
@@ -395,7 +395,7 @@ struct Head {
                 Pair read = widen(given.q + (at * n.G + g) * D + e);
                 for (int i = 0; i < 16; i++) x[Num::place(e, i, D)] = ((float*)&read)[i];
             }
-            for (float& value : x) value *= scale, half[p][lane] += value * value / 2;
+            for (float& value : x) value *= factor, half[p][lane] += value * value / 2;
             for (float value : x) most = std::max(most, std::abs(value));
             float fine = 127 / std::max(most, 1e-30f);                  // as retroinfer.in_bytes
             real[p][lane] = 1;

@@ -196,6 +196,15 @@ def cache(monkeypatch, tmp_path):
     native.library.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["plain", "three queries, 80 dims", "256 dims"])
+def test_a_processor_without_vectors_of_eight_is_told_the_same(cache, monkeypatch, name):
+    """What GCC makes of the plain C++ that stands beside AVX2."""
+    flags = [flag for flag in native.FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(native, "FLAGS", flags)
+    case = make(name)
+    assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
+
+
 def test_a_missing_compiler_is_one_line_with_its_remedy(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no-such-compiler: No such.*install g\+\+ or set CXX"):
