@@ -62,11 +62,15 @@ def test_all_retrieved_gives_dense_logits_through_many_updates(model, ids):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("shares, bound", [(ALL, 1e-4), ({"retrieve": 0.2, "estimate": 0.3}, 1e-2)],
+                         ids=["all", "some"])
 @settings(max_examples=8, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 @example(lengths=[1, 70, 300])
-def test_unequal_prompts_get_the_logits_they_get_alone(model, lengths):
-    more = wave(400, retrieve=0.2, estimate=0.3)
+def test_unequal_prompts_get_the_logits_they_get_alone(model, shares, bound, lengths):
+    """Where ranks decide, what a batch rounds otherwise may swap two clusters, or be a step of a
+    query in bytes apart."""
+    more = wave(400, **shares)
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in lengths]
     said = []
@@ -75,7 +79,7 @@ def test_unequal_prompts_get_the_logits_they_get_alone(model, lengths):
         got = []
         list(generate(model, held, texts, 50, lambda x, got=got: fixed(x, got), eager_step))
         said.append(torch.stack(got, 1))                                # (B, 50, V)
-    torch.testing.assert_close(said[0], torch.cat(said[1:]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(said[0], torch.cat(said[1:]), rtol=bound, atol=bound)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=PER_FUNCTION)
@@ -154,7 +158,7 @@ def test_inductor_gives_what_eager_gives(model, ids):
     torch._dynamo.reset()
     said = []
     for one_step in (compiled_step, eager_step):
-        held = caches(model, wave(retrieve=0.1, estimate=0.2))
+        held = caches(model, wave(bits=16, retrieve=0.1, estimate=0.2))     # none is a step apart
         first, got = prefill(model, held, ids), []
         pick = lambda x, got=got: record(x, got)  # noqa: E731
         list(decode(model, held, first, 6, pick, one_step))
