@@ -21,6 +21,7 @@ from retroinfer import (
     gather_clusters,
     hope,
     in_bytes,
+    pack,
     scores,
     spherical_kmeans,
     split_large,
@@ -447,6 +448,15 @@ def test_queries_in_bytes_are_within_half_a_step_and_their_sums_are_exact(seed, 
     codes = torch.randint(17, 256, (1, 1, 9, D // 2), generator=g).to(torch.uint8)
     exact = numbers.long() @ torch.cat([codes & 15, codes >> 4], -1).long().sub(8).mT
     assert torch.equal(scores(numbers, codes).long(), exact)
+
+
+def test_bytes_add_less_than_a_hundredth_to_the_variance_of_four_bits():
+    q, k, _ = qkv(2000, D=64)
+    q, (codes, scale) = q.view(1, 2, -1, 64), pack(k)
+    numbers, unit = in_bytes(q)
+    scale = scale.float()[:, :, None]
+    exact, packed, both = q @ k.mT, scores(q, codes) * scale, scores(numbers, codes) * unit * scale
+    assert 0 < (both - packed).var() < 0.01 * (packed - exact).var()
 
 
 @pytest.mark.parametrize("capacity", [300, 4096, 5000, 8192])
