@@ -1,6 +1,6 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
-// once. native.py compiles it for a pair of types: NUM, of keys and values, and ROW, of centroids
-// and means. Four loops over the tiles of a head:
+// once. native.py compiles it for a pair of types, NUM of keys and values and ROW of centroids and
+// means, and for DIMS of a head, D. Four loops over the tiles of a head:
 //
 //     rank      q, centroids | steady rows     -> hope of each live cluster | a part of the softmax
 //     select    hopes                          -> rows and means to read, and logits of the means
@@ -27,10 +27,12 @@
 namespace {
 
 constexpr int LANES = 8;        // numbers in a vector
+constexpr int D = DIMS;         // of a head
 constexpr int TILE = 256;       // clusters or tokens in a turn of a loop; a multiple of LANES
 constexpr int GROUP = 4;        // query heads served at a time: their sums fill the registers
 constexpr int BLOCK = 16;       // rows that mix adds up before it goes to other columns
-constexpr int AHEAD = 16;       // rows from the one that is read to the one that is fetched
+constexpr int AHEAD = 32;       // rows from the one that is read to the one that is fetched
+constexpr int STRIDE = 8;       // rows from one that is touched to the next
 constexpr int LINE = 64;        // bytes that are fetched at a time
 constexpr float NONE = -INFINITY;
 
@@ -41,6 +43,7 @@ typedef uint16_t usvec __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bvec __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(4 * GROUP)));     // of the queries of a group
 typedef uint8_t few __attribute__((vector_size(LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 template <class V> V load(const void* from) { V x; std::memcpy(&x, from, sizeof x); return x; }
 template <class V> void store(void* to, V x) { std::memcpy(to, &x, sizeof x); }
@@ -48,23 +51,21 @@ template <class V> void store(void* to, V x) { std::memcpy(to, &x, sizeof x); }
 // ---------------------------------------------------------------- element types
 
 // widen reads 16 numbers as two vectors, in an order of the type's own: number i of a read at
-// element e of a row is of column place(e, i, D). A row has size(D) elements, a read takes STEP.
+// element e of a row is of column place(e, i). A row has SIZE elements, a read takes STEP.
 struct Pair { vec a, b; };
 
 struct float32 {
-    static constexpr int STEP = 16;
+    static constexpr int SIZE = D, STEP = 16;
     float x;
-    static int size(int D) { return D; }
-    static int place(int e, int i, int) { return e + i; }
+    static int place(int e, int i) { return e + i; }
 };
 Pair widen(const float32* x) { return {load<vec>(x), load<vec>(x + LANES)}; }
 float32 narrow(float x, float32) { return {x}; }
 
 struct bfloat16 {
-    static constexpr int STEP = 16;
+    static constexpr int SIZE = D, STEP = 16;
     uint16_t bits;
-    static int size(int D) { return D; }
-    static int place(int e, int i, int) { return e + i % LANES * 2 + i / LANES; }
+    static int place(int e, int i) { return e + i % LANES * 2 + i / LANES; }
 };
 Pair widen(const bfloat16* x) {                 // even columns, odd columns: halves of 32 bits
     ivec both = load<ivec>(x);
@@ -77,10 +78,9 @@ bfloat16 narrow(float x, bfloat16) {            // to nearest, even
 
 #ifdef __F16C__
 struct float16 {
-    static constexpr int STEP = 16;
+    static constexpr int SIZE = D, STEP = 16;
     uint16_t bits;
-    static int size(int D) { return D; }
-    static int place(int e, int i, int) { return e + i; }
+    static int place(int e, int i) { return e + i; }
 };
 Pair widen(const float16* x) {
     return {_mm256_cvtph_ps(load<__m128i>(x)), _mm256_cvtph_ps(load<__m128i>(x + LANES))};
@@ -90,18 +90,19 @@ float16 narrow(float x, float16) { return {_cvtss_sh(x, 0)}; }
 
 // Two numbers of 4 bits, each plus 8: column e in the lower half, e + D/2 in the upper.
 struct uint8 {
-    static constexpr int STEP = 8;
+    static constexpr int SIZE = D / 2, STEP = 8;
     uint8_t bits;
-    static int size(int D) { return D / 2; }
-    static int place(int e, int i, int D) { return e + i % LANES + i / LANES * (D / 2); }
+    static int place(int e, int i) { return e + i % LANES + i / LANES * (D / 2); }
 };
 
-#ifdef __AVX2__                 // these three GCC 12 does not find by itself
+#ifdef __AVX2__                 // these four GCC 12 does not find by itself
 ivec ints(const uint8* x) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)x)); }
+ivec ints(const bfloat16* x) { return (ivec)_mm256_cvtepu16_epi32(load<__m128i>(x)); }
 svec product(bvec x, bvec y) { return (svec)_mm256_maddubs_epi16((__m256i)x, (__m256i)y); }
 ivec pairs(svec x) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)(svec{} + 1)); }
 #else
 ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
+ivec ints(const bfloat16* x) { return __builtin_convertvector(load<halves>(x), ivec); }
 svec product(bvec x, bvec y) {  // of bytes and signed bytes, two neighbours added
     return (svec)((usvec)x & 255) * ((svec)y << 8 >> 8) + (svec)((usvec)x >> 8) * ((svec)y >> 8);
 }
@@ -129,33 +130,35 @@ constexpr int WIDTH = 16;       // elements of a row that score reads at a time
 constexpr int BYTES = 32;       // and of a row of 4 bits
 
 // Reads that cover n elements, and where each begins; the last one may overlap the one before.
-int reads(int n, int step) { return (n + step - 1) / step; }
-int start(int i, int n, int step) { return std::max(std::min(i * step, n - step), 0); }
+constexpr int reads(int n, int step) { return (n + step - 1) / step; }
+constexpr int start(int i, int n, int step) { return std::max(std::min(i * step, n - step), 0); }
 
 // Sums of the halves of 4 vectors: of the lower ones, in their order, then of the upper ones.
 template <class V> V half_sums(V a, V b, V c, V d) {
-    auto add = [](V x, V y) {
-        return __builtin_shuffle(x, y, ivec{0, 2, 8, 10, 4, 6, 12, 14})
-             + __builtin_shuffle(x, y, ivec{1, 3, 9, 11, 5, 7, 13, 15});
+    auto add = [](V x, V y) {                   // as floats, which a processor shuffles at once
+        return (V)__builtin_shuffle((vec)x, (vec)y, ivec{0, 2, 8, 10, 4, 6, 12, 14})
+             + (V)__builtin_shuffle((vec)x, (vec)y, ivec{1, 3, 9, 11, 5, 7, 13, 15});
     };
     return add(add(a, b), add(c, d));
 }
 
-// Sums of 8 vectors, in their order.
-template <class V> V sums(const V (&x)[8]) {
-    auto add = [&](int i) {
-        return __builtin_shuffle(x[i], x[i + 4], ivec{0, 1, 2, 3, 8, 9, 10, 11})
-             + __builtin_shuffle(x[i], x[i + 4], ivec{4, 5, 6, 7, 12, 13, 14, 15});
-    };
-    return half_sums(add(0), add(1), add(2), add(3));
+// The lower half of x added to its upper one; behind it, that of y.
+template <class V> V fold(V x, V y) {
+    return (V)__builtin_shuffle((vec)x, (vec)y, ivec{0, 1, 2, 3, 12, 13, 14, 15})
+         + (V)__builtin_shuffle((vec)x, (vec)y, ivec{4, 5, 6, 7, 8, 9, 10, 11});
 }
 
-template <class Row> void fetch(const Row* row, int size) {
-    for (int e = 0; e < size; e += LINE / sizeof(Row)) __builtin_prefetch(row + e);
+template <class T> void fetch(const T* from, int n) {
+    for (int i = 0; i < n; i += LINE / sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// A fetch waits until its address is translated; where many follow each other, they wait together.
+template <class Row> void touch(const Row* const* rows, int n) {
+    for (int i = 0; i < n; i += STRIDE) __builtin_prefetch(rows[i]);
 }
 
 // Inner products of GROUP queries with a row, then with another.
-template <class Row> vec multiply(const Pair* q, int D, const Row* row, const Row* other) {
+template <class Row> vec multiply(const Pair* q, const Row* row, const Row* other) {
     vec sum[2 * GROUP] = {};
     for (int j = 0; j < reads(D, WIDTH); j++, q += GROUP) {
         int e = start(j, D, WIDTH);
@@ -166,46 +169,42 @@ template <class Row> vec multiply(const Pair* q, int D, const Row* row, const Ro
             sum[g] += x.b * q[g].b, sum[GROUP + g] += y.b * q[g].b;
         }
     }
-    return sums(sum);
+    return half_sums(fold(sum[0], sum[4]), fold(sum[1], sum[5]),
+                     fold(sum[2], sum[6]), fold(sum[3], sum[7]));
 }
 
-[[gnu::noinline]] bvec load_short(const uint8* row, int size) {
-    bvec x = {};
-    std::memcpy(&x, row, size);
-    return x;
-}
-
-ivec multiply(const Bytes* q, int D, const uint8* row, const uint8* other) {
-    const uint8* rows[] = {row, other};
-    svec some[2 * GROUP] = {};                  // has room for the 256 columns that native.py takes
-    for (int j = 0; j < reads(D / 2, BYTES); j++, q += GROUP) {
-        bvec low[2], high[2];
-        #pragma GCC unroll 2
-        for (int r = 0; r < 2; r++) {
-            low[r] = D / 2 < BYTES ? load_short(rows[r], D / 2)
-                                   : load<bvec>(rows[r] + start(j, D / 2, BYTES));
-            high[r] = (bvec)((usvec)low[r] >> 4) & 15, low[r] &= 15;
-        }
-        #pragma GCC unroll 4
-        for (int g = 0; g < GROUP; g++)
+ivec multiply(const Bytes* q, const uint8* row, const uint8* other) {
+    constexpr int COUNT = reads(D / 2, BYTES);
+    ivec sum[GROUP] = {};
+    for (int j = 0; j < COUNT;) {
+        svec some[2 * GROUP] = {};              // two reads are what they have room for
+        for (int end = std::min(j + 2, COUNT); j < end; j++, q += GROUP)
             #pragma GCC unroll 2
-            for (int r = 0; r < 2; r++)
-                some[r * GROUP + g] += product(low[r], q[g].low) + product(high[r], q[g].high);
+            for (int r = 0; r < 2; r++) {
+                bvec both = {};
+                const uint8* from = (r ? other : row) + start(j, D / 2, BYTES);
+                std::memcpy(&both, from, std::min(D / 2, BYTES));
+                bvec low = both & 15, high = (bvec)((usvec)both >> 4) & 15;
+                #pragma GCC unroll 4
+                for (int g = 0; g < GROUP; g++)
+                    some[r * GROUP + g] += product(low, q[g].low) + product(high, q[g].high);
+            }
+        #pragma GCC unroll 4
+        for (int g = 0; g < GROUP; g++) sum[g] += pairs(fold(some[g], some[GROUP + g]));
     }
-    ivec sum[2 * GROUP];
-    #pragma GCC unroll 8
-    for (int i = 0; i < 2 * GROUP; i++) sum[i] = pairs(some[i]);
-    return sums(sum);
+    return half_sums(sum[0], sum[1], sum[2], sum[3]);
 }
 
-// Inner products x (groups, TILE, GROUP) of q and n rows, whose bytes are read once.
+// Inner products x (groups, TILE, GROUP) of q and n rows, whose bytes are read once. Of `known`
+// rows from the first on it is known where they are.
 template <class Row, class Part, class Sum>
-void score(const Queries<Part, Sum>& q, int D, const Row* const* rows, int n, float* x) {
+void score(const Queries<Part, Sum>& q, const Row* const* rows, int n, int known, float* x) {
     int count = q.x.size() / q.excess.size();
+    touch(rows, n);
     for (int i = 0; i < n; i += 2) {
-        for (int r = i + AHEAD; r < std::min(i + AHEAD + 2, n); r++) fetch(rows[r], Row::size(D));
+        for (int r : {i + AHEAD, i + AHEAD + 1}) fetch(rows[std::min(r, known - 1)], Row::SIZE);
         for (size_t p = 0; p < q.excess.size(); p++) {
-            Sum sum = multiply(&q.x[p * count], D, rows[i], rows[std::min(i + 1, n - 1)]);
+            Sum sum = multiply(&q.x[p * count], rows[i], rows[std::min(i + 1, n - 1)]);
             store(x + (p * TILE + i) * GROUP, __builtin_convertvector(sum - q.excess[p], vec));
         }
     }
@@ -215,16 +214,17 @@ void score(const Queries<Part, Sum>& q, int D, const Row* const* rows, int n, fl
 // (groups, TILE, GROUP). Reads each row's bytes once: a few columns of BLOCK rows, while those of
 // rows ahead are fetched.
 template <class Row>
-void mix(const float* x, int groups, int D, const Row* const* rows, int n, Pair* o) {
-    int size = Row::size(D), count = reads(size, Row::STEP);
-    std::fill(o, o + groups * count * GROUP, Pair{});
+void mix(const float* x, int groups, const Row* const* rows, int n, Pair* o) {
+    constexpr int SIZE = Row::SIZE, COUNT = reads(SIZE, Row::STEP);
+    std::fill(o, o + groups * COUNT * GROUP, Pair{});
+    touch(rows, n);
     for (int first = 0; first < n; first += BLOCK)
         for (int p = 0; p < groups; p++)
-            for (int j = 0; j < count; j++) {
-                int e = start(j, size, Row::STEP), end = std::min(first + BLOCK, n);
-                for (int i = first + AHEAD + j; p == 0 && i < std::min(end + AHEAD, n); i += count)
-                    fetch(rows[i], size);
-                Pair sum[GROUP], *to = &o[(p * count + j) * GROUP];
+            for (int j = 0; j < COUNT; j++) {
+                int e = start(j, SIZE, Row::STEP), end = std::min(first + BLOCK, n);
+                for (int i = first + AHEAD + j; p == 0 && i < std::min(end + AHEAD, n); i += COUNT)
+                    fetch(rows[i], SIZE);
+                Pair sum[GROUP], *to = &o[(p * COUNT + j) * GROUP];
                 #pragma GCC unroll 4
                 for (int g = 0; g < GROUP; g++) sum[g] = to[g];
                 for (int i = first; i < end; i++) {
@@ -250,6 +250,16 @@ vec exponential(vec x) {
     y = (((y * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6) * r + 1.f / 2;
     y = (y * r + 1) * r + 1;
     return x < -87.f ? vec{} : (vec)((ivec)y + ((ivec)t << 23));
+}
+
+// log x for x >= 1, to a relative error of 2e-7; 0 of smaller ones. x = 2^n m, m about 1, and log m
+// by its series in (m - 1) / (m + 1).
+vec logarithm(vec x) {
+    x = x > 1 ? x : vec{} + 1;
+    ivec n = ((ivec)x - 0x3f3504f3) >> 23;      // the bits of sqrt(1/2)
+    vec m = (vec)((ivec)x - (n << 23)), t = (m - 1) / (m + 1), u = t * t;
+    vec y = (((u * (1.f / 9) + 1.f / 7) * u + 1.f / 5) * u + 1.f / 3) * u + 1;
+    return __builtin_convertvector(n, vec) * 0.693147181f + 2 * t * y;
 }
 
 // Two rows of a group's numbers: the same of a group, or the same in a row.
@@ -292,7 +302,7 @@ typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 
-struct Shape { int64_t B, H, G, D, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
+struct Shape { int64_t B, H, G, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
 
 struct Tensors {
     const Num *q, *k_steady, *v_steady;
@@ -306,20 +316,6 @@ struct Tensors {
     Num* o;
 };
 
-// log n and sqrt(2 log n) of a cluster of n tokens, most of which are small.
-struct Logarithm {
-    float x, most;
-    explicit Logarithm(float n) : x(std::log(n)), most(std::sqrt(2 * x)) {}
-};
-const std::vector<Logarithm> LOGARITHMS = [] {
-    std::vector<Logarithm> all;
-    for (int n = 0; n < 64; n++) all.emplace_back(std::max(n, 1));
-    return all;
-}();
-Logarithm logarithm(float n) {
-    return n < LOGARITHMS.size() ? LOGARITHMS[(int)n] : Logarithm(n);
-}
-
 int tiles(int64_t n) { return (n + TILE - 1) / TILE; }
 float wide(bfloat16 x) { uint32_t bits = x.bits << 16; return load<float>(&bits); }
 
@@ -329,7 +325,7 @@ struct Head {
     Shape n;
     Tensors given;
     int64_t at, b;                          // its number; its sequence
-    int D, Q, S;                            // Q: groups; S: steady tiles, the first parts
+    int Q, S;                               // Q: groups; S: steady tiles, the first parts
     Queries<Pair, vec> q;                   // scaled
     Queries<Bytes, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
@@ -352,12 +348,12 @@ struct Head {
     int of_tokens() const { return tiles(n.W) + tiles(n.N); }
     int parts() const { return of_tokens() + tiles(n.K); }
     Pair* o(int part) {
-        int count = std::max(reads(D, WIDTH), reads(Row::size(D), Row::STEP));
+        int count = std::max(reads(D, WIDTH), reads(Row::SIZE, Row::STEP));
         return part_o.data() + part * Q * count * GROUP;
     }
 
     void begin(const Shape& shape, const Tensors& tensors, int64_t number) {
-        n = shape, given = tensors, at = number, b = at / n.H, D = n.D;
+        n = shape, given = tensors, at = number, b = at / n.H;
         Q = (n.G + GROUP - 1) / GROUP;
         int C = tiles(n.C), K = tiles(n.K);
         m.resize(C * Q), s.resize(C * Q), live.resize(C);
@@ -393,7 +389,7 @@ struct Head {
             for (int j = 0; j < count; j++) {
                 int e = start(j, D, WIDTH);
                 Pair read = widen(given.q + (at * n.G + g) * D + e);
-                for (int i = 0; i < 16; i++) x[Num::place(e, i, D)] = ((float*)&read)[i];
+                for (int i = 0; i < 16; i++) x[Num::place(e, i)] = ((float*)&read)[i];
             }
             for (float& value : x) value *= factor, half[p][lane] += value * value / 2;
             for (float value : x) most = std::max(most, std::abs(value));
@@ -402,7 +398,7 @@ struct Head {
             if (IS_PACKED) unit[p][lane] = 1 / fine;
             for (int j = 0; j < count; j++)
                 for (int i = 0, e = start(j, D, WIDTH); i < 16; i++) {
-                    int d = Num::place(e, i, D);
+                    int d = Num::place(e, i);
                     ((float*)&q.x[(p * count + j) * GROUP + lane])[i] = d < j * WIDTH ? 0 : x[d];
                 }
             for (int j = 0; j < packed; j++)
@@ -419,13 +415,13 @@ struct Head {
 
     // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 8*G + 12.
     void rank(int tile) {
-        const Row* rows[TILE];
-        float scales[TILE + LANES] = {}, spread[TILE + LANES] = {};     // 0 of a free slot
-        float logs[TILE + LANES] = {}, most[TILE + LANES] = {};
+        const Row* rows[TILE + AHEAD];
+        bfloat16 both[2 * TILE], spreads[TILE];
         int64_t first = at * n.C + tile * TILE;
+        float scales[TILE + LANES], deviation[TILE + LANES], most[TILE + LANES];
+        float logs[TILE + LANES] = {};
         int count = std::min<int>(TILE, n.C - tile * TILE), some = 0;
         float *sizes = &size[tile * TILE], *of_means = &scale[tile * TILE];
-        int32_t* where = &offset[tile * TILE];
         std::fill(std::copy_n(given.sizes + first, count, sizes), sizes + TILE, 0.f);
         for (int i = 0; i < TILE; i++) some += sizes[i] > 0;
         live[tile] = some;
@@ -433,32 +429,35 @@ struct Head {
             for (int p = 0; p < Q; p++) m[tile * Q + p] = quad{} + NONE, s[tile * Q + p] = quad{};
             return;
         }
-        for (int i = 0; i < count; i++) {       // what is in no cluster may be anything
-            auto both = load<uint32_t>(&given.scales[2 * (first + i)]);
-            uint32_t mask = sizes[i] > 0 ? ~0u : 0;
-            store(&scales[i], both << 16 & mask), store(of_means + i, both & 0xffff0000);
-            store(&spread[i], given.spreads[first + i].bits << 16 & mask);
-            where[i] = given.offsets[first + i];
+        auto copy = [&](auto* from, auto* to, int numbers) {        // of a cluster
+            std::copy_n(from + first * numbers, count * numbers, to);
+            fetch(from + (first + TILE) * numbers, TILE * numbers);         // for the next tile
+        };
+        copy(given.scales, both, 2), copy(given.spreads, spreads, 1);
+        copy(given.offsets, &offset[tile * TILE], 1), fetch(given.sizes + first + TILE, TILE);
+        for (int i = 0; i < TILE; i += LANES) { // what is in no cluster may be anything
+            vec tokens = load<vec>(sizes + i);
+            ivec two = load<ivec>(both + 2 * i), mask = tokens > 0;
+            store(scales + i, two << 16 & mask), store(of_means + i, two & ~0xffff);
+            store(deviation + i, ints(spreads + i) << 16 & mask);
+            if (n.by_mass) store(logs + i, logarithm(tokens));
         }
-        for (int i = 0; i < count && n.by_mass; i++) {
-            Logarithm log = logarithm(sizes[i]);
-            logs[i] = log.x, most[i] = log.most;
-        }
-        for (float& y : spread) y = std::sqrt(y);
-        for (int i = 0; i < count; i++) rows[i] = given.centroids + (first + i) * Row::size(D);
+        for (int i = 0; i < TILE; i++)
+            deviation[i] = std::sqrt(deviation[i]), most[i] = std::sqrt(2 * logs[i]);
+        for (int i = 0; i < TILE + AHEAD; i++) rows[i] = given.centroids + (first + i) * Row::SIZE;
         float* x = &logit[tile * Q * TILE * GROUP];
-        if constexpr (IS_PACKED) score(q_packed, D, rows, count, x);
-        else score(q, D, rows, count, x);
+        if constexpr (IS_PACKED) score(q_packed, rows, count, TILE + AHEAD, x);
+        else score(q, rows, count, TILE + AHEAD, x);
         for (int p = 0; p < Q; p++) {
             float *logits = x + p * TILE * GROUP, *hopes = &hope[(tile * Q + p) * TILE * GROUP];
             vec units = twice(unit[p]), length = twice(2 * half[p]);
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
-                vec deviation = length * each(spread + i), top = each(most + i);
-                top = top < deviation ? top : deviation;            // as retroinfer.hope
+                vec far = length * each(deviation + i), top = each(most + i);
+                top = top < far ? top : far;                        // as retroinfer.hope
                 store(logits + i * GROUP, y);
-                y += each(logs + i) + top * (deviation - top * .5f);
+                y += each(logs + i) + top * (far - top * .5f);
                 store(hopes + i * GROUP, each(sizes + i) > 0 ? y : vec{} + NONE);
             }
             m[tile * Q + p] = largest(hopes, count);
@@ -565,7 +564,7 @@ struct Head {
     void estimate(int place) {
         int64_t c = at * n.C + place;
         int t = place / TILE, i = place % TILE, j = mean.size();
-        mean.push_back(given.means + c * Row::size(D)), stretch[j] = scale[place];
+        mean.push_back(given.means + c * Row::SIZE), stretch[j] = scale[place];
         for (int p = 0; p < Q; p++) {
             int to = ((j / TILE * Q + p) * TILE + j % TILE) * GROUP;
             store(&guess[to], load<quad>(&logit[((t * Q + p) * TILE + i) * GROUP]));
@@ -582,7 +581,7 @@ struct Head {
         int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
         if (count <= 0) return;
         std::vector<float> x(Q * TILE * GROUP);
-        score(q, D, &k[first], count, x.data());
+        score(q, &k[first], count, end - first, x.data());
         for (int p = 0; p < Q; p++) {
             float* logits = &x[p * TILE * GROUP];
             for (int i = 0; is_steady && i < count; i++)
@@ -590,7 +589,7 @@ struct Head {
             quad most = part_m[part * Q + p] = largest(logits, count);
             part_s[part * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
         }
-        mix(x.data(), Q, D, &v[first], count, o(part));
+        mix(x.data(), Q, &v[first], count, o(part));
     }
 
     void attend_means(int part, int first) {
@@ -608,7 +607,7 @@ struct Head {
                 store(logits + i * GROUP, y);
             }
         }
-        mix(x, Q, D, &mean[first], count, o(part));
+        mix(x, Q, &mean[first], count, o(part));
     }
 
     // Reads 4*G*(D + 2) bytes a part and writes D*e*G.
@@ -629,7 +628,7 @@ struct Head {
     }
 
     template <class Kind> std::vector<float> add_parts(int first, int end, int g, quad most) {
-        int size = Kind::size(D), count = reads(size, Kind::STEP), p = g / GROUP, lane = g % GROUP;
+        int size = Kind::SIZE, count = reads(size, Kind::STEP), p = g / GROUP, lane = g % GROUP;
         std::vector<Pair> sum(count);
         for (int i = first; i < end; i++)
             if (float scale = fade(part_m[i * Q + p], most)[lane]; scale > 0)
@@ -640,7 +639,7 @@ struct Head {
         std::vector<float> found(D);
         for (int j = 0; j < count; j++)
             for (int i = 0; i < 16; i++)
-                found[Kind::place(start(j, size, Kind::STEP), i, D)] = ((float*)&sum[j])[i];
+                found[Kind::place(start(j, size, Kind::STEP), i)] = ((float*)&sum[j])[i];
         return found;
     }
 
@@ -657,16 +656,19 @@ struct Head {
 }
 
 extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
-    static thread_local std::vector<Head> kept;
-    std::vector<Head>& heads = kept;            // the caller's, for all threads
     int count = n->B * n->H;
-    if ((int)heads.size() < count) heads.resize(count);
     int turns = (count + threads - 1) / threads;
     if (5 * count >= 4 * turns * threads) {     // whole heads leave at most a fifth of them idle
         #pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int i = 0; i < count; i++) heads[i].run(*n, *given, i);
+        for (int i = 0; i < count; i++) {
+            static thread_local Head own;       // what it keeps is in this thread's cache
+            own.run(*n, *given, i);
+        }
         return;
     }
+    static thread_local std::vector<Head> kept;
+    std::vector<Head>& heads = kept;            // the caller's, for all threads
+    if ((int)heads.size() < count) heads.resize(count);
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for

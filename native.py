@@ -49,23 +49,28 @@ def name(x):
     return str(x.dtype).removeprefix("torch.")
 
 
-@torch.library.custom_op("retroinfer::attend_native", mutates_args=())
-def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], shares: list[torch.Tensor],
-              caps: list[int]) -> torch.Tensor:
+# torch.library.custom_op would wrap six more calls of Python around every step.
+torch.library.define("retroinfer::attend_native",
+                     "(Tensor q, Tensor[] steady, Tensor[] index, Tensor[] stores, "
+                     "Tensor[] shares, int[] caps) -> Tensor")
+attend_op = torch.ops.retroinfer.attend_native.default
+
+
+@torch.library.impl("retroinfer::attend_native", "CPU")
+def _(q, steady, index, stores, shares, caps):
     (k, v, bias), (B, H, G, D) = steady, q.shape
     given = [x.contiguous() for x in (q, k, v, *index, *stores, *shares)]
     given.insert(3, bias)
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
-    sizes = (B, H, G, D, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
+    sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
              bias.stride(0), bias.stride(1), bias.stride(3))
-    library(name(q), name(index[0])).attend(
+    library(name(q), name(index[0]), D).attend(
         (ctypes.c_void_p * 16)(*[x.data_ptr() for x in (*given, o)]),
         (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
     return o
 
 
-@attend_op.register_fake
+@torch.library.register_fake("retroinfer::attend_native")
 def _(q, steady, index, stores, shares, caps):
     return q.new_empty(q.shape)
 
@@ -73,14 +78,14 @@ def _(q, steady, index, stores, shares, caps):
 # ---------------------------------------------------------------- the compiler
 
 @functools.cache
-def library(kind, row):
-    """native.cpp for keys of one dtype and centroids of another; compiled unless the cache has it.
-    """
-    path = cache() / f"native-{kind}-{row}-{key()}.so"
+def library(kind, row, D):
+    """native.cpp for keys of a dtype, centroids of another and D head dims; compiled unless the
+    cache has it."""
+    path = cache() / f"native-{kind}-{row}-{D}-{key()}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:                             # not there, or damaged
-        build(path, f"-DNUM={kind}", f"-DROW={row}")
+        build(path, f"-DNUM={kind}", f"-DROW={row}", f"-DDIMS={D}")
         return ctypes.CDLL(str(path))
 
 
