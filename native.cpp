@@ -200,7 +200,6 @@ ivec multiply(const Bytes* q, const uint8* row, const uint8* other) {
 template <class Row, class Part, class Sum>
 void score(const Queries<Part, Sum>& q, const Row* const* rows, int n, int known, float* x) {
     int count = q.x.size() / q.excess.size();
-    touch(rows, n);
     for (int i = 0; i < n; i += 2) {
         for (int r : {i + AHEAD, i + AHEAD + 1}) fetch(rows[std::min(r, known - 1)], Row::SIZE);
         for (size_t p = 0; p < q.excess.size(); p++) {
@@ -217,7 +216,6 @@ template <class Row>
 void mix(const float* x, int groups, const Row* const* rows, int n, Pair* o) {
     constexpr int SIZE = Row::SIZE, COUNT = reads(SIZE, Row::STEP);
     std::fill(o, o + groups * COUNT * GROUP, Pair{});
-    touch(rows, n);
     for (int first = 0; first < n; first += BLOCK)
         for (int p = 0; p < groups; p++)
             for (int j = 0; j < COUNT; j++) {
@@ -450,7 +448,7 @@ struct Head {
         else score(q, rows, count, TILE + AHEAD, x);
         for (int p = 0; p < Q; p++) {
             float *logits = x + p * TILE * GROUP, *hopes = &hope[(tile * Q + p) * TILE * GROUP];
-            vec units = twice(unit[p]), length = twice(2 * half[p]);
+            vec best = vec{} + NONE, units = twice(unit[p]), length = twice(2 * half[p]);
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
@@ -458,9 +456,11 @@ struct Head {
                 top = top < far ? top : far;                        // as retroinfer.hope
                 store(logits + i * GROUP, y);
                 y += each(logs + i) + top * (far - top * .5f);
-                store(hopes + i * GROUP, each(sizes + i) > 0 ? y : vec{} + NONE);
+                y = each(sizes + i) > 0 ? y : vec{} + NONE;
+                store(hopes + i * GROUP, y);
+                best = y > best ? y : best;
             }
-            m[tile * Q + p] = largest(hopes, count);
+            m[tile * Q + p] = larger(low(best), high(best));
             s[tile * Q + p] = exponentials(hopes, count, m[tile * Q + p],
                                            [](int, vec x) { return x; });
         }
@@ -581,6 +581,7 @@ struct Head {
         int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
         if (count <= 0) return;
         std::vector<float> x(Q * TILE * GROUP);
+        touch(&k[first], count), touch(&v[first], count);
         score(q, &k[first], count, end - first, x.data());
         for (int p = 0; p < Q; p++) {
             float* logits = &x[p * TILE * GROUP];
@@ -607,6 +608,7 @@ struct Head {
                 store(logits + i * GROUP, y);
             }
         }
+        touch(&mean[first], count);
         mix(x, Q, &mean[first], count, o(part));
     }
 
