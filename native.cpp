@@ -1,6 +1,6 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
-// once. native.py compiles it for NUM, the type of keys and values, ROW, that of centroids and means,
-// and DIMS of a head. Four loops over the tiles of a head:
+// once. native.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
+// and for DIMS of a head. Four loops over the tiles of a head:
 //
 //     rank      q, centroids | steady rows     -> hope of each live cluster | a part of the softmax
 //     select    hopes                          -> rows and means to read, and logits of the means
