@@ -65,7 +65,7 @@ def test_a_step_of_any_shape_is_as_exact_as_pytorch(data):
         return data.draw(st.integers(low, high))
 
     B, W, C, R = some(1, 3), some(1, 300), some(1, 700), some(1, 20)
-    D = data.draw(st.sampled_from([34, 64, 80, 96]))            # each compiled once
+    D = data.draw(st.sampled_from([16, 34, 80, 140]))           # each compiled once
     shape = B, some(1, 3), some(1, 9), D, W, C
     K = min(R + some(0, 400), C)
     ranked = [some(0, K) for _ in range(B)]
