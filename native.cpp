@@ -148,8 +148,9 @@ template <class V> V fold(V x, V y) {
          + (V)__builtin_shuffle((vec)x, (vec)y, ivec{4, 5, 6, 7, 8, 9, 10, 11});
 }
 
+// Into the second level of the cache: the first one has room for few lines on their way.
 template <class T> void fetch(const T* from, int n) {
-    for (int i = 0; i < n; i += LINE / sizeof(T)) __builtin_prefetch(from + i);
+    for (int i = 0; i < n; i += LINE / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
 }
 
 // A fetch waits until its address is translated; where many follow each other, they wait together.
@@ -216,6 +217,7 @@ template <class Row>
 void mix(const float* x, int groups, const Row* const* rows, int n, Pair* o) {
     constexpr int SIZE = Row::SIZE, COUNT = reads(SIZE, Row::STEP);
     std::fill(o, o + groups * COUNT * GROUP, Pair{});
+    for (int i = 0; i < std::min(AHEAD, n); i++) fetch(rows[i], SIZE);
     for (int first = 0; first < n; first += BLOCK)
         for (int p = 0; p < groups; p++)
             for (int j = 0; j < COUNT; j++) {
@@ -330,7 +332,6 @@ struct Head {
     std::vector<float> logit, hope;         // (tiles, Q, TILE, GROUP) hope: what may be, over e^m
     std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
-    std::vector<int32_t> offset;            // (tiles, TILE) where the tokens are
     std::vector<int> live;                  // (tiles,) how many have some
     std::vector<uint32_t> share;            // (tiles, TILE) of attention, as bits + 1; 0 of none
     std::vector<uint64_t> keys;             // the first n_keys: of clusters, share, then place
@@ -356,7 +357,7 @@ struct Head {
         int C = tiles(n.C), K = tiles(n.K);
         m.resize(C * Q), s.resize(C * Q), live.resize(C);
         logit.resize(C * Q * TILE * GROUP), hope.resize(logit.size());
-        size.resize(C * TILE + LANES), scale.resize(C * TILE), offset.resize(C * TILE);
+        size.resize(C * TILE + LANES), scale.resize(C * TILE);
         share.resize(C * TILE), keys.resize(C * TILE);
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
@@ -411,7 +412,7 @@ struct Head {
         }
     }
 
-    // Reads 4 bytes a slot; of a tile with clusters 14 more and the centroid; writes 8*G + 12.
+    // Reads 4 bytes a slot; of a tile with clusters 6 more and the centroid; writes 8*G + 8.
     void rank(int tile) {
         const Row* rows[TILE + AHEAD];
         bfloat16 both[2 * TILE], spreads[TILE];
@@ -432,7 +433,7 @@ struct Head {
             fetch(from + (first + TILE) * numbers, TILE * numbers);         // for the next tile
         };
         copy(given.scales, both, 2), copy(given.spreads, spreads, 1);
-        copy(given.offsets, &offset[tile * TILE], 1), fetch(given.sizes + first + TILE, TILE);
+        fetch(given.sizes + first + TILE, TILE);
         for (int i = 0; i < TILE; i += LANES) { // what is in no cluster may be anything
             vec tokens = load<vec>(sizes + i);
             ivec two = load<ivec>(both + 2 * i), mask = tokens > 0;
@@ -541,7 +542,7 @@ struct Head {
         return some;
     }
 
-    // Reads what rank left; writes 16 bytes a token, 4*G + 8 a mean.
+    // Reads what rank left, and 8 bytes a cluster retrieved; writes 16 a token, 4*G + 8 a mean.
     void select() {
         weigh();
         int clusters = 0;
@@ -550,10 +551,12 @@ struct Head {
         int64_t room = std::min(n.N, given.n_tokens[b]), to = S * TILE;
         choose(n_ranked, std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked}), room);
         k.resize(to + room), v.resize(to + room);
+        const int64_t* offsets = given.offsets + at * n.C;
         for (int r = 0; r < n_keys; r++) {
-            uint64_t key = keys[r];
+            uint64_t key = keys[r], next = keys[std::min(r + STRIDE, n_keys - 1)];
+            if (next >= last) __builtin_prefetch(offsets + place(next));
             int c = place(key), tokens = key >= last ? size[c] : 0;
-            int64_t first = (at * n.T + offset[c]) * D;
+            int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
                 k[to] = given.k_store + first + i * D, v[to] = given.v_store + first + i * D;
             if (least <= key && key < last) estimate(c);
