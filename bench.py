@@ -324,15 +324,12 @@ def one_prefill(name, T, dtype):
     net, tokenizer = load(dtype=getattr(torch, dtype), device="cpu")
     kind = {"dense": DenseCache, "wave index": functools.partial(WaveIndex, RetroConfig())}[name]
     caches, indexing = [kind(T) for _ in net.layers], []
-    if name != "dense":
-        for cache in caches:            # time what runs when segments are full
-            build = cache.index_segments
-            cache.index_segments = lambda row, build=build: indexing.append(
-                clock(lambda: build(row)))
+    for cache in caches if name != "dense" else []:
+        build = cache.append            # what runs when a segment is full, and behind the last one
+        cache.append = lambda *args, build=build: indexing.append(clock(lambda: build(*args)))
     ids = sample_ids(tokenizer, T)
-    seconds = clock(lambda: prefill(net, caches, [ids], 2048))
-    if name != "dense":
-        indexing.append(clock(lambda: [cache.update() for cache in caches]))
+    seconds = clock(lambda: [prefill(net, caches, [ids], 2048),
+                             *(cache.update() for cache in caches)])
     return {"seconds": seconds, "indexing": sum(indexing),
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

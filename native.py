@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -64,9 +65,10 @@ def _(q, steady, index, stores, shares, caps):
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
     sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
              bias.stride(0), bias.stride(1), bias.stride(3))
+    places = [x.data_ptr() for x in (*given, o)]
     library(name(q), name(index[0]), D).attend(
-        (ctypes.c_void_p * 16)(*[x.data_ptr() for x in (*given, o)]),
-        (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
+        struct.pack(f"{len(places)}N", *places), struct.pack(f"{len(sizes)}q", *sizes),
+        torch.get_num_threads())
     return o
 
 
