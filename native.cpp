@@ -302,7 +302,7 @@ typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 
-struct Shape { int64_t B, H, G, W, T, C, N, R, K, by_mass, bias_b, bias_h, bias_w; };
+struct Shape { int64_t B, H, G, W, T, C, N, R, K, M, by_mass, bias_b, bias_h, bias_w; };
 
 struct Tensors {
     const Num *q, *k_steady, *v_steady;
@@ -312,7 +312,7 @@ struct Tensors {
     const int64_t* offsets;
     const bfloat16 *spreads, *scales;
     const Num *k_store, *v_store;
-    const int64_t *n_retrieve, *n_ranked, *n_tokens;
+    const int64_t *n_retrieve, *n_ranked, *n_tokens, *n_values;
     Num* o;
 };
 
@@ -337,14 +337,18 @@ struct Head {
     std::vector<uint64_t> keys;             // the first n_keys: of clusters, share, then place
     uint64_t last, least;                   // of the keys of those retrieved; of those ranked
     int n_keys;
-    std::vector<const Num *> k, v;          // tokens to read: steady, up to a whole tile, retrieved
+    std::vector<const Num *> k, v;          // rows to read: steady, up to a whole tile, retrieved
+    std::vector<int> owner;                 // of a retrieved token: its cluster's place in mean
+    std::vector<float> weight, heavy, left; // (tiles, Q, TILE, GROUP) of retrieved tokens; of those
+                                            // whose values are read; of means, for the other tokens
+    std::vector<quad> key_m, key_s, top;    // (tiles, Q) of retrieved tokens; (Q,) the largest m
     std::vector<const Row*> mean;           // means to read
     std::vector<float> bias, guess, worth;  // of steady tokens; (tiles, Q, TILE, GROUP) of means:
     std::vector<float> stretch;             // logits, tokens at them; (tiles, TILE) their scales
     std::vector<quad> part_m, part_s;       // (parts, Q) of tokens, then of means
     std::vector<Pair> part_o;               // (parts, Q, reads, GROUP)
 
-    int of_tokens() const { return tiles(n.W) + tiles(n.N); }
+    int of_tokens() const { return tiles(n.W) + tiles(n.M); }
     int parts() const { return of_tokens() + tiles(n.K); }
     Pair* o(int part) {
         int count = std::max(reads(D, WIDTH), reads(Row::SIZE, Row::STEP));
@@ -362,6 +366,9 @@ struct Head {
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
         guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
+        left.assign(guess.size(), 0), top.assign(Q, quad{} + NONE);
+        weight.resize(tiles(n.N) * Q * TILE * GROUP), heavy.resize(tiles(n.M) * Q * TILE * GROUP);
+        key_m.assign(tiles(n.N) * Q, quad{} + NONE), key_s.assign(key_m.size(), quad{});
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
             float x = given.bias[b * n.bias_b + at % n.H * n.bias_h + w * n.bias_w];
@@ -550,45 +557,43 @@ struct Head {
         int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, clusters});
         int64_t room = std::min(n.N, given.n_tokens[b]), to = S * TILE;
         choose(n_ranked, std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked}), room);
-        k.resize(to + room), v.resize(to + room);
+        k.resize(to + room), owner.resize(room);
         const int64_t* offsets = given.offsets + at * n.C;
         for (int r = 0; r < n_keys; r++) {
             uint64_t key = keys[r], next = keys[std::min(r + STRIDE, n_keys - 1)];
             if (next >= last) __builtin_prefetch(offsets + place(next));
+            if (key < least) continue;
             int c = place(key), tokens = key >= last ? size[c] : 0;
             int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
-                k[to] = given.k_store + first + i * D, v[to] = given.v_store + first + i * D;
-            if (least <= key && key < last) estimate(c);
+                k[to] = given.k_store + first + i * D, owner[to - S * TILE] = mean.size();
+            if (!tokens || given.n_values[b] < room) estimate(c, tokens);
         }
-        k.resize(to), v.resize(to);
+        k.resize(to);
     }
 
-    void estimate(int place) {
+    void estimate(int place, bool is_retrieved) {
         int64_t c = at * n.C + place;
         int t = place / TILE, i = place % TILE, j = mean.size();
         mean.push_back(given.means + c * Row::SIZE), stretch[j] = scale[place];
         for (int p = 0; p < Q; p++) {
             int to = ((j / TILE * Q + p) * TILE + j % TILE) * GROUP;
-            store(&guess[to], load<quad>(&logit[((t * Q + p) * TILE + i) * GROUP]));
+            quad x = load<quad>(&logit[((t * Q + p) * TILE + i) * GROUP]);
+            store(&guess[to], is_retrieved ? quad{} + NONE : x);
             store(&worth[to], size[place] * (1 + half[p] * wide(given.spreads[c])));
         }
     }
 
-    // Reads 2*D*e bytes a token, or a mean and 8*G + 4, and writes 4*G*(D + 2).
+    // Reads 2*D*e bytes a token and writes 4*G*(D + 2).
     void attend(int part) {
-        int first = part * TILE;
-        if (part >= of_tokens()) return attend_means(part, first - of_tokens() * TILE);
-        bool is_steady = part < tiles(n.W);
-        if (!is_steady) first += (S - tiles(n.W)) * TILE;
-        int end = is_steady ? bias.size() : k.size(), count = std::min(TILE, end - first);
+        int first = part * TILE, count = std::min<int>(TILE, bias.size() - first);
         if (count <= 0) return;
         std::vector<float> x(Q * TILE * GROUP);
         touch(&k[first], count), touch(&v[first], count);
-        score(q, &k[first], count, end - first, x.data());
+        score(q, &k[first], count, bias.size() - first, x.data());
         for (int p = 0; p < Q; p++) {
             float* logits = &x[p * TILE * GROUP];
-            for (int i = 0; is_steady && i < count; i++)
+            for (int i = 0; i < count; i++)
                 store(logits + i * GROUP, load<quad>(logits + i * GROUP) + bias[first + i]);
             quad most = part_m[part * Q + p] = largest(logits, count);
             part_s[part * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
@@ -596,7 +601,25 @@ struct Head {
         mix(x.data(), Q, &v[first], count, o(part));
     }
 
-    void attend_means(int part, int first) {
+    int retrieved() const { return std::max<int>(k.size() - S * TILE, 0); }
+
+    // Reads D*e bytes a token, or 8*G a mean; writes 4*G.
+    void look(int tile) {
+        if (tile >= tiles(n.N)) return look_at_means(tile - tiles(n.N));
+        int first = tile * TILE, count = std::min(TILE, retrieved() - first);
+        if (count <= 0) return;
+        float* x = &weight[first * Q * GROUP];
+        touch(&k[S * TILE + first], count);
+        score(q, &k[S * TILE + first], count, retrieved() - first, x);
+        for (int p = 0; p < Q; p++) {
+            float* logits = x + p * TILE * GROUP;
+            quad most = key_m[tile * Q + p] = largest(logits, count);
+            key_s[tile * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
+        }
+    }
+
+    void look_at_means(int tile) {
+        int first = tile * TILE, part = of_tokens() + tile;
         int count = std::min<int>(TILE, mean.size() - first);
         if (count <= 0) return;
         float* x = &guess[first * Q * GROUP];
@@ -606,10 +629,85 @@ struct Head {
             part_s[part * Q + p] = exponentials(logits, count, most, [&](int i, vec x) {
                 return x * load<vec>(tokens + i * GROUP);
             });
-            for (int i = 0; i < count; i += 2) {
-                vec y = load<vec>(logits + i * GROUP) * each(&stretch[first + i]);
-                store(logits + i * GROUP, y);
+        }
+    }
+
+    // Of retrieved tokens those whose values are read: the n_values that weigh most, summed over
+    // the queries. What the others weigh goes to the means of their clusters.
+    void part() {
+        int count = retrieved(), some = std::min<int64_t>(count, std::min(n.M, given.n_values[b]));
+        std::vector<quad> total(Q), factor(tiles(n.N) * Q);
+        for (int p = 0; p < Q; p++) {
+            for (int i = p; i < (int)part_m.size(); i += Q) top[p] = larger(top[p], part_m[i]);
+            for (int i = p; i < (int)key_m.size(); i += Q) top[p] = larger(top[p], key_m[i]);
+            for (int i = p; i < (int)part_m.size(); i += Q)
+                total[p] += fade(part_m[i], top[p]) * part_s[i];
+            for (int i = p; i < (int)key_m.size(); i += Q)
+                total[p] += (factor[i] = fade(key_m[i], top[p])) * key_s[i];
+        }
+        std::vector<uint64_t> sums(count), best;
+        for (int i = 0; i < count && some < count; i++) {
+            quad sum = {};
+            for (int p = 0; p < Q; p++) {
+                int at = i / TILE * Q + p;
+                sum += load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * factor[at]
+                     * real[p] / total[p];
             }
+            float all = sum[0] + sum[1] + sum[2] + sum[3];
+            sums[i] = all > 0 ? uint64_t(load<uint32_t>(&all)) << 32 | ~uint32_t(i) : ~uint32_t(i);
+        }
+        uint64_t lowest = some ? 0 : UINT64_MAX;
+        if (some && some < count) {
+            best = sums;
+            std::nth_element(best.begin(), best.begin() + some - 1, best.end(), std::greater());
+            lowest = best[some - 1];
+        }
+        v.resize(S * TILE);
+        for (int i = 0; i < count; i++) {
+            int j = v.size() - S * TILE, to = owner[i];
+            bool is_read = sums[i] >= lowest;
+            if (is_read) v.push_back(given.v_store + (k[S * TILE + i] - given.k_store));
+            for (int p = 0; p < Q; p++) {
+                int at = i / TILE * Q + p;
+                quad x = load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * factor[at];
+                if (is_read) {
+                    int tile = j / TILE * Q + p, part = tiles(n.W) * Q + tile;
+                    part_m[part] = top[p], part_s[part] += x;
+                    store(&heavy[(tile * TILE + j % TILE) * GROUP], x);
+                } else {
+                    float* rest = &left[((to / TILE * Q + p) * TILE + to % TILE) * GROUP];
+                    store(rest, load<quad>(rest) + x);
+                }
+            }
+        }
+    }
+
+    // Reads D*e bytes a token, or a mean and 12*G + 4, and writes 4*G*(D + 2).
+    void read(int part) {
+        if (part >= of_tokens()) return read_means(part, (part - of_tokens()) * TILE);
+        int first = (part - tiles(n.W)) * TILE;
+        int count = std::min<int>(TILE, v.size() - S * TILE - first);
+        if (count <= 0) return;
+        touch(&v[S * TILE + first], count);
+        mix(&heavy[first * Q * GROUP], Q, &v[S * TILE + first], count, o(part));
+    }
+
+    void read_means(int part, int first) {
+        int count = std::min<int>(TILE, mean.size() - first);
+        if (count <= 0) return;
+        float *x = &guess[first * Q * GROUP], *rest = &left[first * Q * GROUP];
+        for (int p = 0; p < Q; p++) {
+            quad& most = part_m[part * Q + p], more = {};
+            quad less = fade(most, top[p]);
+            vec factor = twice(less), sum = {};
+            for (int i = p * TILE; i < p * TILE + count; i += 2) {
+                vec y = load<vec>(rest + i * GROUP);
+                sum += y;
+                y += factor * load<vec>(x + i * GROUP);
+                store(x + i * GROUP, y * each(&stretch[first + i - p * TILE]));
+            }
+            more = low(sum) + high(sum);
+            part_s[part * Q + p] = part_s[part * Q + p] * less + more, most = top[p];
         }
         touch(&mean[first], count);
         mix(x, Q, &mean[first], count, o(part));
@@ -653,7 +751,9 @@ struct Head {
         for (int i = 0; i < tiles(n.W); i++) attend(i);
         for (int i = 0; i < tiles(n.C); i++) rank(i);
         select();
-        for (int i = tiles(n.W); i < parts(); i++) attend(i);
+        for (int i = 0; i < tiles(n.N) + tiles(n.K); i++) look(i);
+        part();
+        for (int i = tiles(n.W); i < parts(); i++) read(i);
         combine();
     }
 };
@@ -678,7 +778,8 @@ extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
     {
         #pragma omp for
         for (int i = 0; i < count; i++) heads[i].begin(*n, *given, i);
-        int C = tiles(n->C), W = tiles(n->W), parts = heads[0].parts();
+        int C = tiles(n->C), W = tiles(n->W), L = tiles(n->N) + tiles(n->K);
+        int parts = heads[0].parts();
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count * (C + W); i++)
             if (i % (C + W) < C) heads[i / (C + W)].rank(i % (C + W));
@@ -686,8 +787,12 @@ extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].select();
         #pragma omp for schedule(dynamic)
+        for (int i = 0; i < count * L; i++) heads[i / L].look(i % L);
+        #pragma omp for schedule(dynamic)
+        for (int i = 0; i < count; i++) heads[i].part();
+        #pragma omp for schedule(dynamic)
         for (int i = 0; i < count * (parts - W); i++)
-            heads[i / (parts - W)].attend(W + i % (parts - W));
+            heads[i / (parts - W)].read(W + i % (parts - W));
         #pragma omp for schedule(dynamic)
         for (int i = 0; i < count; i++) heads[i].combine();
     }

@@ -40,9 +40,9 @@ def attend(q, steady, index, budget, stores):
                          f"{q.shape[3]} on {q.device}: use the functions of retroinfer.py")
     rest = [name(x) for x in index[2:]]
     assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
-    shares = [budget.n_retrieve, budget.n_ranked, budget.room]
+    shares = [budget.n_retrieve, budget.n_ranked, budget.room, budget.part(budget.room)]
     return attend_op(q, list(steady), list(index), list(stores), shares,
-                     [*budget[:3], int(budget.by_mass)])
+                     [*budget[:3], budget.part(budget.tokens), int(budget.by_mass)])
 
 
 def name(x):

@@ -58,9 +58,10 @@ class RetroConfig:
     cluster: int = 8             # mean tokens in a cluster
     bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
     iterations: int = 3          # k-means passes over a segment
-    retrieve: float = 0.04       # share of the clusters attended exactly, up to 8,192 tokens
+    retrieve: float = 0.065      # share of the clusters attended exactly, up to 8,192 tokens
     growth: float = 0.7          # their number grows by this power of the text from there on
     least: int = 16              # clusters attended exactly however short the text
+    values: float = 0.2          # share of their tokens, those that weigh most, that give values
     estimate: float = 0.1        # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
     outliers: bool = True        # free cluster slots hold the tokens farthest from their centroid
@@ -70,7 +71,7 @@ class RetroConfig:
         """The published settings. A share without a floor is too few for a short text."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, bits=16,
                    iterations=10, retrieve=0.018, growth=1.0, least=1, estimate=0.232,
-                   by_mass=False, outliers=False)
+                   by_mass=False, outliers=False, values=1.0)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
@@ -80,7 +81,7 @@ class RetroConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
         if self.bits not in (4, 16):
             raise ValueError(f"bits is {self.bits}: give 4 or 16")
-        for name in ("retrieve", "growth", "estimate"):
+        for name in ("retrieve", "growth", "estimate", "values"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
         for name in ("segment", "update"):
@@ -269,6 +270,7 @@ class Budget(NamedTuple):
     n_ranked: torch.Tensor       # (B,) at most R+E
     by_mass: bool = True         # rank clusters by estimated mass; else by centroid
     n_tokens: torch.Tensor | None = None    # (B,) tokens retrieved, at most N; None: N
+    values: float = 1.0          # share of these whose values are read
 
     @property
     def room(self):
@@ -276,13 +278,18 @@ class Budget(NamedTuple):
         N = torch.full_like(self.n_retrieve, self.tokens)
         return N if self.n_tokens is None else self.n_tokens.minimum(N)
 
+    def part(self, tokens):
+        """How many of so many retrieved tokens have their values read: int or (B,)."""
+        return -(-tokens * round(1000 * self.values) // 1000)
+
 
 def tripartite_attention(q, steady, index, budget, fetch):
     """Attention of q (B, H, G, D) to the steady zone, R clusters and E centroids: (B, H, G, D).
 
     steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is free.
     fetch(ids, ends): k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R), packed so
-    that cluster i ends at ends[..., i]. Those of the R best that do not fit are estimated.
+    that cluster i ends at ends[..., i]. Those of the R best that do not fit are estimated. Where a
+    token's value is not read, its weight goes to the mean of its cluster's.
     """
     q, R = keep(q.float() * q.shape[-1] ** -0.5), budget.retrieve
     k_s, v_s, bias_s = steady
@@ -300,8 +307,28 @@ def tripartite_attention(q, steady, index, budget, fetch):
     parts = (x_s, scores(q, k_r) + bias_r,
              masses.gather(-1, along).masked_fill(is_exact[:, :, None], -math.inf))
     w_s, w_r, w_e = torch.cat(parts, -1).softmax(-1).split([x.shape[-1] for x in parts], -1)
+    if budget.values < 1:
+        w_r, v_r, rest = part_values(w_r, v_r, ends, budget)
+        w_e = w_e + F.pad(rest, (0, budget.ranked - R))
     w_e = w_e * index.scales[..., 1].gather(-1, order)[:, :, None]          # (B, H, G, R+E)
     return (mix(w_s, v_s) + mix(w_r, v_r) + mix(w_e, take(index.means, order))).to(v_s.dtype)
+
+
+def part_values(w, v, ends, budget):
+    """Weights (B, H, G, M) and values (B, H, M, D) of the tokens that weigh most, summed over G, of
+    those with w (B, H, G, N), v (B, H, N, D); and what clusters keep of the others (B, H, G, R).
+
+    Weights need keys alone: once they are known, most values are not worth their bytes.
+    """
+    (N, R), M = (w.shape[-1], ends.shape[-1]), budget.part(w.shape[-1])
+    best = w.sum(2).topk(M).indices                                         # (B, H, M)
+    is_in = torch.arange(M, device=w.device) < budget.part(budget.room)[:, None, None]
+    is_read = torch.zeros(v.shape[:3], dtype=torch.bool, device=w.device).scatter(
+        -1, best, is_in.expand_as(best))                                    # (B, H, N)
+    rest = torch.zeros_like(w[..., :1]).expand(-1, -1, -1, R).scatter_add(
+        -1, owners(ends, N)[:, :, None].expand_as(w), w.masked_fill(is_read[:, :, None], 0))
+    along = best[:, :, None].expand(-1, -1, w.shape[2], -1)                 # (B, H, G, M)
+    return w.gather(-1, along) * is_in[:, :, None], take(v, best), rest
 
 
 def scores(q, k):
@@ -405,11 +432,15 @@ def gather_clusters(index, stores, ids, ends, N):
     return *(take(store, filled) for store in stores), bias_of(rows < 0)
 
 
+def owners(ends, N):
+    """Which of R packed runs, that end at ends (B, H, R), each of N places is in: (B, H, N)."""
+    return count(before(ends), N + 1)[..., :N].cumsum(-1) - 1
+
+
 def unroll(first, ends, N):
     """Rows (B, H, N) of runs from rows first (B, H, R), packed to end at ends; -1 where none is."""
-    place, starts = torch.arange(N, device=ends.device), before(ends)
-    which = count(starts, N + 1)[..., :N].cumsum(-1) - 1                    # (B, H, N)
-    rows = (first - starts).gather(-1, which) + place
+    place = torch.arange(N, device=ends.device)
+    rows = (first - before(ends)).gather(-1, owners(ends, N)) + place       # (B, H, N)
     return rows.masked_fill(place >= ends[..., -1:], -1)
 
 
@@ -553,7 +584,7 @@ class WaveIndex(nn.Module):
         steady = self.k_steady, self.v_steady, bias
         c = self.config
         n_retrieve, n_ranked = c.budget(self.n_indexed)                     # (B,) both
-        budget = Budget(*self.caps, n_retrieve, n_ranked, c.by_mass, c.room(n_retrieve))
+        budget = Budget(*self.caps, n_retrieve, n_ranked, c.by_mass, c.room(n_retrieve), c.values)
         stores = self.k_store, self.v_store
         return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, budget,
                                stores).reshape(q.shape)

@@ -22,7 +22,7 @@ class Case:
     """
 
     def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True,
-                 bits=4):
+                 bits=4, values=1.0):
         B, H, G, D, W, C = shape
         g = torch.Generator().manual_seed(0)
 
@@ -37,7 +37,7 @@ class Case:
         T = int(sizes.sum(-1).max()) + 7
         shares = torch.tensor(shares).T.contiguous()
         self.q, self.budget = 2 * randn(G), Budget(
-            *caps, *shares, by_mass, torch.arange(B).mul(-5).add(caps[0]))
+            *caps, *shares, by_mass, torch.arange(B).mul(-5).add(caps[0]), values)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
@@ -107,15 +107,22 @@ class Case:
         n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
         k, v, room = [k_s[is_in]], [v_s[is_in]], int(self.budget.n_tokens[b])
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
+        owner = [[-1] * int(is_in.sum())]           # of each entry: its cluster, if it is retrieved
         for i, c in enumerate(rank[:n_ranked]):
             span = slice(offsets[c], offsets[c] + sizes[c])
             room = room - sizes[c] if i < n_retrieve and sizes[c] <= room else -1
-            one = centroids[c:c + 1], means[c:c + 1], worth[c].log()
-            for all_, x in zip((k, v, bias), one if room < 0 else
-                               (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c])),
-                               strict=True):
+            off = (asked - q) @ centroids[c:c + 1].T                    # queries meet it in bytes
+            one = centroids[c:c + 1], means[c:c + 1], worth[c].log() + off, [-1]
+            for all_, x in zip((k, v, bias, owner), one if room < 0 else
+                               (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c]),
+                                [c] * sizes[c]), strict=True):
                 all_.append(x)
-        return (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1) @ torch.cat(v)
+        weights, v, owner = (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1), torch.cat(v), sum(owner, [])
+        retrieved = [i for i, c in enumerate(owner) if c >= 0]
+        retrieved.sort(key=lambda i: float(weights[:, i].sum()), reverse=True)
+        for i in retrieved[math.ceil(round(self.budget.values, 3) * int(self.budget.n_tokens[b])):]:
+            v[i] = means[owner[i]]
+        return weights @ v
 
 
 # (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
