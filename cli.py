@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from buffer import RATIO, check_ratio, offload
+from buffer import RATIO, WHOLE, check_ratio, offload
 from certificate import CheckedIndex, check_shares
 from model import DEFAULT_NAME, DenseCache, load
 from plan import show
@@ -75,7 +75,7 @@ def parse_args(argv):
     add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
     add("--compare", action="store_true", help="run dense attention beside it")
     add("--check", action="store_true", help="say what is certain of the steps: attention mass "
-        "read exactly, distance from dense attention's output")
+        "whose keys were read, distance from dense attention's output")
     add("--max-err", type=float, metavar="SHARE", help="retrieve more clusters, head by head, "
         "until at most this share of the attention mass may lie in tokens not read; and --check")
     add("--max-retrieve", type=float, default=1.0, metavar="SHARE", help="of the clusters, that "
@@ -92,7 +92,8 @@ def parse_args(argv):
                 else {"type": field.type})
         add(f"--{field.name.replace('_', '-')}",
             help=f"{text} (default {field.default})"
-            + "; for keys with biases 16" * (field.name == "bits"), **kind)
+            + "; for keys with biases 16" * (field.name == "bits")
+            + f"; with --offload {WHOLE.get(field.name)}" * (field.name in WHOLE), **kind)
     args = parser.parse_args(argv)
     args.check |= args.max_err is not None
     check_flags(args)
@@ -245,13 +246,15 @@ def answer(args):
 
 
 def settle(args, has_biases):
-    """The RetroConfig asked for; 16 bits, unless told otherwise, for keys that have biases.
+    """The RetroConfig asked for; else 16 bits for keys that have biases, and fewer clusters and all
+    their values where blocks come from the host.
 
     A channel that is large in every key would take all that 4 bits can tell apart.
     """
     given = {f.name: getattr(args, f.name) for f in fields(RetroConfig)}
     given = {name: x for name, x in given.items() if x is not None}
-    return RetroConfig(**({"bits": 16} if has_biases else {}) | given)
+    usual = ({"bits": 16} if has_biases else {}) | (WHOLE if args.offload else {})
+    return RetroConfig(**usual | given)
 
 
 def cache_maker(args, model, config, hot, capacity, batch):

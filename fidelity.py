@@ -151,13 +151,14 @@ def wave(config, capacity, batch=1):
     return Watched(config, capacity, batch)
 
 
-def wave_rows(c, exact, clusters, n_ranked, D=64):
+def wave_rows(c, steady, retrieved, clusters, n_ranked, D=64):
     """Rows of D numbers of 16 bits that a step of config c needs of a head: keys, values, index.
 
     A cluster has a size, of two such numbers, and if ranked by mass a spread and a scale.
     """
     vector = c.bits / 16
-    return 2 * exact + clusters * (vector + (2 + 2 * c.by_mass) / D) + n_ranked * vector
+    index = clusters * (vector + (2 + 2 * c.by_mass) / D) + n_ranked * vector
+    return 2 * steady + (1 + c.values) * retrieved + index
 
 
 def rows_read(cache):
@@ -165,9 +166,10 @@ def rows_read(cache):
     if isinstance(cache, WaveIndex):
         clusters = float((cache.index.sizes[0] > 0).sum(-1).float().mean())
         n_ranked = min(int(cache.config.budget(cache.n_indexed)[1][0]), clusters)
-        exact = int(cache.n_tokens[0] - cache.n_indexed[0])
-        exact += float(cache.fetched[1].sum(-1).float().mean())
-        return wave_rows(cache.config, exact, clusters, n_ranked, cache.k_store.shape[-1])
+        steady = int(cache.n_tokens[0] - cache.n_indexed[0])
+        retrieved = float(cache.fetched[1].sum(-1).float().mean())
+        return wave_rows(cache.config, steady, retrieved, clusters, n_ranked,
+                         cache.k_store.shape[-1])
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
         return pages + 2 * cache.read[0].sum(-1).float().mean().item()
@@ -182,9 +184,9 @@ def wave_at(config, rows, n, steps):
     indexed += tail if tail >= config.update else 0
     clusters = indexed // config.cluster
     slots = config.slots(indexed) if config.outliers else 1.05 * clusters   # some are split
-    exact = n - indexed + steps / 2
-    spent = wave_rows(config, exact, slots, config.estimate * clusters)
-    retrieve = round((rows - spent) / (2 * config.cluster + config.bits / 16))
+    steady = n - indexed + steps / 2
+    spent = wave_rows(config, steady, 0, slots, config.estimate * clusters)
+    retrieve = round((rows - spent) / ((1 + config.values) * config.cluster + config.bits / 16))
     if not 1 <= retrieve <= clusters:
         return None
     return replace(config, least=1, growth=1.0, retrieve=retrieve / clusters,
@@ -209,8 +211,8 @@ def ours_rows(n, steps):
     c = RetroConfig()
     indexed = n - c.sink - c.local
     n_retrieve, n_ranked = map(int, c.budget(torch.tensor(indexed)))
-    exact = n - indexed + indexed % c.cluster + steps / 2 + n_retrieve * c.cluster
-    return wave_rows(c, exact, c.slots(indexed), n_ranked)
+    steady = n - indexed + indexed % c.cluster + steps / 2
+    return wave_rows(c, steady, n_retrieve * c.cluster, c.slots(indexed), n_ranked)
 
 
 def named_methods(n, steps):

@@ -120,15 +120,16 @@ def compile_text(text, kernel, args, tiles, capability):
 def source(kernel, args, tile):
     """A kernel's source with its arguments' types, as Triton specialises them, and its options.
 
-    args: ints, tensors, or what TYPES makes of those.
+    args: ints, None, tensors, or what TYPES makes of those.
     """
     signature, constants, attrs = {}, {}, {}
     options = {name: tile[name] for name in tile if name.startswith("num_")} | kernels.OPTIONS
     args = [TYPES[x.dtype] if isinstance(x, torch.Tensor) else x for x in args]
     for i, (name, x) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if x == 1:                                      # Triton makes a constant of it
-            signature[name], constants[(i,)] = "constexpr", 1
-        elif isinstance(x, str):
+        if x is None or x == 1:                         # Triton makes a constant of it
+            signature[name], constants[(i,)] = "constexpr", x
+            continue
+        if isinstance(x, str):
             signature[name] = "*" + x
         else:
             signature[name] = "i32" if x < 2**31 else "i64"
@@ -157,14 +158,15 @@ def compile_one(code, options, capability):
 # ---------------------------------------------------------------- our kernels
 
 def step(dtype, G, D, bits=4):
-    """A decode step of one head behind 131,072 tokens; with 16 bits, ranked as in the paper."""
+    """Decode steps of one head behind 131,072 tokens; with 16 bits, ranked as in the paper."""
     config = retroinfer.RetroConfig(bits=bits, by_mass=bits == 4)
     wave = retroinfer.WaveIndex(config, 131072)
     wave.allocate(torch.zeros(1, 1, 1, D, dtype=dtype))
     steady = wave.k_steady, wave.v_steady, torch.zeros(1, 1, 1, wave.k_steady.shape[2])
     budget = retroinfer.Budget(*wave.caps, *config.budget(wave.n_indexed), config.by_mass)
-    kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index, budget,
-                   (wave.k_store, wave.v_store))
+    for values in (config.values, 1.0):
+        kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index,
+                       budget._replace(values=values), (wave.k_store, wave.v_store))
 
 
 def index(dtype, D):

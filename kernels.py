@@ -1,19 +1,25 @@
 """Triton twins of the hot functions of retroinfer.py: a decode step, and building the index.
 And of buffer.copy_rows, which brings tokens from the host.
 
-A step over one layer is four kernels around torch.topk. No token is gathered: the work list that
-`pack` writes holds row numbers, and `attend` reads K and V where they lie in the store.
+A step over one layer is kernels around torch.topk. No token is gathered: the work list that `pack`
+writes holds row numbers, and `look` and `attend` read K and V where they lie in the store. Where
+all values are read, attend reads keys too, and the four kernels behind pack are left out.
 
     rank      q, steady, centroids  -> logs of mass, hope (B, H, C, G); max and sum of each split
     weigh     hope, max and sum     -> share of each cluster, summed over G
     topk      share                 -> order (B, H, R+E)                               (PyTorch)
     pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
+    look      steady | rows | order -> logits (B, H, W, G) and (B, H, N, G); max and sum likewise
+    weigh     logits, max and sum   -> share of each token, summed over G
+    topk      share                 -> places (B, H, M) in rows, of whose tokens values are read
+    mark      places                -> share -1: nothing is left of them to their clusters' means
     attend    steady | rows | order -> max, sum and weighted values of each split
     combine   of all splits         -> o (B, H, G, D)
 
     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady-zone slots
     C clusters a head   R, E clusters retrieved, estimated   N exact tokens   S splits of a head
-    L tokens in a segment   K clusters ranked: R+E   BG, BD, BN, BC, BL: a tile's size along those
+    M exact tokens whose values are read   L tokens in a segment   K clusters ranked: R+E
+    BG, BD, BN, BC, BL: a tile's size along those
 
 What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;
 centroids and means in 4 bits):
@@ -24,8 +30,17 @@ centroids and means in 4 bits):
     attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
-(weigh reads its 8*S*G once for 256 clusters or fewer; where centroids alone rank, as in the paper,
-rank reads no W). A test finds these in what interpreted kernels move.
+and in place of these, where M < N tokens give values, and the means of R clusters stand for others:
+
+    weigh     4*G*(C + N + 4*S) read, 4*(C + N) written
+    pack      20*R + 16 read, 4*(N + R) + 8 written
+    look      (W + N)*(D*e + 4) + E*(4*G + 8) + S*(G*D*e + 16) read, 4*G*(W + N + 2*S) written
+    mark      8*M + 8 read, 4*M written
+    attend    W*(D*e + 4*G + 4) + M*(D*e + 12) + N*(4*G + 4) + R*(D//2 + 22)
+              + E*(D//2 + 14 + 4*G) + 24*S read, 4*S*G*(D + 2) written
+
+(weigh reads its 8*S*G once for 256 rows or fewer; where centroids alone rank, as in the paper, rank
+reads no W). A test finds these in what interpreted kernels move.
 
 Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -99,6 +114,15 @@ def in_bytes(x, D: tl.constexpr, fine):
     return ((x.to(tl.float32) * D ** -0.5 * fine[:, None] + 12582912.0) - 12582912.0).to(tl.float16)
 
 
+@triton.jit
+def meet(queries, keys, row, is_live, D: tl.constexpr, BD: tl.constexpr):
+    """Logits (BG, BN) of queries (BG, BD) and rows of keys, -inf where none is live."""
+    d = tl.arange(0, BD)
+    k = tl.load(keys + row[:, None] * D + d, is_live[:, None] & (d < D), 0.0)           # (BN, BD)
+    x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5
+    return tl.where(is_live, x, float("-inf"))
+
+
 # Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
@@ -126,16 +150,14 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
         size = tl.load(sizes + head * C + c, c < C, 0.0)                                # (BC,)
         is_live = size > 0
         spread = tl.load(spreads + head * C + c, is_live, 0.0).to(tl.float32)
-        scale = tl.load(scales + (head * C + c) * 2, is_live, 0.0).to(tl.float32)
+        scale = tl.load(scales + (head * C + c) * 2, is_live, 1.0).to(tl.float32)
         if PACKED:
             codes = tl.load(centroids + (head * C + c[:, None]) * (D // 2) + h,
                             is_live[:, None] & (h < D // 2), 0)                         # (BC, BD/2)
             low, high = (codes & 15).to(tl.float16) - 8, (codes >> 4).to(tl.float16) - 8
             x = tl.dot(q_high, tl.trans(high), tl.dot(q_low, tl.trans(low))) / fine[:, None]
         else:
-            keys = tl.load(centroids + (head * C + c[:, None]) * D + d,
-                           is_live[:, None] & (d < D), 0.0)                             # (BC, BD)
-            x = tl.dot(queries, tl.trans(keys), input_precision="ieee") * D ** -0.5     # (BG, BC)
+            x = meet(queries, centroids, head * C + c, is_live, D, BD)                  # (BG, BC)
         x = tl.where(is_live, x * scale, float("-inf"))
         at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
         size = tl.where(is_live, size, 1.0)
@@ -150,18 +172,15 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
         for t in range(split, tl.cdiv(W, BC), S):
             w = t * BC + tl.arange(0, BC)
             b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
-            k = tl.load(k_steady + (head * W + w[:, None]) * D + d,
-                        (b[:, None] > float("-inf")) & (d < D), 0.0)                    # (BC, BD)
-            x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b
-            m, s = grow(x, m, s)
+            m, s = grow(meet(queries, k_steady, head * W + w, b > float("-inf"), D, BD) + b, m, s)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
 
 
-# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of logarithms each and all S
-# pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below every
-# cluster.
+# Grid (C/BC, B*H). A program owns BC clusters, or tokens: it reads 4*G bytes of logarithms each and
+# all S pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below
+# every other.
 @triton.jit
 def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
                  BC: tl.constexpr, STEP: tl.constexpr):
@@ -185,6 +204,16 @@ def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
     tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
 
 
+def weigh(x, stats):
+    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats."""
+    (B, H, C, G), S = x.shape, stats.shape[2]
+    weights, BG = x.new_empty(B, H, C), triton.next_power_of_2(G)
+    BC = min(256, 4096 // BG)
+    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), x, stats, weights, C, S, G=G, BG=BG, BC=BC,
+           STEP=16, num_warps=4)
+    return weights
+
+
 def rank_clusters(q, k_steady, bias, index, n, by_mass):
     """Logarithms of masses (B, H, C, G), fp32, and the n best clusters (B, H, n)."""
     (B, H, G, D), C, W = q.shape, index.sizes.shape[2], k_steady.shape[2]
@@ -194,25 +223,22 @@ def rank_clusters(q, k_steady, bias, index, n, by_mass):
     n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
     S = triton.cdiv(C, BC * n_tiles)
     masses, ranks = index.sizes.new_empty(2, B, H, C, G)
-    weights, stats = index.sizes.new_empty(B, H, C), index.sizes.new_empty(B, H, S, 2, G)
+    stats = index.sizes.new_empty(B, H, S, 2, G)
     launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
            index.scales, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0), bias.stride(1),
            BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC, **tile,
            num_stages=3)
-    BG = triton.next_power_of_2(G)
-    BC = min(256, 4096 // BG)
-    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), ranks, stats, weights, C, S, G=G, BG=BG,
-           BC=BC, STEP=16, num_warps=4)
-    return masses, weights.topk(n, sorted=True).indices
+    return masses, weigh(ranks, stats).topk(n, sorted=True).indices
 
 
 # ---------------------------------------------------------------- attention
 
 # Grid (B*H,). A program owns the work list of one head: in order of rank it reads 8 bytes of order,
 # 4 of size and 8 of offset of each retrieved cluster, while their tokens fit together, and writes
-# 4 bytes a token; then how many clusters and tokens fit.
+# 4 bytes a token; then how many clusters and tokens fit. With `known`, also where in the list each
+# cluster ends, 4 bytes.
 @triton.jit
-def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, H, C, K, R, N,
+def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, known, H, C, K, R, N,
                 BR: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
     room = tl.minimum(tl.load(n_tokens + head // H), N)
@@ -227,11 +253,64 @@ def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, H, C, K
         first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
         for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
             tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
+        if known is not None:
+            tl.store(known + head * R + r, ends, is_in)
         n_clusters += tl.sum(is_in.to(tl.int32), 0)
         n_fit = tl.maximum(n_fit, tl.max(tl.where(is_in, ends, 0), 0))
         end += tl.sum(size, 0)
     tl.store(fits + head * 2, n_clusters)
     tl.store(fits + head * 2 + 1, n_fit)
+
+
+# Grid (S, B*H). A program owns every S-th tile of the entries of one head, as in attend_kernel: of
+# steady slots and retrieved tokens it reads D*e + 4 bytes each and writes 4*G, their logits (-inf
+# where none is), of estimated clusters it reads 8 + 4*G. In the end it writes max and sum, 8*G.
+@triton.jit
+def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N,
+                C, K, bias_b, bias_h, x_steady, x_tokens, G: tl.constexpr, D: tl.constexpr,
+                BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
+    is_g, is_q = g[:, None] < G, (g[:, None] < G) & (d < D)
+    queries = tl.load(q + (head * G + g[:, None]) * D + d, is_q, 0.0)                   # (BG, BD)
+    m, s = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
+    n_tiles = tl.cdiv(W, BN)
+    for t in range(split, n_tiles, S):
+        w = t * BN + n
+        b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
+        x = meet(queries, k_steady, head * W + w, b > float("-inf"), D, BD) + b         # (BG, BN)
+        tl.store(x_steady + (head * W + w) * G + g[:, None], x, (w < W) & is_g)
+        m, s = grow(x, m, s)
+    n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
+    first = (split + S - n_tiles % S) % S           # where the zone before left off
+    n_tiles += tl.cdiv(N, BN)
+    for t in range(first, tl.cdiv(N, BN), S):
+        slot = t * BN + n
+        is_live = slot < n_tokens
+        row = head * T + tl.load(rows + head * N + slot, is_live, 0)
+        x = meet(queries, k_store, row, is_live, D, BD)
+        tl.store(x_tokens + (head * N + slot) * G + g[:, None], x, (slot < N) & is_g)
+        m, s = grow(x, m, s)
+    n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
+    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
+        r = t * BN + n
+        ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
+        x = tl.load(masses + ids * G + g[:, None], (r < n_estimate) & is_g, float("-inf"))
+        m, s = grow(x, m, s)
+    stats += (head * S + split) * 2 * G + g
+    tl.store(stats, m, g < G)
+    tl.store(stats + G, s, g < G)
+
+
+# Grid (M/BM, B*H). A program owns BM of the best tokens: it reads 8 bytes of place of those whose
+# values are read, and writes 4, the -1 that a free place has.
+@triton.jit
+def mark_kernel(places, n_values, weights, H, M, N, BM: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    is_read = i < tl.minimum(tl.load(n_values + head // H), M)
+    place = tl.load(places + head * M + i, is_read, 0)
+    tl.store(weights + head * N + place, -1.0, is_read)
 
 
 @triton.jit
@@ -247,69 +326,101 @@ def absorb(x, low, high, scale, m, s, o_low, o_high):
     return top, s * fade + tl.sum(p, 1), o_low, o_high
 
 
+@triton.jit
+def leave(m, s, weights, x_tokens, end, size, g, G: tl.constexpr):
+    """Logarithms m + log(s) (BG, BN), with what clusters of `size` tokens, up to `end` in the work
+    list, are left with: their tokens whose values are not read, 4*G bytes each, and 4 of all."""
+    for i in range(0, tl.max(size, 0)):
+        at = end - size + i
+        is_left = tl.load(weights + at, i < size, -1.0) >= 0                            # (BN,)
+        x = tl.load(x_tokens + at * G + g[:, None], is_left & (g[:, None] < G), float("-inf"))
+        top = tl.maximum(m, x)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        m, s = top, s * tl.exp(m - shift) + tl.exp(x - shift)
+    return m + tl.log(tl.maximum(s, 1.0))       # less than the largest only where all are -inf
+
+
 # Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
 # steady slots, then retrieved tokens by the work list, then the estimated clusters, whose masses
 # rank_kernel left. It reads 2*D*e + 4 bytes a token, and of a cluster its mean, 4*G + 14 bytes and
 # in the end writes 4*G*(D + 2). Values come in two halves of the columns: PACKED, a byte of a mean
-# holds a number of each.
+# holds a number of each. Where look_kernel has left logits, it reads these, 4*G bytes, in place of
+# keys; then of retrieved tokens those at `places` only, 8 bytes more each, and of what is left of
+# retrieved clusters the means too.
 @triton.jit
-def attend_kernel(q, k_steady, v_steady, bias, k_store, v_store, rows, fits, order, n_ranked,
-                  masses, means, scales, stats, parts, H, W, T, N, C, K, bias_b, bias_h,
-                  PACKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
-                  BD: tl.constexpr, BN: tl.constexpr):
+def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T,
+                  N, C, K, bias_b, bias_h, v_steady, v_store, means, scales, parts, sizes, ends,
+                  n_values, x_steady, x_tokens, weights, places, R, M, PACKED: tl.constexpr,
+                  G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+                  BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     g, d, h, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BD // 2), tl.arange(0, BN)
     half: tl.constexpr = (D + 1) // 2
     is_low, is_high = h < half, half + h < D                                            # (BD/2,)
-    is_q = (g[:, None] < G) & (d < D)
-    queries = tl.load(q + (head * G + g[:, None]) * D + d, is_q, 0.0)                   # (BG, BD)
+    is_g = g[:, None] < G
+    if places is None:
+        queries = tl.load(q + (head * G + g[:, None]) * D + d, is_g & (d < D), 0.0)     # (BG, BD)
     m, s = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
     o_low, o_high = tl.zeros([BG, BD // 2], tl.float32), tl.zeros([BG, BD // 2], tl.float32)
     n_tiles = tl.cdiv(W, BN)
     for t in range(split, n_tiles, S):
         w = t * BN + n
         b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
-        at, is_live = (head * W + w[:, None]) * D, b[:, None] > float("-inf")           # (BN, 1)
-        k = tl.load(k_steady + at + d, is_live & (d < D), 0.0)                          # (BN, BD)
-        low = tl.load(v_steady + at + h, is_live & is_low, 0.0)                         # (BN, BD/2)
-        high = tl.load(v_steady + at + half + h, is_live & is_high, 0.0)
-        x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5 + b        # (BG, BN)
+        row, is_live = head * W + w, b > float("-inf")                                  # (BN,)
+        low = tl.load(v_steady + row[:, None] * D + h, is_live[:, None] & is_low, 0.0)
+        high = tl.load(v_steady + row[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
+        if places is None:
+            x = meet(queries, k_steady, row, is_live, D, BD) + b                        # (BG, BN)
+        else:
+            x = tl.load(x_steady + row * G + g[:, None], (w < W) & is_g, float("-inf"))
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
+    if places is not None:
+        n_tokens = tl.minimum(tl.minimum(tl.load(n_values + head // H), M), n_tokens).to(tl.int32)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
     for t in range(first, tl.cdiv(n_tokens, BN), S):
         slot = t * BN + n
         is_live = slot < n_tokens
-        row = tl.load(rows + head * N + slot, is_live, 0).to(tl.int64)
-        at = (head * T + row[:, None]) * D
-        k = tl.load(k_store + at + d, is_live[:, None] & (d < D), 0.0)
-        low = tl.load(v_store + at + h, is_live[:, None] & is_low, 0.0)
-        high = tl.load(v_store + at + half + h, is_live[:, None] & is_high, 0.0)
-        x = tl.dot(queries, tl.trans(k), input_precision="ieee") * D ** -0.5
-        x = tl.where(is_live, x, float("-inf"))
+        if places is not None:
+            slot = tl.load(places + head * M + slot, is_live, 0)
+        row = head * T + tl.load(rows + head * N + slot, is_live, 0)
+        low = tl.load(v_store + row[:, None] * D + h, is_live[:, None] & is_low, 0.0)
+        high = tl.load(v_store + row[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
+        if places is None:
+            x = meet(queries, k_store, row, is_live, D, BD)
+        else:
+            x = tl.load(x_tokens + (head * N + slot) * G + g[:, None], is_live & is_g,
+                        float("-inf"))
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
-    n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
-    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
-        r = t * BN + n
-        ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
-        is_live = tl.load(masses + ids * G, r < n_estimate, float("-inf")) > float("-inf")
+    skip = n_clusters if places is None else 0
+    n_means = tl.minimum(tl.load(n_ranked + head // H), K).to(tl.int32)
+    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_means - skip, BN), S):
+        r = skip + t * BN + n
+        ids = head * C + tl.load(order + head * K + r, r < n_means, 0)
+        is_live = tl.load(masses + ids * G, r < n_means, float("-inf")) > float("-inf")
         scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
-        x = tl.load(masses + ids * G + g[:, None], is_live & (g[:, None] < G), float("-inf"))
+        x = tl.load(masses + ids * G + g[:, None], is_live & (r >= n_clusters) & is_g,
+                    float("-inf"))
+        if places is not None:
+            is_read = is_live & (r < n_clusters)
+            size = tl.load(sizes + ids, is_read, 0.0).to(tl.int32)
+            end = head * N + tl.load(ends + head * R + r, is_read, 0)
+            x = leave(x, tl.full([BG, BN], 1.0, tl.float32), weights, x_tokens, end, size, g, G)
         if PACKED:
             codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 8)
             low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
         else:
             low = tl.load(means + ids[:, None] * D + h, is_live[:, None] & is_low, 0.0)
             high = tl.load(means + ids[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
-        low, high = low.to(queries.dtype), high.to(queries.dtype)
-        m, s, o_low, o_high = absorb(x, low, high, scale, m, s, o_low, o_high)
+        kind = v_store.dtype.element_ty
+        m, s, o_low, o_high = absorb(x, low.to(kind), high.to(kind), scale, m, s, o_low, o_high)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
     parts += ((head * S + split) * G + g[:, None]) * D + h                              # (BG, BD/2)
-    tl.store(parts, o_low, (g[:, None] < G) & is_low)
-    tl.store(parts + half, o_high, (g[:, None] < G) & is_high)
+    tl.store(parts, o_low, is_g & is_low)
+    tl.store(parts + half, o_high, is_g & is_high)
 
 
 # Grid (G, B*H). A program owns one output row: it reads S partial rows, 4*(D + 2) bytes each. Where
@@ -344,9 +455,27 @@ def attend(q, steady, index, budget, stores):
     kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
-    shares = [budget.n_retrieve, budget.n_ranked, budget.room]
-    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget[:3]),
+    shares, M = [budget.n_retrieve, budget.n_ranked, budget.room], budget.part(budget.tokens)
+    if budget.tokens > M:
+        shares.append(budget.part(budget.room))
+    return attend_op(q, list(steady), list(index), list(stores), shares, [*budget[:3], M],
                      budget.by_mass)
+
+
+def look(shared, n_values, M, tile):
+    """What attend_kernel takes in place of keys, for what it shares with look_kernel.
+
+    Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), shares of the latter
+    (B, H, N), -1 of those whose values are read, and the places of these (B, H, M), best first.
+    """
+    (B, H, G, _), stats, W, N = shared[0].shape, shared[9], shared[11], shared[13]
+    x_steady, x_tokens = stats.new_empty(B, H, W, G), stats.new_empty(B, H, N, G)
+    launch(look_kernel, (stats.shape[2], B * H), *shared, x_steady, x_tokens, **tile, num_stages=3)
+    weights = weigh(x_tokens, stats)
+    places = weights.topk(M, sorted=True).indices
+    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, n_values, weights, H, M, N, BM=256,
+           num_warps=4)
+    return n_values, x_steady, x_tokens, weights, places
 
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
@@ -358,22 +487,25 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_retrieve, n_ranked, n_tokens), (N, R, K) = shares, caps
+    (n_retrieve, n_ranked, n_tokens, *n_values), (N, R, K, M) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
-    rows, fits = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2))
+    rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
+    ends = ends if n_values else None
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, n_tokens, rows,
-           fits, H, C, K, R, N, BR=128, num_warps=4)
+           fits, ends, H, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
-    BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
-    if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
-        tile["num_warps"] = 16                  # float32 products hold more in registers
+    tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
-    launch(attend_kernel, (S, B * H), q, k_steady, v_steady, bias, k_store, v_store, rows, fits,
-           order, n_ranked, masses, index.means, index.scales, stats, parts, H, W, T, N, C, K,
-           bias.stride(0), bias.stride(1), PACKED=index.means.dtype == torch.uint8, BN=BN, **tile,
+    shared = (q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N, C,
+              K, bias.stride(0), bias.stride(1))
+    looked = look(shared, *n_values, M, tile) if n_values else [None] * 5
+    if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
+        tile["num_warps"] = 16                  # float32 products hold more in registers
+    launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales, parts,
+           index.sizes, ends, *looked, R, M, PACKED=index.means.dtype == torch.uint8, **tile,
            num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)

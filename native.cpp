@@ -1,14 +1,18 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
 // once. native.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
-// and for DIMS of a head. Four loops over the tiles of a head:
+// and for DIMS of a head. Loops over the tiles of a head:
 //
-//     rank      q, centroids | steady rows     -> hope of each live cluster | a part of the softmax
-//     select    hopes                          -> rows and means to read, and logits of the means
-//     attend    retrieved rows | means         -> a part: largest logit, sum, weighted values
+//     rank      q, centroids                   -> hope of each live cluster
+//     attend    steady rows                    -> a part: largest logit, sum, weighted values
+//     select    hopes                          -> keys and means to read, and logits of the means
+//     look      retrieved keys | means         -> weights of retrieved tokens | of means
+//     part      all weights                    -> values to read; what is left goes to the means
+//     read      values | means                 -> the other parts
 //     combine   all parts                      -> o (B, H, G, D)
 //
 //     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady slots
 //     C clusters a head   R, K clusters retrieved, ranked at most   N tokens retrieved at most
+//     M values of these read at most
 //
 // Threads take whole heads, so that what one loop leaves for the next is in their own cache, or the
 // tiles of all heads where whole ones would leave some idle. Tiles depend on shapes alone: the
@@ -549,7 +553,7 @@ struct Head {
         return some;
     }
 
-    // Reads what rank left, and 8 bytes a cluster retrieved; writes 16 a token, 4*G + 8 a mean.
+    // Reads what rank left, and 8 bytes a cluster retrieved; writes 12 a token, 4*G + 8 a mean.
     void select() {
         weigh();
         int clusters = 0;

@@ -2,7 +2,7 @@
 
 torch.compile makes loops of what PyTorch spells out: on a CPU it sums across lanes for every score,
 copies the retrieved rows before it reads them, and sorts more than the best. native.cpp does the
-step in four loops that read each byte once. It is compiled on first use, for this processor and
+step in loops that read each byte once. It is compiled on first use, for this processor and
 for the model's types and head dims, and kept in Inductor's cache directory, or the user's.
 
 Does not include: building the index, which is matrix products and sums that PyTorch does well.

@@ -30,7 +30,7 @@ import torch
 
 import texts
 from bench import cpu_name, table
-from buffer import BLOCK
+from buffer import BLOCK, WHOLE
 from machine import plot_speed, predicted
 from model import DEFAULT_NAME, load
 from retroinfer import (
@@ -101,7 +101,7 @@ class Trace:
 
 def record(model, prompts, n_steps, pick=None, config=None):
     """The Trace of n_steps eager steps behind prompts (T,), which a wave index has read."""
-    asked, config = [], config or RetroConfig()
+    asked, config = [], config or RetroConfig(**WHOLE)
 
     def attend(q, steady, index, budget, stores):
         def fetch(ids, ends):

@@ -47,9 +47,10 @@ class RetroConfig:
 
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
-    iterations: ten gain nothing. least: 128 tokens. growth: 1.7 % of 131,072 tokens are left, the
-    paper's share. estimate: what it saves retrieves more. outliers: a needle among words unlike it
-    is invisible in their centroid.
+    iterations: ten gain nothing. least: 128 tokens. growth: 2.8 % of 131,072 tokens are left, with
+    values the paper's bytes. values: once weights are known, few are worth their bytes. estimate:
+    what it saves retrieves more. outliers: a needle among words unlike it is invisible in their
+    centroid.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
@@ -664,7 +665,8 @@ class WaveIndex(nn.Module):
         """Bytes of K, V and index that one decode step reads at most."""
         (B, H, C), (tokens, R, ranked) = self.index.sizes.shape, self.caps
         row, vector = (x[0, 0, 0].nbytes for x in (self.k_store, self.index.means))
-        return B * H * (2 * (self.k_steady.shape[2] + tokens) * row     # C: size, spread, scale
+        values = Budget(*self.caps, None, None, values=self.config.values).part(tokens)
+        return B * H * ((2 * self.k_steady.shape[2] + tokens + values) * row    # C: size, spread
                         + (C + ranked) * vector + 8 * C + 8 * R + 2 * ranked)
 
 

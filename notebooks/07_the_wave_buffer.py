@@ -24,7 +24,7 @@ from ipywidgets import interact
 from plots import BLUE, DARK, LIGHT, MIDDLE, SHADES, axes, heatmap, label
 
 import plan
-from buffer import BLOCK, LRU, BlockCache, WaveBuffer
+from buffer import BLOCK, LRU, WHOLE, BlockCache, WaveBuffer
 from machine import (
     MACHINES,
     PUBLISHED,
@@ -38,7 +38,7 @@ from machine import (
 from replay import POLICIES, Trace, replay
 from retroinfer import RetroConfig, WaveIndex, before, gather_clusters, round_up
 
-text, config = captured(), RetroConfig()
+text, config = captured(), RetroConfig(**WHOLE)     # a block brings all its values
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 LAYERS, N_STEPS, RATIO = range(3, n_layers, 6), 256, 0.1

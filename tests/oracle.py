@@ -35,19 +35,22 @@ def in_bytes(q):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=None):
-    """Tripartite attention as the paper writes it: outputs (G, D), and masses exact and estimated.
+def tripartite(q, steady, clusters, budget, stored=None):
+    """Tripartite attention as the paper writes it, but for values: outputs (G, D).
 
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
     each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and
     clusters are ranked by probability over the centroids, summed over the queries. Of the
-    n_retrieve best those are exact that fit n_tokens together; the others are estimated.
+    n_retrieve best those are exact that fit n_tokens together; the others are estimated. Of the
+    exact tokens of clusters, the n_values that weigh most over all queries have their own values,
+    the others the mean of their cluster's. budget: n_retrieve, n_estimate, n_tokens, n_values.
 
     stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them, and q (G, D) as
     it meets the centroids. A cluster then weighs its size times 1 + s/2 centroids, s being |q|^2
     times its spread, and is ranked by the share of its hope in all, the steady zone's included.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
+    n_retrieve, n_estimate, n_tokens, n_values = budget
     sizes = torch.tensor([float(len(k)) for k, _ in clusters], dtype=torch.float64)
     centroids, means, spreads, asked = stored or (
         torch.stack([k.double().mean(0) for k, _ in clusters]),
@@ -68,17 +71,17 @@ def tripartite(q, steady, clusters, n_retrieve, n_estimate, n_tokens, stored=Non
     fit, room = 0, n_tokens
     while fit < min(n_retrieve, len(rank)) and len(clusters[rank[fit]][0]) <= room:
         room, fit = room - len(clusters[rank[fit]][0]), fit + 1
-    o, mass = [], []
-    for g, query in enumerate(q):
-        numerator, denominator, estimated = 0, 0, 0
-        exact = [steady] + [clusters[i] for i in rank[:fit]]
-        for k, v in exact:
-            for key, value in zip(k.double(), v.double(), strict=True):
-                weight = math.exp(query @ key * scale)
-                numerator, denominator = numerator + weight * value, denominator + weight
-        for i in rank[fit:n_retrieve + n_estimate]:
-            numerator = numerator + masses[g, i] * means[i]
-            estimated += masses[g, i]
-        o.append(numerator / (denominator + estimated))
-        mass.append((denominator, estimated))
-    return torch.stack(o), mass
+    exact = [(None, *x) for x in zip(*steady, strict=True)] + [
+        (i, *x) for i in rank[:fit] for x in zip(*clusters[i], strict=True)]
+    estimated = rank[fit:n_retrieve + n_estimate]
+    weights = torch.tensor([[math.exp(query @ key.double() * scale) for _, key, _ in exact]
+                            for query in q], dtype=torch.float64)               # (G, exact)
+    total = weights.sum(1) + masses[:, estimated].sum(1)
+    share = (weights / total[:, None]).sum(0).tolist()
+    heaviest = sorted((j for j in range(len(exact)) if exact[j][0] is not None),
+                      key=lambda j: -share[j])[:n_values]
+    o = masses[:, estimated] @ means[estimated]
+    for j, (i, _, value) in enumerate(exact):
+        is_read = i is None or j in heaviest
+        o = o + weights[:, j:j + 1] * (value.double() if is_read else means[i])
+    return o / total[:, None]

@@ -1,4 +1,5 @@
 """Decode steps over random clusters, and what PyTorch and float64 loops make of them."""
+import itertools
 import math
 
 import oracle
@@ -117,11 +118,12 @@ class Case:
                                (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c]),
                                 [c] * sizes[c]), strict=True):
                 all_.append(x)
-        weights, v, owner = (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1), torch.cat(v), sum(owner, [])
-        retrieved = [i for i, c in enumerate(owner) if c >= 0]
-        retrieved.sort(key=lambda i: float(weights[:, i].sum()), reverse=True)
-        for i in retrieved[math.ceil(round(self.budget.values, 3) * int(self.budget.n_tokens[b])):]:
-            v[i] = means[owner[i]]
+        weights, v = (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1), torch.cat(v)
+        share, owner = weights.sum(0).tolist(), enumerate(itertools.chain(*owner))
+        lightest_last = sorted((-share[i], i, c) for i, c in owner if c >= 0)
+        n_values = math.ceil(self.budget.values * int(self.budget.n_tokens[b]))
+        for _, i, c in lightest_last[n_values:]:    # these count with their cluster's mean value
+            v[i] = means[c]
         return weights @ v
 
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import cli
+from buffer import WHOLE
 from model import DenseCache
 from retroinfer import RetroConfig, eager_step, generate
 
@@ -61,7 +62,7 @@ def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
 
 def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt):
     _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 20, "--update", 32,
-                    "--retrieve", 1, "--json", "--raw")
+                    "--retrieve", 1, "--values", 1, "--json", "--raw")
     from model import load
     model, tokenizer = load(checkpoint(**LONG), device="cpu")
     ids = torch.tensor([tokenizer.encode(prompt.read_text())])
@@ -72,7 +73,7 @@ def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt)
 
 def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare",
-                           "--retrieve", 1, "--update", 64, "--json")
+                           "--retrieve", 1, "--values", 1, "--update", 64, "--json")
     facts = last_json(out)
     assert status == 0 and facts["agreement"] == 1 and facts["dense_answer"] == facts["answers"][0]
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
@@ -115,7 +116,8 @@ def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
 
 
 def test_chunks_change_nothing(run, checkpoint):
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1, "--json")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1,
+             "--values", 1, "--json")
     whole, chunks = (last_json(run(*flags, *more)[1]) for more in ((), ("--prefill-chunk", 100)))
     assert whole["answers"][0] == chunks["answers"][0]
 
@@ -179,8 +181,8 @@ def test_a_batch_says_what_each_prompt_says_alone(run, checkpoint, prompt, tmp_p
 
 def test_turns_go_on_from_what_was_said(run, checkpoint, monkeypatch, prompt, tmp_path):
     """The second answer is that to one raw prompt which holds the first turn and its answer."""
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1, "--raw",
-             "--json")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1,
+             "--values", 1, "--raw", "--json")
     talk(monkeypatch, "the dog sat")
     status, out, _ = run(*flags, "--chat", "--update", 32)
     facts = last_json(out)
@@ -229,7 +231,9 @@ def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
 
 @pytest.fixture
 def flags(checkpoint, tmp_path):
-    return ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--json")
+    """With the values and the share that --offload has by itself, so that answers are the same."""
+    return ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--json",
+            *(x for name, value in WHOLE.items() for x in (f"--{name}", value)))
 
 
 def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, capsys):

@@ -34,6 +34,7 @@ from retroinfer import RetroConfig, WaveIndex  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CAPABILITIES = (80, 90, 100)
+HELPERS = {"absorb", "grow", "in_bytes", "leave", "meet"}
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +83,24 @@ def test_a_step_is_as_exact_as_pytorch(name, dtype):
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
-@pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "no room"])
-def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
-    case = Case(*CASES[name], bits=16, by_mass=False)
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
+@pytest.mark.parametrize("values", [0.3, 0.05, 0.0])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_reads_some_values_is_as_exact_as_pytorch(name, values, dtype):
+    case = Case(*CASES[name], dtype, values=values)
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
-def test_an_odd_number_of_dims_is_as_exact_as_pytorch():
-    case = Case((1, 2, 3, 45, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)], bits=16)
+@pytest.mark.parametrize("values", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "no room"])
+def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name, values):
+    case = Case(*CASES[name], bits=16, by_mass=False, values=values)
+    assert_as_exact(kernel(case), case.eager(), case.truth())
+
+
+@pytest.mark.parametrize("values", [1.0, 0.3])
+def test_an_odd_number_of_dims_is_as_exact_as_pytorch(values):
+    case = Case((1, 2, 3, 45, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)], bits=16, values=values)
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
@@ -100,46 +111,77 @@ def test_the_two_rankings_differ():
     assert (by_mass - case.truth()).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("values", [1.0, 0.3])
 @pytest.mark.parametrize("largest, tokens", [(300, 64), (300, 301), (1, 8)])
-def test_clusters_of_any_size_are_read_or_estimated(largest, tokens):
+def test_clusters_of_any_size_are_read_or_estimated(largest, tokens, values):
     """Giants before any split: all too large, one or two that fit; and single tokens."""
-    case = Case((1, 2, 2, 16, 4, 12), (tokens, 9, 11), [(9, 11)], [(4, 12)], largest=largest)
+    case = Case((1, 2, 2, 16, 4, 12), (tokens, 9, 11), [(9, 11)], [(4, 12)], largest=largest,
+                values=values)
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
-def test_a_sequence_with_nothing_to_attend_harms_no_other():
+@pytest.mark.parametrize("values", [1.0, 0.3])
+def test_a_sequence_with_nothing_to_attend_harms_no_other(values):
     """NaN for it, as a softmax over nothing has it, and for it alone."""
-    case = Case((2, 1, 2, 16, 8, 20), (32, 4, 12), [(4, 12)] * 2, [(0, 0), (8, 20)])
+    case = Case((2, 1, 2, 16, 8, 20), (32, 4, 12), [(4, 12)] * 2, [(0, 0), (8, 20)],
+                values=values)
     mine = kernel(case)
     assert mine[0].isnan().all() and case.eager()[0].isnan().all()
     assert_as_exact(mine[1], case.eager()[1], case.truth()[1])
 
 
+@pytest.mark.parametrize("values", [1.0, 0.3])
 @pytest.mark.parametrize("n_programs", [1, 3, 1000])
-def test_the_number_of_splits_changes_nothing_but_rounding(n_programs, monkeypatch):
-    case = Case(*CASES["ragged"])
+def test_the_number_of_splits_changes_nothing_but_rounding(n_programs, values, monkeypatch):
+    case = Case(*CASES["ragged"], values=values)
     monkeypatch.setattr(kernels, "programs", lambda device: n_programs)
     torch.testing.assert_close(kernel(case), case.eager(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", [1.0, 0.3])
+def test_two_steps_are_one_bit_for_bit(values):
+    case = Case(*CASES["plain"], values=values)
+    assert torch.equal(kernel(case), kernel(case))
+
+
+@pytest.mark.parametrize("values", [0.3, 0.0])
+def test_of_equal_tokens_it_does_not_matter_which_give_values(values):
+    """Every value is the mean: no weight is lost, and none counts twice."""
+    case = Case(*CASES["plain"], values=values, bits=16)
+    k, v = case.stores
+    k[:], v[:] = k[:, :, :1], v[:, :, :1]
+    case.index.means[:] = v[:, :, :1]
+    want = case.truth()
+    case.budget = case.budget._replace(values=1.0)
+    torch.testing.assert_close(want, case.truth())
+    case.budget = case.budget._replace(values=values)
+    assert_as_exact(kernel(case), case.eager(), want)
+
+
 @pytest.mark.skipif(kernels.IS_COMPILED, reason="the interpreter counts")
-def test_the_docstring_counts_the_bytes_of_each_kernel(monkeypatch):
+@pytest.mark.parametrize("values", [1.0, 0.3])
+def test_the_docstring_counts_the_bytes_of_each_kernel(values, monkeypatch):
     """Its formulas, with every slot live and every share used, are what is loaded and stored."""
     B, H, G, D, W, C, R, E, S, size, e = 1, 2, 3, 64, 40, 96, 10, 20, 3, 4, 4
     N = R * size
     monkeypatch.setattr(kernels, "splits", lambda device, heads, n_tiles: S)
-    case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)])
+    case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)], values=values)
+    M = case.budget.part(N)
     sizes = torch.full((B, H, C), float(size))
     offsets = torch.arange(C).expand(B, H, C) * size
     case.index = case.index._replace(sizes=sizes, offsets=offsets)
     case.stores = [torch.randn(B, H, C * size, D) for _ in range(2)]
     with footprint.counted() as moved:
         kernels.attend(case.q, case.steady, case.index, case.budget, case.stores)
-    ledger = re.findall(r"^    (\w+) +(.+) read, (.+) written$", kernels.__doc__, re.M)
-    assert {f"{name}_kernel" for name, *_ in ledger} == set(moved)
+    every, some = ({name: formulas for name, *formulas in re.findall(
+        r"^    (\w+) +(\S[^:]+?) read, (.+) written$", part, re.M)}
+        for part in kernels.__doc__.split("in place of these"))
+    ledger = every if M == N else every | some
+    assert {f"{name}_kernel" for name in ledger} == set(moved)
     names = {name: x for name, x in locals().items() if len(name) == 1}
-    for name, *formulas in ledger:
-        assert moved[f"{name}_kernel"] == [B * H * eval(x, {}, names) for x in formulas], name
+    for name, formulas in ledger.items():
+        expected = [B * H * eval(f"({x})", {}, names) for x in formulas]
+        assert moved[f"{name}_kernel"] == expected, name
 
 
 def test_tensors_of_two_dtypes_are_refused():
@@ -270,16 +312,18 @@ def test_a_captured_step_grows_with_its_sequence():
     torch.testing.assert_close(run(wave, q, k, v, 150, replay), eager, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["attend", "nearest", "segment_sum", "copy_rows"])
+@pytest.mark.parametrize("op", ["attend", "attend some", "nearest", "segment_sum", "copy_rows"])
 def test_operators_pass_opcheck(op):
     case = Case(*CASES["one token"])
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
     shares = [n.to(DEVICE) for n in (*case.budget[3:5], case.budget.room)]
-    args = {"attend": (x, steady, index, stores, shares, list(case.budget[:3]), True),
+    caps = [*case.budget[:3], case.budget.tokens]
+    args = {"attend": (x, steady, index, stores, shares, caps, True),
+            "attend some": (x, steady, index, stores, [*shares, shares[0]], [*caps[:3], 1], True),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
-    torch.library.opcheck(getattr(kernels, f"{op}_op"), args)
+    torch.library.opcheck(getattr(kernels, f"{op.split()[0]}_op"), args)
 
 
 def test_the_benchmark_runs_dry(tmp_path):
@@ -293,7 +337,8 @@ def test_the_benchmark_runs_dry(tmp_path):
     assert [cell["model"] for cell in facts["cells"]] == ["Llama-3-8B", "Qwen2.5-7B"]
     for cell in facts["cells"]:
         assert {"kernels", "SDPA, grouped", "SDPA, flash"} <= set(cell["ms"])
-        assert set(cell["kernels"]) == {"rank", "weigh", "pack", "attend", "combine"}
+        assert set(cell["kernels"]) == {"rank", "weigh", "pack", "look", "mark", "attend",
+                                        "combine"}
     decode, (prefill,) = facts["decode"], facts["prefill"]
     assert set(decode["steps"]) == set(bench_gpu_model.CACHES)
     assert all(step["tokens_per_s"] > 0 for step in decode["steps"].values())
@@ -387,7 +432,7 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
     assert not compilers[capability].returncode, err
     found = [json.loads(line) for line in out.splitlines()]
     names = {f.__name__ for f in vars(kernels).values() if hasattr(f, "arg_names")}
-    assert {facts["kernel"] for facts in found} == names - {"absorb", "grow", "in_bytes"}
+    assert {facts["kernel"] for facts in found} == names - HELPERS
     for facts in found:
         is_huge = facts.get("BG", 0) * facts.get("BD", 0) * (facts["dtype"] == "fp32") > 8192
         assert facts["shared"] <= (107 if is_huge else 99) * 1024, facts    # sm_86 has the latter

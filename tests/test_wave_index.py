@@ -29,7 +29,7 @@ from retroinfer import (
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
 WHOLE = SMALL | {"bits": 16}
-ALL = {"retrieve": 1.0, "estimate": 0.0}
+ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0}
 BACKENDS = ["eager", "compiled", "native", "kernels"]
 
 
@@ -231,7 +231,7 @@ def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
 def test_equal_keys_make_estimation_exact(backend):
     q, k, v = qkv(200)
     k[:, :, 2:] = k[:, :, 2:3]                                  # every token but the sink
-    wave, o = run(RetroConfig(**WHOLE, retrieve=0.0, estimate=1.0), q, k, v, 190)
+    wave, o = run(RetroConfig(**WHOLE, retrieve=0.0, estimate=1.0, values=1.0), q, k, v, 190)
     assert wave.caps[1] == 1 and config_budget(wave)[1] > 30
     torch.testing.assert_close(o[:, :, 190:].double(), oracle.dense(q[:, :, 190:], k, v), **CLOSE)
 
@@ -282,10 +282,10 @@ def test_tripartite_attention_is_the_papers_sum(backend, shares, ranking):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             queries = q[b, 3 * h:3 * h + 3, -1]
             asked = oracle.in_bytes(queries) if bits == 4 else queries
-            mine, _ = oracle.tripartite(queries, steady, members(wave, b, h), n_retrieve,
-                                        n_ranked - n_retrieve,
-                                        int(config.room(torch.tensor(n_retrieve))),
-                                        (*stored(wave.index, b, h), asked) if by_mass else None)
+            room = int(config.room(torch.tensor(n_retrieve)))
+            budget = n_retrieve, n_ranked - n_retrieve, room, math.ceil(room * config.values)
+            mine = oracle.tripartite(queries, steady, members(wave, b, h), budget,
+                                     (*stored(wave.index, b, h), asked) if by_mass else None)
             torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
 
 
@@ -411,7 +411,7 @@ def test_paper_settings():
 
 def test_a_short_text_keeps_the_least_clusters():
     tokens = torch.tensor([0, 4096, 131072])
-    assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [16, 20, 655]  # 4 % of 16,384
+    assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [16, 33, 1065]     # of 16,384
     assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
 
 
@@ -422,12 +422,12 @@ def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
     assert slow.budget(short)[0].tolist() == even.budget(short)[0].tolist()
     for config, power in ((even, 1.0), (slow, 0.7), (none, 0.0)):
         found = config.budget(long)[0]
-        expected = [0.04 * 1024 * 2 ** (power * i) for i in range(8)]
+        expected = [0.065 * 1024 * 2 ** (power * i) for i in range(8)]
         assert found.tolist() == pytest.approx(expected, abs=0.51)
         assert config.budget(long)[1].tolist() == even.budget(long)[1].tolist()
     ours, paper = (int(c.budget(torch.tensor(131072))[0]) * c.cluster
                    for c in (slow, RetroConfig.paper()))
-    assert ours == pytest.approx(paper, rel=0.05)
+    assert (1 + RetroConfig().values) * ours == pytest.approx(2 * paper, rel=0.06)     # rows
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.7, 1.0])
