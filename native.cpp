@@ -559,7 +559,7 @@ struct Head {
         int clusters = 0;
         for (int x : live) clusters += x;
         int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, clusters});
-        int64_t room = std::min(n.N, given.n_tokens[b]), to = S * TILE;
+        int64_t room = std::clamp<int64_t>(given.n_tokens[b], 0, n.N), to = S * TILE;
         choose(n_ranked, std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked}), room);
         k.resize(to + room), owner.resize(room);
         const int64_t* offsets = given.offsets + at * n.C;
@@ -639,7 +639,8 @@ struct Head {
     // Of retrieved tokens those whose values are read: the n_values that weigh most, summed over
     // the queries. What the others weigh goes to the means of their clusters.
     void part() {
-        int count = retrieved(), some = std::min<int64_t>(count, std::min(n.M, given.n_values[b]));
+        int count = retrieved();
+        int some = std::clamp<int64_t>(given.n_values[b], 0, std::min<int64_t>(count, n.M));
         std::vector<quad> total(Q), factor(tiles(n.N) * Q);
         for (int p = 0; p < Q; p++) {
             for (int i = p; i < (int)part_m.size(); i += Q) top[p] = larger(top[p], part_m[i]);

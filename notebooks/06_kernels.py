@@ -267,7 +267,9 @@ torch.testing.assert_close(ours, eager)
 # %% [markdown]
 # The two agree. What must be moved at the least? The query and the output; of every cluster its
 # centroid, in 4 bits a number, with size, spread and scale, 8 bytes, for all are ranked; keys and
-# values of the steady zone and of the retrieved clusters; and the mean values of the estimated.
+# values of the steady zone; the keys of the retrieved clusters, and the values of those tokens of
+# theirs that weigh most, a fifth; and mean values, of the estimated clusters and for the other
+# tokens of the retrieved ones.
 
 # %%
 def least(step):
@@ -275,9 +277,9 @@ def least(step):
     q, steady, index, budget, _ = step
     (B, H, G, D), e = q.shape, q.element_size()
     live = index.sizes.numel() if index.sizes.is_meta else int((index.sizes > 0).sum())
-    tokens, vector = steady[0].shape[2] + budget.tokens, index.means[0, 0, 0].nbytes
-    estimated = B * H * (budget.ranked - budget.retrieve)
-    return 2 * B * H * (G + tokens) * D * e + (live + estimated) * vector + 8 * live
+    rows = 2 * G + 2 * steady[0].shape[2] + budget.tokens + budget.part(budget.tokens)
+    vectors, vector = live + B * H * budget.ranked, index.means[0, 0, 0].nbytes
+    return B * H * rows * D * e + vectors * vector + 8 * live
 
 floor = least(step)
 eager_bytes, our_bytes = sum(ledger.bytes.values()), sum(map(sum, moved.values()))

@@ -38,9 +38,10 @@ def make(name, *args, **more):
 
 
 @pytest.mark.parametrize("dtype, bits", KINDS, ids=str)
+@pytest.mark.parametrize("values", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_as_exact_as_pytorch(name, dtype, bits):
-    case = make(name, dtype, bits=bits)
+def test_a_step_is_as_exact_as_pytorch(name, values, dtype, bits):
+    case = make(name, dtype, bits=bits, values=values)
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
@@ -73,7 +74,8 @@ def test_a_step_of_any_shape_is_as_exact_as_pytorch(data):
     lives = [(some(1, W), some(0, C)) for _ in range(B)]
     dtype, bits = data.draw(st.sampled_from(KINDS))
     case = Case(shape, (some(1, 100), min(R, C), K), shares, lives, dtype,
-                by_mass=data.draw(st.booleans()), bits=bits)
+                by_mass=data.draw(st.booleans()), bits=bits,
+                values=data.draw(st.sampled_from([1.0, 0.5, 0.2, 0.01])))
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
@@ -100,7 +102,8 @@ def test_a_query_that_is_no_number_harms_no_other_head(bad):
 def test_the_number_of_threads_changes_no_bit():
     """Heads in parts and in turns: fewer than threads, and no multiple of them."""
     for shape in ((1, 1, 4, 64, 300, 900), (1, 3, 2, 34, 40, 600)):
-        case, found = Case(shape, (640, 60, 300), [(60, 290)], [(shape[4], 900)]), []
+        case, found = Case(shape, (640, 60, 300), [(60, 290)], [(shape[4], 900)],
+                           values=0.2), []
         n = torch.get_num_threads()
         try:
             for threads in (1, 2, 3):
@@ -158,8 +161,9 @@ def test_what_it_does_not_know_is_refused(D, dtype, words):
 
 def test_the_operator_passes_opcheck():
     case = make("one token")
-    shares = [*case.budget[3:5], case.budget.room]
-    args = case.q, list(case.steady), list(case.index), case.stores, shares, [*case.budget[:3], 1]
+    (N, *caps), room = case.budget[:3], case.budget.room
+    args = (case.q, list(case.steady), list(case.index), case.stores,
+            [*case.budget[3:5], room, room], [N, *caps, N, 1])
     torch.library.opcheck(native.attend_op, args)
 
 
