@@ -641,7 +641,7 @@ struct Head {
     void part() {
         int count = retrieved();
         int some = std::clamp<int64_t>(given.n_values[b], 0, std::min<int64_t>(count, n.M));
-        std::vector<quad> total(Q), factor(tiles(n.N) * Q);
+        std::vector<quad> total(Q), factor(tiles(n.N) * Q), over(factor.size());
         for (int p = 0; p < Q; p++) {
             for (int i = p; i < (int)part_m.size(); i += Q) top[p] = larger(top[p], part_m[i]);
             for (int i = p; i < (int)key_m.size(); i += Q) top[p] = larger(top[p], key_m[i]);
@@ -649,14 +649,14 @@ struct Head {
                 total[p] += fade(part_m[i], top[p]) * part_s[i];
             for (int i = p; i < (int)key_m.size(); i += Q)
                 total[p] += (factor[i] = fade(key_m[i], top[p])) * key_s[i];
+            for (int i = p; i < (int)key_m.size(); i += Q) over[i] = factor[i] * real[p] / total[p];
         }
         std::vector<uint64_t> sums(count), best;
         for (int i = 0; i < count && some < count; i++) {
             quad sum = {};
             for (int p = 0; p < Q; p++) {
                 int at = i / TILE * Q + p;
-                sum += load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * factor[at]
-                     * real[p] / total[p];
+                sum += load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * over[at];
             }
             float all = sum[0] + sum[1] + sum[2] + sum[3];
             sums[i] = all > 0 ? uint64_t(load<uint32_t>(&all)) << 32 | ~uint32_t(i) : ~uint32_t(i);
