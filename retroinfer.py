@@ -59,9 +59,9 @@ class RetroConfig:
     cluster: int = 8             # mean tokens in a cluster
     bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
     iterations: int = 3          # k-means passes over a segment
-    retrieve: float = 0.065      # share of the clusters attended exactly, up to 8,192 tokens
+    retrieve: float = 0.065      # share of the clusters whose keys are read, up to 8,192 tokens
     growth: float = 0.7          # their number grows by this power of the text from there on
-    least: int = 16              # clusters attended exactly however short the text
+    least: int = 16              # of these at least, however short the text
     values: float = 0.2          # share of their tokens, those that weigh most, that give values
     estimate: float = 0.1        # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
