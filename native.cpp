@@ -300,6 +300,44 @@ quad fade(quad m, quad top) {
     return low(exponential(twice(m == NONE ? quad{} + NONE : m - top)));
 }
 
+// ---------------------------------------------------------------- the best of many
+
+// A share of attention, as the bits of a float, before its place: of equal ones the first is best.
+uint64_t key(uint32_t share, int place) { return uint64_t(share) << 32 | ~uint32_t(place); }
+int place(uint64_t key) { return ~uint32_t(key); }
+
+constexpr int64_t ONE = int64_t(1) << 32;       // of what is counted; its tokens are counted below
+
+// Counts shares by their first 11 bits.
+struct Bins {
+    std::vector<int64_t> count = std::vector<int64_t>(2 * 2048);    // two, as neighbours are alike
+    void add(int place, uint32_t share, int tokens) {
+        count[share >> 20 << 1 | place % 2] += ONE + tokens;
+    }
+    int64_t in(int bin) const { return count[2 * bin] + count[2 * bin + 1]; }
+};
+
+// Of the first n keys those of a bin.
+std::vector<uint64_t> in_bin(int bin, const std::vector<uint64_t>& keys, int n) {
+    std::vector<uint64_t> some;
+    std::copy_if(keys.begin(), keys.begin() + n, std::back_inserter(some),
+                 [&](uint64_t key) { return int(key >> 52) == bin; });
+    return some;
+}
+
+// The nth best, from 1 on, is the nth of a bin.
+struct Nth {
+    int bin = 2047, n;
+    Nth(const Bins& bins, int nth) : n(nth) {
+        for (int64_t more; n > (more = bins.in(bin) / ONE); bin--) n -= more;
+    }
+    uint64_t of(const std::vector<uint64_t>& keys, int count) const {
+        auto tied = in_bin(bin, keys, count);
+        std::nth_element(tied.begin(), tied.begin() + n - 1, tied.end(), std::greater());
+        return tied[n - 1];
+    }
+};
+
 // ---------------------------------------------------------------- a step
 
 typedef NUM Num;
@@ -499,58 +537,50 @@ struct Head {
             quad far = fade(top[p], most), all = near + sum[p] * far;
             over[p] = all > 0 ? real[p] * far / all : quad{};
         }
-        for (int t = 0; t < tiles(n.C); t++)
-            for (int i = 0; i < TILE; i += LANES) {
-                vec rows[4] = {};                               // two each
-                for (int p = 0; p < Q && live[t]; p++) {
-                    vec scale = twice(m[t * Q + p] * over[p]);
-                    const float* from = &hope[((t * Q + p) * TILE + i) * GROUP];
-                    for (int r = 0; r < 4; r++) rows[r] += load<vec>(from + r * LANES) * scale;
-                }
-                vec sum = __builtin_shuffle(half_sums(rows[0], rows[1], rows[2], rows[3]),
-                                            ivec{0, 4, 1, 5, 2, 6, 3, 7});
-                sum = sum > 0 ? sum : vec{};                    // NaN too, of queries that are none
-                int at = t * TILE + i;
-                store(&share[at], load<vec>(&size[at]) > 0 ? (ivec)sum + 1 : ivec{});
+        for (int t = 0; t < tiles(n.C); t++) {
+            for (int p = 0; p < Q; p++) m[t * Q + p] *= over[p];
+            for (int i = t * TILE; i < (t + 1) * TILE; i += LANES) {
+                vec sum = live[t] ? shares(hope, m, i) : vec{};
+                store(&share[i], load<vec>(&size[i]) > 0 ? (ivec)sum + 1 : ivec{});
             }
+        }
+    }
+
+    // Of the LANES rows from i on, x (tiles, Q, TILE, GROUP) summed over queries, each times its
+    // tile's over (tiles, Q); 0 of what is not a number, as of queries that are none.
+    vec shares(const std::vector<float>& x, const std::vector<quad>& over, int i) const {
+        vec rows[4] = {};                                           // two each
+        for (int p = i / TILE * Q, end = p + Q; p < end; p++) {
+            vec scale = twice(over[p]);
+            const float* from = &x[(p * TILE + i % TILE) * GROUP];
+            for (int r = 0; r < 4; r++) rows[r] += load<vec>(from + r * LANES) * scale;
+        }
+        vec sum = __builtin_shuffle(half_sums(rows[0], rows[1], rows[2], rows[3]),
+                                    ivec{0, 4, 1, 5, 2, 6, 3, 7});
+        return sum > 0 ? sum : vec{};
     }
 
     // The keys, in no order, of the n_ranked best clusters at least. The best n_retrieve of all, as
     // far as together they fit room, have keys from `last` on, the n_ranked best from `least` on.
     void choose(int n_ranked, int n_retrieve, int64_t room) {
-        constexpr int64_t ONE = int64_t(1) << 32;       // cluster; its tokens are counted below it
-        std::vector<int64_t> count(2 * 2048);           // by 11 bits; two, as neighbours are alike
-        for (size_t i = 0; i < share.size(); i++)
-            count[share[i] >> 20 << 1 | i % 2] += ONE + (int)size[i];
-        auto in = [&](int bin) { return count[2 * bin] + count[2 * bin + 1]; };
+        Bins bins;
+        for (size_t i = 0; i < share.size(); i++) bins.add(i, share[i], size[i]);
         auto fits = [&](int64_t x) { return x / ONE <= n_retrieve && x % ONE <= room; };
-        int near = 2047, far = 2048;                    // the bins that last and least lie in
-        int64_t whole = 0, above = 0;                   // what lies above them
-        for (; near >= 0 && fits(whole + in(near)); near--) whole += in(near);
-        for (int64_t next = 0; next / ONE < n_ranked; next += in(--far)) above = next;
+        int near = 2047;                                // the bin that last lies in
+        int64_t whole = 0;                              // what lies above it
+        for (; near >= 0 && fits(whole + bins.in(near)); near--) whole += bins.in(near);
+        Nth far(bins, n_ranked);
         n_keys = 0;
         for (size_t i = 0; i < share.size(); i++) {
-            keys[n_keys] = (uint64_t)share[i] << 32 | ~uint32_t(i);
-            n_keys += share[i] >= std::max<uint32_t>(far << 20, 1);
+            keys[n_keys] = key(share[i], i);
+            n_keys += share[i] >= std::max<uint32_t>(far.bin << 20, 1);
         }
-        last = uint64_t(near + 1) << 52, least = UINT64_MAX;
-        auto tied = in_bin(near);
+        last = uint64_t(near + 1) << 52;
+        auto tied = in_bin(near, keys, n_keys);
         std::sort(tied.begin(), tied.end(), std::greater());
         for (size_t i = 0; i < tied.size() && fits(whole += ONE + (int)size[place(tied[i])]); i++)
             last = tied[i];
-        if (!n_ranked) return;
-        tied = in_bin(far);
-        auto nth = tied.begin() + (n_ranked - above / ONE - 1);
-        std::nth_element(tied.begin(), nth, tied.end(), std::greater());
-        least = *nth;
-    }
-
-    static int place(uint64_t key) { return ~uint32_t(key); }
-    std::vector<uint64_t> in_bin(int bin) const {
-        std::vector<uint64_t> some;
-        std::copy_if(keys.begin(), keys.begin() + n_keys, std::back_inserter(some),
-                     [&](uint64_t key) { return int(key >> 52) == bin; });
-        return some;
+        least = n_ranked ? far.of(keys, n_keys) : UINT64_MAX;
     }
 
     // Reads what rank left, and 8 bytes a cluster retrieved; writes 12 a token, 4*G + 8 a mean.
@@ -651,26 +681,22 @@ struct Head {
                 total[p] += (factor[i] = fade(key_m[i], top[p])) * key_s[i];
             for (int i = p; i < (int)key_m.size(); i += Q) over[i] = factor[i] * real[p] / total[p];
         }
-        std::vector<uint64_t> sums(count), best;
-        for (int i = 0; i < count && some < count; i++) {
-            quad sum = {};
-            for (int p = 0; p < Q; p++) {
-                int at = i / TILE * Q + p;
-                sum += load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * over[at];
-            }
-            float all = sum[0] + sum[1] + sum[2] + sum[3];
-            sums[i] = all > 0 ? uint64_t(load<uint32_t>(&all)) << 32 | ~uint32_t(i) : ~uint32_t(i);
-        }
+        std::vector<uint64_t> keys(count);
         uint64_t lowest = some ? 0 : UINT64_MAX;
         if (some && some < count) {
-            best = sums;
-            std::nth_element(best.begin(), best.begin() + some - 1, best.end(), std::greater());
-            lowest = best[some - 1];
+            Bins bins;
+            vec sums;
+            for (int i = 0; i < count; i++) {
+                if (i % LANES == 0) sums = shares(weight, over, i);
+                uint32_t share = ((ivec)sums)[i % LANES];
+                keys[i] = key(share, i), bins.add(i, share, 0);
+            }
+            lowest = Nth(bins, some).of(keys, count);
         }
         v.resize(S * TILE);
         for (int i = 0; i < count; i++) {
             int j = v.size() - S * TILE, to = owner[i];
-            bool is_read = sums[i] >= lowest;
+            bool is_read = keys[i] >= lowest;
             if (is_read) v.push_back(given.v_store + (k[S * TILE + i] - given.k_store));
             for (int p = 0; p < Q; p++) {
                 int at = i / TILE * Q + p;
