@@ -85,19 +85,30 @@ def parse_args(argv):
     add("--batch", type=int, default=1, help="sequences, with --plan")
     add("--memory", type=float, help="GiB the device has, with --plan; default: this machine's")
     add("--json", action="store_true", help="end with one line of JSON on standard output")
+    add_config(parser, {"bits": "for keys with biases 16"}
+               | {name: f"with --offload {value}" for name, value in WHOLE.items()})
+    args = parser.parse_args(argv)
+    args.check |= args.max_err is not None
+    check_flags(args)
+    return args
+
+
+def add_config(parser, notes):
+    """A flag for every number of RetroConfig, with the notes to some of them."""
     source = inspect.getsource(RetroConfig)
     for field in fields(RetroConfig):
         text = re.search(rf"{field.name}: .*# +(.*)", source)[1]
         kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
                 else {"type": field.type})
-        add(f"--{field.name.replace('_', '-')}",
-            help=f"{text} (default {field.default})"
-            + "; for keys with biases 16" * (field.name == "bits")
-            + f"; with --offload {WHOLE.get(field.name)}" * (field.name in WHOLE), **kind)
-    args = parser.parse_args(argv)
-    args.check |= args.max_err is not None
-    check_flags(args)
-    return args
+        words = [f"{text} (default {field.default})", notes.get(field.name)]
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind,
+                            help="; ".join(filter(None, words)))
+
+
+def given_config(args):
+    """The numbers of RetroConfig that were given, by name."""
+    given = {field.name: getattr(args, field.name) for field in fields(RetroConfig)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -251,10 +262,8 @@ def settle(args, has_biases):
 
     A channel that is large in every key would take all that 4 bits can tell apart.
     """
-    given = {f.name: getattr(args, f.name) for f in fields(RetroConfig)}
-    given = {name: x for name, x in given.items() if x is not None}
     usual = ({"bits": 16} if has_biases else {}) | (WHOLE if args.offload else {})
-    return RetroConfig(**usual | given)
+    return RetroConfig(**usual | given_config(args))
 
 
 def cache_maker(args, model, config, hot, capacity, batch):

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
+import fidelity
 import ruler
 import texts
-from cli import choose_hot
-from fidelity import against_dense, by_head, filled, methods_at, named_methods, needle_mass, read
+from cli import add_config, choose_hot, given_config
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
 from tables import report
@@ -68,7 +68,7 @@ def ruler_answers(model, tokenizer, name, sample, methods):
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
     dense = [DenseCache(len(ids)) for _ in model.layers]
     logits, points = prefill(model, dense, [ids], chunk=2048), {}
-    caches = [Beside([filled(make, c.k, c.v, n_answer) for make in methods.values()])
+    caches = [Beside([fidelity.filled(make, c.k, c.v, n_answer) for make in methods.values()])
               for c in dense]
     tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
     for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
@@ -129,6 +129,10 @@ class Run:
     wanted: list | None = None                              # methods; None: all, at all budgets
     samples: dict = field(default_factory=dict)             # of RULER, by task and length
 
+    @property
+    def config(self):                                       # of ours
+        return RetroConfig(**self.settings.get("config", {}))
+
     def add(self, key, value):
         self.results.add(key, value)
         print(key, file=sys.stderr)
@@ -137,8 +141,9 @@ class Run:
         return [name for name in names if f"{key}/{name}" not in self.results.cells]
 
     def named(self, n, steps):
-        return {name: make for name, make in named_methods(n, steps).items()
-                if name in (self.wanted or [name])}
+        methods = fidelity.named_methods(n, steps)
+        methods["ours"] = functools.partial(fidelity.wave, self.config)
+        return {name: make for name, make in methods.items() if name in (self.wanted or methods)}
 
     def jobs(self, parts):
         """Yield functions that fill the results with the cells that are not in them yet."""
@@ -164,7 +169,7 @@ def against_dense_cells(run, kind, length):
     methods = {f"named/{name}": make for name, make in run.named(n, steps).items()}
     for share in [] if run.wanted else run.settings["shares"]:
         methods |= {f"{share}/{name}": make
-                    for name, make in methods_at(share * 2 * n, n, steps).items()}
+                    for name, make in fidelity.methods_at(share * 2 * n, n, steps).items()}
     left = run.left(key, methods)
     if not left:
         return
@@ -172,11 +177,11 @@ def against_dense_cells(run, kind, length):
     ids = run.tokenizer.encode(text)[:length]
     if len(ids) < length:
         raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
-    case = read(run.model, torch.tensor(ids), steps)
+    case = fidelity.read(run.model, torch.tensor(ids), steps)
     for name in left:
-        cell = against_dense(run.model, case, methods[name])
+        cell = fidelity.against_dense(run.model, case, methods[name])
         if name.startswith("named/") or run.settings["errors"]:
-            cell |= by_head(case, methods[name])
+            cell |= fidelity.by_head(case, methods[name])
         run.add(f"{key}/{name}", cell)
 
 
@@ -186,10 +191,10 @@ def needle_cells(run, length, depth):
         if case is None:
             ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
                                                   run.settings["seed"])
-            case = read(run.model, ids, n_answer)
-        answer = torch.tensor(against_dense(run.model, case, methods[name])["nll"])
+            case = fidelity.read(run.model, ids, n_answer)
+        answer = torch.tensor(fidelity.against_dense(run.model, case, methods[name])["nll"])
         run.add(f"{key}/{name}", {"answer": answer.neg().exp().mean().item(),
-                                  **needle_mass(case, methods[name], needle)})
+                                  **fidelity.needle_mass(case, methods[name], needle)})
 
 
 def ruler_cell(run, name, length, i):
@@ -207,7 +212,7 @@ def ruler_cell(run, name, length, i):
     hot = choose_hot(None, torch.device("cpu"))
     methods = {"dense": DenseCache} | {
         method: functools.partial(WaveIndex, config, hot=hot)
-        for method, config in (("paper", RetroConfig.paper()), ("ours", RetroConfig()))}
+        for method, config in (("paper", RetroConfig.paper()), ("ours", run.config))}
     sample = run.samples[name, length][i]
     run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, sample, methods))
 
@@ -221,6 +226,11 @@ def settings_of(args):
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
         settings[name] = list(args.lengths or settings[name]) if settings[name] else []
     settings |= {} if args.steps is None else {"steps": args.steps}
+    if given := given_config(args):
+        if not args.methods:
+            raise ValueError("other methods have the bytes of the default: give --methods ours")
+        RetroConfig(**given)                                # or a line that says what is wrong
+        settings["config"] = given
     source = b"".join((ROOT / name).read_bytes()
                       for name in ("retroinfer.py", "model.py", "fidelity.py", "texts.py"))
     return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
@@ -239,9 +249,11 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of needles and intervals")
     add("--parts", nargs="+", choices=["texts", "needles", "ruler"], help="only these now",
         default=["texts", "needles", "ruler"])
-    add("--methods", nargs="+", choices=named_methods(8192, 32), help="only these, and no budgets")
+    add("--methods", nargs="+", choices=fidelity.named_methods(8192, 32),
+        help="only these, and no budgets")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
+    add_config(parser.add_argument_group("numbers of ours, with --methods"), {})
     return parser.parse_args(argv)
 
 

@@ -350,6 +350,25 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
 
 
 @needs_data
+def test_numbers_that_are_given_are_those_of_ours(checkpoint, tmp_path, capsys):
+    words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
+             "--steps", "2", "--parts", "texts", "--methods", "ours"]
+    read = {}
+    for more in ([], ["--values", "1"], ["--retrieve", "1", "--values", "1"]):
+        out = tmp_path / f"{len(more)}.jsonl"
+        assert evaluate.main([*words, *more, "--out", str(out)]) == 0
+        capsys.readouterr()
+        first, *lines = map(json.loads, out.read_text().splitlines())
+        assert first["settings"].get("config", {}) == {
+            word[2:]: 1.0 for word in more if word.startswith("--")}
+        read[len(more)] = lines[0]["dense/prose/1200/named/ours"]
+    assert read[0]["bytes"] < read[2]["bytes"] < read[4]["bytes"]
+    assert max(map(abs, read[4]["kl"])) < 1e-6 < min(read[0]["kl"])
+    with pytest.raises(ValueError, match="by other code or settings"):
+        evaluate.evaluate(evaluate.parse_args([*words, "--out", str(tmp_path / "2.jsonl")]))
+
+
+@needs_data
 def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
     sample, = ruler.generate("fwe", lambda text: len(tokenizer.encode(text)), 2500, 1)
@@ -384,6 +403,8 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     (["--lengths", "500"], "a text of 500 tokens is nearly all in the exact window"),
     (["--lengths", "1500"], "1,500 tokens, the model's context is 64: give smaller --lengths"),
     (["--steps", "0"], "--steps is 0: give 1 to 256"),
+    (["--values", "1"], "other methods have the bytes of the default: give --methods ours"),
+    (["--methods", "ours", "--values", "2"], "values is 2.0: give a share between 0 and 1"),
     (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
 def test_bad_input_is_one_line(checkpoint, tmp_path, capsys, words, line):
     model = [] if "--model" in words else ["--model", str(checkpoint())]
