@@ -343,7 +343,8 @@ def mapped(path, n, nbytes):
 def offload(model, capacity, batch=1, path=None, **how):
     """What makes the WaveBuffer of each layer of a model; the host memory of all is allocated now.
 
-    path: that of a new file to keep it in. how: cache_ratio, policy, overlap.
+    path: that of a new file to keep it in. how: cache_ratio, policy, overlap. RetroConfig(**WHOLE)
+    suits it; of other configs every value of a block is copied too, whether it is read or not.
     """
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim

@@ -273,17 +273,6 @@ quad low(vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
 quad high(vec x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
 quad larger(quad x, quad y) { return x > y ? x : y; }
 
-// The largest of logits (n, GROUP) of each query; puts -inf behind an odd one.
-quad largest(float* x, int n) {
-    if (n % 2) store(x + n * GROUP, quad{} + NONE);
-    vec m = vec{} + NONE;
-    for (int i = 0; i < n; i += 2) {
-        vec y = load<vec>(x + i * GROUP);
-        m = y > m ? y : m;
-    }
-    return larger(low(m), high(m));
-}
-
 // Puts e^(x - m) in place of logits (n, GROUP), weighed(row, of two); their sums.
 template <class Weigh> quad exponentials(float* x, int n, quad m, Weigh weighed) {
     vec sum = {}, shift = twice(m == NONE ? quad{} : m);
@@ -293,6 +282,20 @@ template <class Weigh> quad exponentials(float* x, int n, quad m, Weigh weighed)
         sum += y;
     }
     return low(sum) + high(sum);
+}
+
+vec as_is(int, vec x) { return x; }
+
+// The same with m, the largest of each query, which it puts in m, and the sums in s; puts -inf
+// behind an odd row.
+template <class Weigh> void soften(float* x, int n, quad& m, quad& s, Weigh weighed) {
+    if (n % 2) store(x + n * GROUP, quad{} + NONE);
+    vec most = vec{} + NONE;
+    for (int i = 0; i < n; i += 2) {
+        vec y = load<vec>(x + i * GROUP);
+        most = y > most ? y : most;
+    }
+    m = larger(low(most), high(most)), s = exponentials(x, n, m, weighed);
 }
 
 // e^(m - top), where m = -inf stands for nothing.
@@ -511,8 +514,7 @@ struct Head {
                 best = y > best ? y : best;
             }
             m[tile * Q + p] = larger(low(best), high(best));
-            s[tile * Q + p] = exponentials(hopes, count, m[tile * Q + p],
-                                           [](int, vec x) { return x; });
+            s[tile * Q + p] = exponentials(hopes, count, m[tile * Q + p], as_is);
         }
     }
 
@@ -629,8 +631,7 @@ struct Head {
             float* logits = &x[p * TILE * GROUP];
             for (int i = 0; i < count; i++)
                 store(logits + i * GROUP, load<quad>(logits + i * GROUP) + bias[first + i]);
-            quad most = part_m[part * Q + p] = largest(logits, count);
-            part_s[part * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
+            soften(logits, count, part_m[part * Q + p], part_s[part * Q + p], as_is);
         }
         mix(x.data(), Q, &v[first], count, o(part));
     }
@@ -645,23 +646,18 @@ struct Head {
         float* x = &weight[first * Q * GROUP];
         touch(&k[S * TILE + first], count);
         score(q, &k[S * TILE + first], count, retrieved() - first, x);
-        for (int p = 0; p < Q; p++) {
-            float* logits = x + p * TILE * GROUP;
-            quad most = key_m[tile * Q + p] = largest(logits, count);
-            key_s[tile * Q + p] = exponentials(logits, count, most, [](int, vec x) { return x; });
-        }
+        for (int p = 0, i = tile * Q; p < Q; p++, i++)
+            soften(x + p * TILE * GROUP, count, key_m[i], key_s[i], as_is);
     }
 
     void look_at_means(int tile) {
         int first = tile * TILE, part = of_tokens() + tile;
         int count = std::min<int>(TILE, mean.size() - first);
         if (count <= 0) return;
-        float* x = &guess[first * Q * GROUP];
-        for (int p = 0; p < Q; p++) {
-            float *logits = x + p * TILE * GROUP, *tokens = &worth[(first * Q + p * TILE) * GROUP];
-            quad most = part_m[part * Q + p] = largest(logits, count);
-            part_s[part * Q + p] = exponentials(logits, count, most, [&](int i, vec x) {
-                return x * load<vec>(tokens + i * GROUP);
+        for (int p = 0, i = part * Q; p < Q; p++, i++) {
+            int from = (first * Q + p * TILE) * GROUP;
+            soften(&guess[from], count, part_m[i], part_s[i], [&](int row, vec x) {
+                return x * load<vec>(&worth[from + row * GROUP]);
             });
         }
     }
