@@ -13,9 +13,10 @@ import texts
 
 def report(results, settings, out):
     """Print the tables of what is there and draw its plots beside it."""
-    if lengths := [n for n in settings["lengths"] if by_method(results, n)]:
-        for length in lengths:
-            print(dense_table(results, length, settings["seed"]), end="\n\n")
+    lengths = [n for n in settings["lengths"] if by_method(results, n)]
+    for length in lengths:
+        print(dense_table(results, length, settings["seed"]), end="\n\n")
+    if lengths := [n for n in lengths if len(by_method(results, n)) > 1]:   # at several budgets
         plot(results, settings, lengths, out.with_suffix(".png"))
     needles = [len(select(results, "needle", n, depth)) for n in settings["needle_lengths"]
                for depth in settings["depths"]]
@@ -59,19 +60,20 @@ def mean(values):
 def dense_table(results, length, seed):
     found = by_method(results, length)["named"]
     lines = [f"{length:,} tokens, {len(next(iter(found.values())))} texts", "",
-             "| method | bytes of dense | perplexity to dense | KL to dense (95 %) | KL p95 "
+             "| method | bytes of dense | perplexity to dense (95 %) | KL to dense (95 %) | KL p95 "
              "| top-1 | output error | mass read | top 100 read |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name, cells in found.items():
         kl = [cell["kl"] for cell in cells]
         center, low, high = interval(kl, seed)
-        nll = mean([c["nll"] for c in cells]) - mean([c["nll_dense"] for c in cells])
+        worse = [[x - y for x, y in zip(c["nll"], c["nll_dense"], strict=True)] for c in cells]
+        more = [100 * x for x in torch.tensor(interval(worse, seed)).expm1().tolist()]
         p95 = torch.tensor(kl).flatten().quantile(0.95).item()
         share, same, error, mass, recall = (mean([c[x] for c in cells]) for x in (
             "share", "same", "error", "mass", "recall"))
-        lines.append(f"| {name} | {share:.1%} | {100 * torch.tensor(nll).expm1().item():+.2f} % | "
-                     f"{center:.4f} ({low:.4f} to {high:.4f}) | {p95:.4f} | {same:.1%} | "
-                     f"{error:.3f} | {mass:.1%} | {recall:.1%} |")
+        lines.append(f"| {name} | {share:.1%} | {more[0]:+.2f} % ({more[1]:+.2f} to "
+                     f"{more[2]:+.2f}) | {center:.4f} ({low:.4f} to {high:.4f}) | {p95:.4f} | "
+                     f"{same:.1%} | {error:.3f} | {mass:.1%} | {recall:.1%} |")
     return "\n".join(lines)
 
 

@@ -324,6 +324,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
     assert evaluate.main([*words, "--parts", "texts", "--methods", "dense", "quest"]) == 0
     cells = [key for line in out.read_text().splitlines()[1:] for key in json.loads(line)]
     assert {key.split("/", 3)[3] for key in cells} == {"named/dense", "named/quest"}
+    assert not (tmp_path / "x.png").exists()                    # at one budget only
     assert evaluate.main([*words, "--parts", "texts"]) == 0
     assert "needle's mass" not in capsys.readouterr().out
     assert not (tmp_path / "x-needles.png").exists()
