@@ -84,7 +84,7 @@ def draw_clusters(ax, clusters):
         if c.zone == 2:
             ax.hlines(c.estimate * 100, left, left + c.size, color=DARK, linewidth=1.3)
         left += c.size
-    names = ("retrieved: every token is read", "estimated: a centroid stands for them",
+    names = ("retrieved: every key is read", "estimated: a centroid stands for them",
              "dropped")
     colours = list(COLOURS.values())[1:]
     for zone, (name, colour) in enumerate(zip(names, colours, strict=True), 1):
@@ -105,7 +105,7 @@ def draw(path):
     entries = sum(c.zone == 2 for c in clusters)
     figure, both = plt.subplots(2, 1, figsize=(9, 5.4))
     figure.suptitle(
-        f"This step reads {tokens[0] + tokens[1]} of {len(weights):,} tokens, "
+        f"This step reads {tokens[0] + tokens[1]} of {len(weights):,} keys, "
         f"{share[0] + share[1]:.0f} % of its attention; {entries} centroids stand for "
         f"{share[2]:.0f} % more", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     draw_row(both[0], text, weights, zones)
