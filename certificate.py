@@ -441,9 +441,9 @@ def examine(cache, q, o):
 def examine_layers(config, case, n_steps, batch=32):
     """What examine says of n_steps queries of every layer, each behind one text: (pairs,)."""
     parts = []
-    for (k, v), (q, k1, v1, _) in zip(case.past, case.steps, strict=True):
-        one, many = (Witness(config, k.shape[2] + 1, n) for n in (1, batch))
-        one.prefill(k[:, :, -1:], k, v)
+    for past, (q, k1, v1, _) in zip(case.past, case.steps, strict=True):
+        one, many = (Witness(config, past[1].shape[2] + 1, n) for n in (1, batch))
+        one.prefill(*past)
         one.update()
         many.copy_row(one)
         for t in range(0, n_steps // batch * batch, batch):

@@ -66,10 +66,9 @@ def ruler_answers(model, tokenizer, name, sample, methods):
     prompt = ruler.ask(name, sample, lambda x: tokenizer.chat([{"role": "user", "content": x}]))
     ids = torch.tensor(tokenizer.encode(prompt))
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
-    dense = [DenseCache(len(ids)) for _ in model.layers]
-    logits, points = prefill(model, dense, [ids], chunk=2048), {}
-    caches = [Beside([fidelity.filled(make, c.k, c.v, n_answer) for make in methods.values()])
-              for c in dense]
+    (logits, dense), points = fidelity.read_dense(model, ids, 0), {}
+    caches = [Beside([fidelity.filled(make, *c.past(len(ids)), n_answer)
+                      for make in methods.values()]) for c in dense]
     tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
     for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
         ends = [i for i, token in enumerate(answer) if token in model.config.eos_ids]

@@ -226,26 +226,44 @@ def named_methods(n, steps):
 
 # ---------------------------------------------------------------- one text, dense and otherwise
 
+class Heard(DenseCache):
+    """A dense cache that keeps the root of the summed squares of the queries it hears first."""
+
+    def prefill(self, q, k, v, row=0):
+        if self.k is None:
+            self.q = q.square().sum(2, keepdim=True).sqrt()                 # (1, H*G, 1, D)
+        return super().prefill(q, k, v, row)
+
+    def past(self, n):
+        """The first n tokens, as `filled` takes them: q, k, v."""
+        return self.q, self.k[:, :, :n], self.v[:, :, :n]
+
+
+def read_dense(model, ids, n_steps):
+    """Logits (1, V) behind ids (n,), and caches that have read them and have room for steps."""
+    caches = [Heard(len(ids) + n_steps) for _ in model.layers]
+    return prefill(model, caches, [ids], chunk=RetroConfig().heard), caches
+
+
 @dataclass
 class Case:
     """A text as dense attention reads it."""
     ids: torch.Tensor       # (n + T + 1,)
-    past: list              # each layer's k, v (1, H, n, D)
+    past: list              # each layer's q (1, H*G, 1, D), k, v (1, H, n, D), as Heard has them
     steps: list             # each layer's q (1, H*G, T, D), k, v (1, H, T, D) and dense output
     logp: torch.Tensor      # (T, V)
 
     @property
     def n(self):
-        return self.past[0][0].shape[2]
+        return self.past[0][1].shape[2]
 
 
 def read(model, ids, n_steps):
     """The Case of ids (N,): all but the last T + 1 tokens are prefilled, T are steps."""
     remembered.cache_clear()
-    n = len(ids) - n_steps - 1
-    caches, steps = [DenseCache(n + n_steps) for _ in model.layers], []
-    prefill(model, caches, [ids[:n]], chunk=2048)
-    past = [(c.k[:, :, :n], c.v[:, :, :n]) for c in caches]
+    n, steps = len(ids) - n_steps - 1, []
+    _, caches = read_dense(model, ids[:n], n_steps)
+    past = [cache.past(n) for cache in caches]
 
     def keep(cache, q, k, v):
         steps.append((q, k, v, cache.prefill(q, k, v)))
@@ -260,11 +278,14 @@ def follow(model, ids, start, attends):
     return model.logits(model(ids[None], positions, attends)[0]).double().log_softmax(-1)
 
 
-def filled(make, k, v, n_steps, probe=None):
-    """A cache that has read k, v (1, H, n, D), and with `probe` those values in a second row."""
+def filled(make, q, k, v, n_steps, probe=None):
+    """A cache that has read k, v (1, H, n, D), and with `probe` those values in a second row.
+
+    One query q (1, H*G, 1, D), as Heard keeps it, stands for all: only the state is wanted.
+    """
     cache = make(k.shape[2] + n_steps, 1 if probe is None else 2)
     for row, values in enumerate([v] if probe is None else [v, probe]):
-        cache.prefill(k[:, :, -1:], k, values, row=row)     # one query: only the state is wanted
+        cache.prefill(q, k, values, row=row)
     return cache
 
 
@@ -291,7 +312,7 @@ def against_dense(model, case, make):
         return torch.cat(outputs, 2)
 
     attends = [functools.partial(attend, past) for past in case.past]
-    logp, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][0]
+    logp, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][1]
     n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * sum(rows) / T
     return {"bytes": n_bytes, "cap": sum(caps), "share": sum(rows) / T / (2 * case.n + T),
             **distances(case.logp, logp, case.ids[case.n + 1:])}
@@ -312,10 +333,11 @@ def probe(case, make):
     error of each head's output (H*G,), cache)
     """
     T = len(case.logp)
-    for layer, ((k, v), (q, k1, v1, dense)) in enumerate(zip(case.past, case.steps, strict=True)):
+    for layer, (past, (q, k1, v1, dense)) in enumerate(zip(case.past, case.steps, strict=True)):
+        q0, k, v = past
         _, H, n, D = k.shape
         place = torch.arange(n + T, dtype=v.dtype)[:, None].expand(1, H, n + T, D)
-        cache, keys = filled(make, k, v, T, place[:, :, :n]), torch.cat([k, k1], 2)[0]
+        cache, keys = filled(make, q0, k, v, T, place[:, :, :n]), torch.cat([k, k1], 2)[0]
         both = (q.expand(2, -1, -1, -1), k1.expand(2, -1, -1, -1), torch.cat([v1, place[:, :, n:]]))
         for t, o in enumerate(feed(cache, *both)):
             now = q[0, :, t].view(H, -1, D)

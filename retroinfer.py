@@ -47,10 +47,11 @@ class RetroConfig:
 
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
-    iterations: ten gain nothing. least: 128 tokens. growth: 2.8 % of 131,072 tokens are left, with
+    iterations: more gain nothing. least: 128 tokens. growth: 2.8 % of 131,072 tokens are left, with
     values the paper's bytes. values: once weights are known, few are worth their bytes. estimate:
-    what it saves retrieves more. outliers: a needle among words unlike it is invisible in their
-    centroid.
+    more gains less than retrieving more. outliers: a needle among words unlike it is invisible in
+    their centroid. query_power: a query must find what it asks for in one place, so channels that
+    are loud in queries count more.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
@@ -58,21 +59,22 @@ class RetroConfig:
     segment: int = 2048          # tokens clustered together
     cluster: int = 8             # mean tokens in a cluster
     bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
-    iterations: int = 3          # k-means passes over a segment
+    iterations: int = 4          # k-means passes over a segment
     retrieve: float = 0.065      # share of the clusters whose keys are read, up to 8,192 tokens
     growth: float = 0.7          # their number grows by this power of the text from there on
     least: int = 16              # of these at least, however short the text
     values: float = 0.2          # share of their tokens, those that weigh most, that give values
-    estimate: float = 0.1        # share of the clusters estimated by their centroids
+    estimate: float = 0.15       # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
     outliers: bool = True        # free cluster slots hold the tokens farthest from their centroid
+    query_power: float = 0.35    # channels are clustered by the queries' mean square to this power
 
     @classmethod
     def paper(cls):
         """The published settings. A share without a floor is too few for a short text."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, bits=16,
                    iterations=10, retrieve=0.018, growth=1.0, least=1, estimate=0.232,
-                   by_mass=False, outliers=False, values=1.0)
+                   by_mass=False, outliers=False, values=1.0, query_power=0.0)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
@@ -82,7 +84,7 @@ class RetroConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
         if self.bits not in (4, 16):
             raise ValueError(f"bits is {self.bits}: give 4 or 16")
-        for name in ("retrieve", "growth", "estimate", "values"):
+        for name in ("retrieve", "growth", "estimate", "values", "query_power"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
         for name in ("segment", "update"):
@@ -99,6 +101,11 @@ class RetroConfig:
     def steady(self):
         """The most tokens of a sequence that are in no cluster while it generates."""
         return self.sink + self.local + self.update
+
+    @property
+    def heard(self):
+        """The first tokens whose queries weigh channels: how loud one is hardly depends on text."""
+        return self.sink + self.segment
 
     def slots(self, tokens):
         """Cluster slots for so many tokens: an eighth more than clusters, for those split."""
@@ -134,14 +141,14 @@ class Index(NamedTuple):
 
 # ---------------------------------------------------------------- building the index
 
-def cluster_segment(k, v, config, hot=None):
-    """Cluster L tokens, a multiple of the cluster size (§4.2).
+def cluster_segment(k, v, config, hot=None, weights=1):
+    """Cluster L tokens, a multiple of the cluster size (§4.2), by channels of such weights.
 
     Their Index, offsets from 0, and k, v (B, H, L, D) in its order.
     """
     L, slots, hot = k.shape[2], config.slots(k.shape[2]), hot or PLAIN
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (B, H, L, D)
-    ids = spherical_kmeans(centred, L // config.cluster, config.iterations, hot)
+    ids = spherical_kmeans(centred * weights, L // config.cluster, config.iterations, hot)
     order = ids.argsort(dim=-1, stable=True)                                # (B, H, L)
     pieces = split_large(ids.gather(-1, order), config, slots)              # (B, H, L)
     if config.outliers:
@@ -158,6 +165,17 @@ def cluster_segment(k, v, config, hot=None):
     index = Index(centroids, means, sizes, sizes.cumsum(-1) - sizes, spreads.bfloat16(),
                   torch.stack([of_key, of_value], -1).bfloat16())
     return index, take(k, order), take(v, order)
+
+
+def weigh_channels(squares, power):
+    """Weights (1, H, 1, D) of the channels of keys, by sums of the squares of queries (H, D).
+
+    Alike in the two channels of a RoPE pair, d and d + D/2, between which queries turn with their
+    position. Without any queries, 1.
+    """
+    pairs = squares + squares.roll(squares.shape[-1] // 2, -1)
+    mean = pairs.mean(-1, keepdim=True)                                     # (H, 1)
+    return torch.where(mean > 0, pairs / mean, 1).pow(power).float()[None, :, None]
 
 
 def pack(x):
@@ -516,6 +534,7 @@ class WaveIndex(nn.Module):
         N = round_up(2 * int(c.room(R))) // 2
         self.caps = N, min(int(R), C), min(round_up(int(ranked)), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
+        self.q_squares = k.new_zeros(B, H, D, dtype=torch.float64)
         row, kind = ((D // 2,), {"dtype": torch.uint8}) if c.bits == 4 else ((D,), {})
         self.index = Index(zeros(C, *row, **kind), zeros(C, *row, **kind),
                            zeros(C, dtype=torch.float32), zeros(C, dtype=torch.int64),
@@ -544,12 +563,18 @@ class WaveIndex(nn.Module):
         k_all, v_all = self.bring(row, 0, start, end)                       # (1, H, end, D)
         k_all[:, :, start:], v_all[:, :, start:] = k, v
         self.n_tokens[row] = end
+        self.q_squares[row] += self.loudness(q[:, :, :max(self.config.heard - start, 0)])[0]
         causal = causal_lower_right(q.shape[2], end)
         o = F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
         first = min(start, self.config.sink + int(self.n_indexed[row]))
         self.index_open(row, k_all, v_all, self.config.segment)
         self.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
         return o
+
+    def loudness(self, q):
+        """Sums of squares (B, H, D) of queries q (B, H*G, T, D)."""
+        squares = q.float().square().sum(2, dtype=torch.float64)            # (B, H*G, D)
+        return squares.unflatten(1, (self.k_steady.shape[1], -1)).sum(2)
 
     def rows(self, row, first, end):
         """Views k, v (1, H, end - first, D) of a sequence in the store."""
@@ -575,6 +600,7 @@ class WaveIndex(nn.Module):
         if any(self.is_reading):
             raise ValueError("call update() between prefill and decode: it builds the index")
         B, H, _, D = k.shape
+        self.q_squares.add_(self.loudness(q) * (self.n_tokens < self.config.heard)[:, None, None])
         batch, slot = (torch.arange(n, device=k.device) for n in (B, self.k_steady.shape[2]))
         last = self.n_tokens - self.n_indexed                               # (B,)
         self.k_steady[batch, :, last] = k[:, :, 0]
@@ -628,11 +654,11 @@ class WaveIndex(nn.Module):
             yield steady[row, :, head:n - indexed], store[0, :, head + indexed:]
 
     def live(self, row):
-        """Views, by name, of all that is in use of a sequence: (H, n_tokens | n_clusters, ...)."""
+        """Views (H, ...), by name, of all that is known of a sequence."""
         self.reopen(row)
         n, c = int(self.n_tokens[row]), int(self.n_clusters[row])
         k, v = self.rows(row, 0, n)
-        return ({"k_store": k[0], "v_store": v[0]}
+        return ({"k_store": k[0], "v_store": v[0], "q_squares": self.q_squares[row]}
                 | {name: x[row, :, :c] for name, x in self.index._asdict().items()})
 
     def n_open(self, row):
@@ -652,7 +678,8 @@ class WaveIndex(nn.Module):
     def append(self, row, k, v):
         """Index the next tokens k, v (1, H, L, D), in place: they change their order."""
         start, c = self.config.sink + int(self.n_indexed[row]), int(self.n_clusters[row])
-        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot)
+        weights = weigh_channels(self.q_squares[row], self.config.query_power)
+        segment, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot, weights)
         k.copy_(k_sorted), v.copy_(v_sorted)
         segment = segment._replace(offsets=segment.offsets + start)
         slots = segment.sizes.shape[2]

@@ -11,7 +11,7 @@ weights, dtype, RoPE, tokenizer, settings), and a CRC-32 of each tensor:
 
     token_ids (T,)   counters (2,): n_indexed, n_clusters
     N.k_store, N.v_store (H, T, D)   N.centroids, N.means (H, C, D)
-    N.sizes, N.offsets, N.spreads (H, C)
+    N.sizes, N.offsets, N.spreads (H, C)   N.scales (H, C, 2)   N.q_squares (H, D)
 
 Does not include: batches, compression (the file is as large as the cache). Of each weight matrix
 the fingerprint reads a sample: models that differ only between the samples are not told apart.
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 2"
-SHAPES = "sink", "local", "update", "segment", "cluster", "iterations", "by_mass", "outliers"
+FORMAT = "retroinfer index 3"
+SHAPES = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
+          "outliers", "query_power")
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 

@@ -287,8 +287,8 @@ def test_nothing_is_violated_in_any_head_of_real_text(smollm2):
     text = (Path(__file__).parent.parent / "examples" / "lighthouse.txt").read_text("utf-8")
     case = dense(model, torch.tensor(tokenizer.encode(text)[:700]), n_steps=2)
     caches = []
-    for n, ((k, v), (q, k1, v1, _)) in enumerate(zip(case.past, case.steps, strict=True)):
-        caches.append(filled(functools.partial(Witness, RetroConfig()), k, v, 2))
+    for n, (past, (q, k1, v1, _)) in enumerate(zip(case.past, case.steps, strict=True)):
+        caches.append(filled(functools.partial(Witness, RetroConfig()), *past, 2))
         for t, o in enumerate(feed(caches[-1], q, k1, v1)):
             now = q[:, :, t:t + 1].contiguous()
             found = examine(caches[-1], now, o)

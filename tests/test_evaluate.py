@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -61,14 +62,14 @@ def test_a_case_holds_what_dense_attention_makes_of_the_text(model, case):
     logp = model.logits(hidden)[0].double().log_softmax(-1)
     torch.testing.assert_close(case.logp, logp[case.n:-1], rtol=1e-4, atol=1e-4)
     assert (case.n, len(case.logp)) == (220, 10)
-    for cache, (k, _), (q, *_) in zip(every, case.past, case.steps, strict=True):
+    for cache, (_, k, _), (q, *_) in zip(every, case.past, case.steps, strict=True):
         torch.testing.assert_close(cache.k[:, :, :220], k, rtol=1e-4, atol=1e-4)
         assert q.shape[2] == 10
 
 
 def test_layer_by_layer_is_what_whole_steps_give(model, case, make):
     """Each layer hears all steps before the next one begins; the model steps token by token."""
-    caches = [filled(make, k, v, 10) for k, v in case.past]
+    caches = [filled(make, *past, 10) for past in case.past]
     expected, room = [], 0
     for token in case.ids[case.n:-1]:
         room = room or min(cache.update() for cache in caches)
@@ -84,10 +85,11 @@ def test_layer_by_layer_is_what_whole_steps_give(model, case, make):
 
 
 def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
-    caches = [WaveIndex(TINY, 230) for _ in model.layers]
+    config = replace(TINY, segment=256)                     # the text is within its first segment
+    caches = [WaveIndex(config, 230) for _ in model.layers]
     prefill(model, caches, [case.ids[:220]])
     for read_cache, past in zip(caches, case.past, strict=True):
-        made = filled(METHODS["wave"], *past, 10)
+        made = filled(functools.partial(wave, config), *past, 10)
         for cache in (read_cache, made):
             cache.update()
         torch.testing.assert_close(made.index.sizes, read_cache.index.sizes)
@@ -106,7 +108,7 @@ def test_dense_loses_nothing(model, case):
 
 def test_errors_mass_and_recall_are_those_of_float64(case, make):
     found, layer = by_head(case, make), 1
-    (k, v), (q, k1, v1, _) = case.past[layer], case.steps[layer]
+    (_, k, v), (q, k1, v1, _) = case.past[layer], case.steps[layer]
     keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
     seen = [item for item in probe(case, make) if item[0] == layer]
     for head in range(4):
@@ -132,7 +134,7 @@ def test_what_is_read_exactly_is_all_that_an_index_without_estimates_attends_to(
             return n_retrieve * self.largest
 
     config = Roomy(**{**TINY.__dict__, "estimate": 0.0, "values": 1.0})
-    (k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
+    (_, k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
     keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
     n_read = set()
     for layer, t, _, _, is_read, relative, _ in probe(case, functools.partial(wave, config)):
@@ -191,7 +193,7 @@ def test_methods_keep_to_the_bytes_they_are_given(n, share):
     torch.manual_seed(0)
     k, v, q = (torch.randn(1, heads, n + 8, 64) for heads in (2, 2, 4))
     for name, make in fidelity.methods_at(share * 2 * n, n, 8).items():
-        cache = filled(make, k[:, :, :n], v[:, :, :n], 8)
+        cache = filled(make, q[:, :, :1], k[:, :, :n], v[:, :, :n], 8)
         rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
             cache, *(x[:, :, n:] for x in (q, k, v)))]
         assert sum(rows) / 8 == pytest.approx(share * 2 * n, rel=1 / 8), name
@@ -206,7 +208,8 @@ def test_too_few_bytes_for_an_index_leave_the_method_out():
 def test_rows_of_ours_are_those_a_step_reads():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 3008, 64) for _ in range(3))
-    cache = filled(functools.partial(wave, RetroConfig()), k[:, :, :3000], v[:, :, :3000], 8)
+    past = q[:, :, :1], k[:, :, :3000], v[:, :, :3000]
+    cache = filled(functools.partial(wave, RetroConfig()), *past, 8)
     rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
         cache, *(x[:, :, 3000:] for x in (q, k, v)))]
     assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(3000, 8), rel=0.05)
@@ -217,7 +220,8 @@ def test_rows_count_the_tokens_fetched_and_numbers_by_their_bits(bits):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 1100, 64) for _ in range(3))
     config = RetroConfig(bits=bits, retrieve=0.05, estimate=0.2)
-    cache = filled(functools.partial(wave, config), k[:, :, :-1], v[:, :, :-1], 1)
+    past = q[:, :, :1], k[:, :, :-1], v[:, :, :-1]
+    cache = filled(functools.partial(wave, config), *past, 1)
     fetched = []
 
     def attend(q, steady, index, budget, stores):
@@ -251,7 +255,7 @@ def test_the_rank_of_a_needle_is_that_of_its_best_cluster():
     k[:, :, 40:44], q[:, :, -1:] = 3.0, 0.5
     k[:, :, 80:84] = -3.0
     steps = [(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], q[:, :, -1:])]
-    case = Case(None, [(k[:, :, :-1], v[:, :, :-1])], steps, torch.zeros(1, 3))
+    case = Case(None, [(q[:, :, :1], k[:, :, :-1], v[:, :, :-1])], steps, torch.zeros(1, 3))
     found = needle_mass(case, METHODS["wave"], torch.arange(40, 44))
     assert found["kept"] == pytest.approx(1) and found["ranks"] == [0, 0]
     (_, _, now, _, _, _, cache), = probe(case, METHODS["wave"])
