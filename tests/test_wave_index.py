@@ -25,6 +25,7 @@ from retroinfer import (
     scores,
     spherical_kmeans,
     split_large,
+    weigh_channels,
 )
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
@@ -148,6 +149,54 @@ def test_unit_seeds_leave_few_clusters_empty():
     k = k * torch.rand(1, 2, 2048, 1) * 4 + 3                   # norms differ, as real keys' do
     ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2)
     assert (count(ids, 128) == 0).float().mean() < 0.1          # raw seeds leave more than half
+
+
+def test_channels_weigh_by_the_queries_mean_square_alike_in_a_rope_pair():
+    squares = torch.tensor([[1, 2, 3, 5, 6, 0], [0] * 6], dtype=torch.float64)      # by head
+    pairs = [6, 8, 3, 6, 8, 3]                              # channels d and d + 3 turn into another
+    weights = weigh_channels(squares, 0.5)[0, :, 0].tolist()
+    assert weights[0] == pytest.approx([math.sqrt(x * 6 / 34) for x in pairs])
+    assert weights[1] == [1] * 6                            # no query has been heard
+    assert weigh_channels(1e9 * squares, 0.5)[0, 0, 0].tolist() == pytest.approx(weights[0])
+    assert weigh_channels(squares, 0.0).eq(1).all()
+
+
+@pytest.mark.parametrize("n_prompt", [1, 40, 66, 140])
+def test_the_first_segment_s_queries_are_heard_however_they_come(n_prompt):
+    q, k, v = qkv(150, B=2)
+    wave, _ = run(RetroConfig(**SMALL), q, k, v, n_prompt)
+    for b, h, d in ((0, 0, 0), (1, 0, 15), (1, 1, 7)):
+        heard = sum(q[b, 3 * h + g, t, d].item() ** 2 for g in range(3) for t in range(2 + 64))
+        assert wave.q_squares[b, h, d].item() == pytest.approx(heard)
+
+
+def test_what_queries_do_not_look_at_does_not_part_what_they_look_for():
+    """Keys have one of 16 themes in half of their channels and louder noise in the other half,
+    where queries are quiet. A cluster is to hold one theme."""
+    g = torch.Generator().manual_seed(0)
+    looks = (torch.arange(16) % 8 < 4).float()              # 0..3, and the others of their pairs
+    themes = torch.arange(326) % 16
+    k = torch.randn(16, 16, generator=g)[themes] * looks
+    k = (k + 3 * torch.randn(326, 16, generator=g) * (1 - looks)).expand(1, 1, -1, -1)
+    q = torch.randn(1, 3, 326, 16, generator=g) * (0.05 + looks)
+    v, pure = themes.float()[:, None].expand(1, 1, -1, 16), {}
+    for power in (0.0, RetroConfig().query_power):
+        wave = WaveIndex(RetroConfig(**SMALL | {"segment": 320, "bits": 16}, outliers=False,
+                                     query_power=power), 326)
+        wave.prefill(q, k.contiguous(), v.contiguous())
+        found = [values[:, 0].long().bincount().max().item() for _, values in members(wave, 0, 0)]
+        pure[power] = sum(found) / 320
+    assert pure[0.0] < 0.55 and pure[RetroConfig().query_power] > 0.85
+
+
+def test_the_paper_clusters_keys_whatever_the_queries():
+    q, k, v = qkv(400)
+    loud = q * torch.arange(16)
+    for config, is_same in ((replace(RetroConfig.paper(), segment=320), True),
+                            (RetroConfig(segment=320), False)):
+        one, two = WaveIndex(config, 400), WaveIndex(config, 400)
+        one.prefill(q, k, v), two.prefill(loud, k, v)
+        assert one.n_indexed == 320 and torch.equal(one.k_store, two.k_store) == is_same
 
 
 def names_of(index, v):
