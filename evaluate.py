@@ -31,7 +31,7 @@ import ruler
 import texts
 from cli import add_config, choose_hot, given_config
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
+from retroinfer import RetroConfig, WaveIndex, decode, eager_step, sampler
 from tables import report
 
 ROOT = Path(__file__).parent

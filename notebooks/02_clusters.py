@@ -241,13 +241,13 @@ by_power = [sum(recall(layer(n)[1], layer(n)[0], cluster(layer(n)[0] * weights(n
                 for n in layers) / len(layers) * 100 for power in powers]
 
 # %%
-ax = axes("A little short of the queries' own metric most is found", "power of the queries' mean square",
-          "best 100 tokens found [%]", size=(7.5, 3))
+ax = axes("A little short of the queries' own metric most is found",
+          "power of the queries' mean square", "best 100 tokens found [%]", size=(7.5, 3))
 ax.plot(powers, by_power, "o-", color=DARK)
 ax.axvline(config.query_power, color=BLUE, linestyle="--")
 ax.axvline(0.5, color=MIDDLE, linestyle=":")
-label(ax, config.query_power, min(by_power), f"the library: {config.query_power}", dx=-4, ha="right",
-      color=BLUE)
+label(ax, config.query_power, min(by_power), f"the library: {config.query_power}", dx=-4,
+      ha="right", color=BLUE)
 label(ax, 0.5, min(by_power), "the queries' own metric")
 plt.show()
 print("found: " + ", ".join(f"{x:.1f} %" for x in by_power))
