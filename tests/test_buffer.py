@@ -366,10 +366,11 @@ def long_text_within(path, spare, *store):
 
 
 def in_a_process(*args):
+    """It maps each large block for itself: in a heap, holes would count as the process's own."""
     program = "import sys, test_buffer; test_buffer.long_text_within(*sys.argv[1:])"
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_MMAP_THRESHOLD_": "131072"}
     return subprocess.run([sys.executable, "-c", program, *map(str, args)], text=True, check=False,
-                          cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-                          capture_output=True)
+                          cwd=ROOT, env=os.environ | env, capture_output=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit on private memory")
