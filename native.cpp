@@ -785,42 +785,43 @@ struct Head {
     }
 };
 
+// Heads from `first` on, with all threads at each of them.
+void together(Head* heads, int count, const Shape& n, const Tensors& given, int first) {
+    #pragma omp for
+    for (int i = 0; i < count; i++) heads[i].begin(n, given, first + i);
+    int C = tiles(n.C), W = tiles(n.W), L = tiles(n.N) + tiles(n.K), parts = heads->parts();
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count * (C + W); i++)
+        if (i % (C + W) < C) heads[i / (C + W)].rank(i % (C + W));
+        else heads[i / (C + W)].attend(i % (C + W) - C);
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count; i++) heads[i].select();
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count * L; i++) heads[i / L].look(i % L);
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count; i++) heads[i].part();
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count * (parts - W); i++)
+        heads[i / (parts - W)].read(W + i % (parts - W));
+    #pragma omp for schedule(dynamic)
+    for (int i = 0; i < count; i++) heads[i].combine();
+}
+
 }
 
 extern "C" void attend(const Tensors* given, const Shape* n, int threads) {
-    int count = n->B * n->H;
-    int turns = (count + threads - 1) / threads;
-    if (5 * count >= 4 * turns * threads) {     // whole heads leave at most a fifth of them idle
-        #pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int i = 0; i < count; i++) {
+    int count = n->B * n->H, whole = count / threads * threads;
+    if (5 * (whole + threads - count) <= whole + threads) whole = count;    // few would be idle
+    static thread_local std::vector<Head> kept;
+    std::vector<Head>& rest = kept;             // the caller's, for all threads
+    if ((int)rest.size() < count - whole) rest.resize(count - whole);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(dynamic)
+        for (int i = 0; i < whole; i++) {
             static thread_local Head own;       // what it keeps is in this thread's cache
             own.run(*n, *given, i);
         }
-        return;
-    }
-    static thread_local std::vector<Head> kept;
-    std::vector<Head>& heads = kept;            // the caller's, for all threads
-    if ((int)heads.size() < count) heads.resize(count);
-    #pragma omp parallel num_threads(threads)
-    {
-        #pragma omp for
-        for (int i = 0; i < count; i++) heads[i].begin(*n, *given, i);
-        int C = tiles(n->C), W = tiles(n->W), L = tiles(n->N) + tiles(n->K);
-        int parts = heads[0].parts();
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count * (C + W); i++)
-            if (i % (C + W) < C) heads[i / (C + W)].rank(i % (C + W));
-            else heads[i / (C + W)].attend(i % (C + W) - C);
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count; i++) heads[i].select();
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count * L; i++) heads[i / L].look(i % L);
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count; i++) heads[i].part();
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count * (parts - W); i++)
-            heads[i / (parts - W)].read(W + i % (parts - W));
-        #pragma omp for schedule(dynamic)
-        for (int i = 0; i < count; i++) heads[i].combine();
+        if (whole < count) together(rest.data(), count - whole, *n, *given, whole);
     }
 }
