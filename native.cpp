@@ -314,9 +314,12 @@ constexpr int64_t ONE = int64_t(1) << 32;       // of what is counted; its token
 // Counts shares by their first 11 bits.
 struct Bins {
     std::vector<int64_t> count = std::vector<int64_t>(2 * 2048);    // two, as neighbours are alike
+    uint32_t most = 0;                                              // the largest
     void add(int place, uint32_t share, int tokens) {
         count[share >> 20 << 1 | place % 2] += ONE + tokens;
+        most = std::max(most, share);
     }
+    int top() const { return most >> 20; }
     int64_t in(int bin) const { return count[2 * bin] + count[2 * bin + 1]; }
 };
 
@@ -330,8 +333,8 @@ std::vector<uint64_t> in_bin(int bin, const std::vector<uint64_t>& keys, int n) 
 
 // The nth best, from 1 on, is the nth of a bin.
 struct Nth {
-    int bin = 2047, n;
-    Nth(const Bins& bins, int nth) : n(nth) {
+    int bin, n;
+    Nth(const Bins& bins, int nth) : bin(bins.top()), n(nth) {
         for (int64_t more; n > (more = bins.in(bin) / ONE); bin--) n -= more;
     }
     uint64_t of(const std::vector<uint64_t>& keys, int count) const {
@@ -568,7 +571,7 @@ struct Head {
         Bins bins;
         for (size_t i = 0; i < share.size(); i++) bins.add(i, share[i], size[i]);
         auto fits = [&](int64_t x) { return x / ONE <= n_retrieve && x % ONE <= room; };
-        int near = 2047;                                // the bin that last lies in
+        int near = bins.top();                          // the bin that last lies in
         int64_t whole = 0;                              // what lies above it
         for (; near >= 0 && fits(whole + bins.in(near)); near--) whole += bins.in(near);
         Nth far(bins, n_ranked);
