@@ -14,9 +14,9 @@
 //     C clusters a head   R, K clusters retrieved, ranked at most   N tokens retrieved at most
 //     M values of these read at most
 //
-// Threads take whole heads, so that what one loop leaves for the next is in their own cache, or the
-// tiles of all heads where whole ones would leave some idle. Tiles depend on shapes alone: the
-// number of threads changes no bit. Sums are in fp32, or exact.
+// Threads take whole heads, so that what one loop leaves for the next is in their own cache. Where
+// the last ones would leave some threads idle, all share these by tiles. Tiles depend on shapes
+// alone: the number of threads changes no bit. Sums are in fp32, or exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -788,7 +788,7 @@ struct Head {
     }
 };
 
-// Heads from `first` on, with all threads at each of them.
+// Heads from `first` on, by all threads of a parallel region.
 void together(Head* heads, int count, const Shape& n, const Tensors& given, int first) {
     #pragma omp for
     for (int i = 0; i < count; i++) heads[i].begin(n, given, first + i);
