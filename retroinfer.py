@@ -785,7 +785,7 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
     if not (temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} in (0, 1]")
     if temperature == 0:
-        return lambda logits: logits.max(-1).indices     # argmax, which CPUs do slowly
+        return lambda logits: logits.max(-1).indices  # a CPU's argmax of bfloat16 is slow
     dice = torch.Generator().manual_seed(seed)
 
     def draw(logits):
