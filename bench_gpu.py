@@ -93,13 +93,13 @@ class Cell:
         share = torch.cat([logits + hope(q[None, None], one)[0, 0], near], -1).softmax(-1)
         order = share.sum(0)[:len(sizes)].argsort(descending=True)[:budget.ranked]
         rank, size = torch.arange(len(order), device=q.device), sizes[order].long()
-        fits = (rank < budget.n_retrieve[-1]) & (size.cumsum(0) <= budget.n_tokens[-1])
-        rest = order[~fits & (rank < budget.n_ranked[-1]) & (size > 0)]
+        fits = (rank < budget.n_retrieve[-1, -1]) & (size.cumsum(0) <= budget.n_tokens[-1, -1])
+        rest = order[~fits & (rank < budget.n_ranked[-1, -1]) & (size > 0)]
         spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
         rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])
         x = torch.cat([near, q @ k_all[rows].double().mT, mass[:, rest]], -1).softmax(-1)
         v, weights = means[order[fits]].repeat_interleave(size[fits], 0), x[:, len(k_s):].sum(0)
-        best = weights[:len(rows)].argsort(descending=True)[:budget.part(budget.room)[-1]]
+        best = weights[:len(rows)].argsort(descending=True)[:budget.part(budget.room)[-1, -1]]
         v[best] = v_all[rows[best]].double()
         return x @ torch.cat([v_s.double(), v, means[rest]])
 
@@ -125,12 +125,12 @@ class Cell:
         live, n_steady = int((index.sizes > 0).sum()), int((steady[2] > -math.inf).sum())
         fits, N = launches["pack"][1]["fits"], B * H * budget.tokens
         clusters, tokens = fits.sum((0, 1)).tolist()
-        given = int(fits[..., 1].minimum(budget.part(budget.room)[:, None]).sum())
+        given = int(fits[..., 1].minimum(budget.part(budget.room)).sum())
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
-        guessed = int(budget.n_ranked.sum()) * H - clusters
+        guessed = int(budget.n_ranked.expand(B, H).sum()) - clusters
         return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
-                "weigh": (C + N) * (4 * G + 4), "pack": 24 * clusters + 4 * tokens,
-                "look": (n_steady + tokens) * (D * e + 4) + 4 * G * (n_steady + N)
+                "weigh": C * (4 * G + 4) + 4 * (tokens * G + N), "pack": 24 * clusters + 4 * tokens,
+                "look": (n_steady + tokens) * (D * e + 4) + 4 * G * (n_steady + tokens)
                 + guessed * (4 * G + 8), "mark": 12 * given, "combine": parts + q.numel() * e,
                 "attend": n_steady * (D * e + 4 * G + 4) + given * (D * e + 12) + parts
                 + tokens * (4 * G + 4) + clusters * (D // 2 + 22) + guessed * (D // 2 + 14 + 4 * G)}

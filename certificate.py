@@ -204,7 +204,7 @@ def estimates(step, budget):
     """Log mass (B, H, G, C) that each ranked cluster has if it is estimated; -inf: dropped."""
     masses, order = rank_clusters(step.q, step.x_steady, step.index, budget.ranked,
                                   budget.by_mass)
-    near = torch.arange(budget.ranked, device=order.device) < budget.n_ranked[:, None, None]
+    near = torch.arange(budget.ranked, device=order.device) < budget.n_ranked[..., None]
     ranked = torch.zeros_like(masses[:, :, 0], dtype=torch.bool).scatter(
         -1, order, near.expand_as(order))
     return masses.double().masked_fill(~ranked[:, :, None], -math.inf)
@@ -216,7 +216,7 @@ def lose_values(left, estimated, x, far, budget):
     weights here and in the step, four roundings each; any other counts as lost."""
     total = left.exact.logaddexp(estimated.logsumexp(-1, keepdim=True))     # (B, H, G, 1)
     weights = F.pad((x - total).exp().sum(2, keepdim=True), (0, 1))         # (B, H, 1, N+1)
-    n = budget.part(budget.room)[:, None, None, None].expand(*weights.shape[:3], 1)
+    n = budget.part(budget.room)[..., None, None].expand(*weights.shape[:3], 1)
     first = weights.sort(descending=True).values.gather(-1, n).clamp(min=1e-30)     # fp32: 0
     margin = (8 * left.rounding.amax(2, keepdim=True)).clamp(max=50).exp()  # (B, H, 1, 1)
     is_read = weights[..., :-1] > first * margin
@@ -265,8 +265,8 @@ def value_terms(left, peak, high):
 
 
 def needed(step, by_mass, max_err):
-    """(B,): of how many of the best clusters, in the worst of a sequence's heads, all members must
-    be read so that the others hold at most max_err of the attention mass for certain."""
+    """(B, H): of how many of the best clusters all members must be read so that the others hold at
+    most max_err of the attention mass for certain."""
     C = step.low.shape[-1]
     _, order = rank_clusters(step.q, step.x_steady, step.index, C, by_mass)
     order = order[:, :, None].expand_as(step.low)
@@ -275,7 +275,7 @@ def needed(step, by_mass, max_err):
     read = F.pad(low.logcumsumexp(-1)[..., :-1], (1, 0), value=-math.inf)
     read = torch.logaddexp(read, step.exact) - 4 * step.rounding
     share = rest - torch.logaddexp(read, rest)
-    return (share > (math.log(max_err) if max_err else -math.inf)).sum(-1).amax((1, 2))
+    return (share > (math.log(max_err) if max_err else -math.inf)).sum(-1).amax(-1)
 
 
 # ---------------------------------------------------------------- a cache that checks its steps
@@ -317,11 +317,12 @@ class CheckedIndex(WaveIndex):
         index, bounds = (type(x)(*(y.flatten(0, 1)[:, None] for y in x))
                          for x in (index, self.bounds))
         step = look(q, (k, v, bias), index, bounds)
-        n_retrieve, n_ranked = (n.repeat_interleave(H) for n in self.asked.budget(self.n_indexed))
+        n_retrieve, n_ranked, cap = (n.expand(B, H).reshape(-1, 1) for n in (
+            *self.asked.budget(self.n_indexed[:, None], self.boosts), budget.n_retrieve))
         n_estimate, n_tokens = n_ranked - n_retrieve, self.asked.room(n_retrieve)
         if self.max_err is not None:
             n_retrieve = n_retrieve.maximum(needed(step, budget.by_mass, self.max_err))
-            n_retrieve = n_retrieve.minimum(budget.n_retrieve.repeat_interleave(H))
+            n_retrieve = n_retrieve.minimum(cap)
             n_tokens = None                                 # all that are retrieved must fit
         budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate,
                                  n_tokens=n_tokens)
@@ -389,7 +390,7 @@ class Witness(CheckedIndex):
         """Become many sequences of one text, which `one` has read, to be asked side by side."""
         self.allocate(one.k_store)
         mine, theirs = ((x.k_store, x.v_store, x.k_steady, x.v_steady, *x.index, *x.bounds,
-                         x.n_tokens, x.n_indexed, x.n_clusters) for x in (self, one))
+                         x.boosts, x.n_tokens, x.n_indexed, x.n_clusters) for x in (self, one))
         for here, there in zip(mine, theirs, strict=True):
             here.copy_(there)
         self.is_reading = [False] * len(self.is_reading)

@@ -139,8 +139,8 @@ class Run:
     def left(self, key, names):
         return [name for name in names if f"{key}/{name}" not in self.results.cells]
 
-    def named(self, n, steps):
-        methods = fidelity.named_methods(n, steps)
+    def named(self, n, steps, boost=1.0):
+        methods = fidelity.named_methods(n, steps, boost)
         methods["ours"] = functools.partial(fidelity.wave, self.config)
         return {name: make for name, make in methods.items() if name in (self.wanted or methods)}
 
@@ -165,11 +165,14 @@ class Run:
 def against_dense_cells(run, kind, length):
     steps, key = run.settings["steps"], f"dense/{kind}/{length}"
     n = length - steps - 1
-    methods = {f"named/{name}": make for name, make in run.named(n, steps).items()}
-    for share in [] if run.wanted else run.settings["shares"]:
-        methods |= {f"{share}/{name}": make
-                    for name, make in fidelity.methods_at(share * 2 * n, n, steps).items()}
-    left = run.left(key, methods)
+
+    def methods(boost=1.0):
+        made = {f"named/{name}": make for name, make in run.named(n, steps, boost).items()}
+        for share in [] if run.wanted else run.settings["shares"]:
+            made |= {f"{share}/{name}": make for name, make in fidelity.methods_at(
+                share * 2 * n, n, steps, boost).items()}
+        return made
+    left = run.left(key, methods())
     if not left:
         return
     text = texts.KINDS[kind](run.settings["half"])[:12 * length]
@@ -177,10 +180,11 @@ def against_dense_cells(run, kind, length):
     if len(ids) < length:
         raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
     case = fidelity.read(run.model, torch.tensor(ids), steps)
+    made = methods(fidelity.mean_boost(case, run.config))
     for name in left:
-        cell = fidelity.against_dense(run.model, case, methods[name])
+        cell = fidelity.against_dense(run.model, case, made[name])
         if name.startswith("named/") or run.settings["errors"]:
-            cell |= fidelity.by_head(case, methods[name])
+            cell |= fidelity.by_head(case, made[name])
         run.add(f"{key}/{name}", cell)
 
 
@@ -191,6 +195,7 @@ def needle_cells(run, length, depth):
             ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
                                                   run.settings["seed"])
             case = fidelity.read(run.model, ids, n_answer)
+            methods = run.named(length, 8, fidelity.mean_boost(case, run.config))
         answer = torch.tensor(fidelity.against_dense(run.model, case, methods[name])["nll"])
         run.add(f"{key}/{name}", {"answer": answer.neg().exp().mean().item(),
                                   **fidelity.needle_mass(case, methods[name], needle)})

@@ -119,10 +119,13 @@ class Watched(WaveIndex):
 
     def watch(self, q, steady, index, budget, stores):
         def fetch(ids, ends):
-            k, v, bias = gather_clusters(index, stores, ids, ends, budget.tokens)
+            k, v, bias = gather_clusters(index, stores, ids, ends, most.tokens)
             self.fetched = v[-1, :, :, 0].long(), bias[-1, :, 0] == 0       # (H, N) both
             return k, v, bias
-        return tripartite_attention(q, steady, index, budget, fetch)
+        tokens, retrieve, ranked = (int(x.max()) for x in (budget.room, *budget[3:5]))
+        most = budget._replace(tokens=tokens, retrieve=min(retrieve, budget.retrieve),
+                               ranked=min(ranked, budget.ranked))       # few heads need the caps
+        return tripartite_attention(q, steady, index, most, fetch)
 
     @property
     def read(self):
@@ -164,11 +167,11 @@ def wave_rows(c, steady, retrieved, clusters, n_ranked, D=64):
 def rows_read(cache):
     """Rows of D numbers that the latest step of one head needed."""
     if isinstance(cache, WaveIndex):
-        clusters = float((cache.index.sizes[0] > 0).sum(-1).float().mean())
-        n_ranked = min(int(cache.config.budget(cache.n_indexed)[1][0]), clusters)
+        clusters = (cache.index.sizes[0] > 0).sum(-1).float()               # (H,)
+        n_ranked = float(cache.budget().n_ranked[0].minimum(clusters).mean())
         steady = int(cache.n_tokens[0] - cache.n_indexed[0])
         retrieved = float(cache.fetched[1].sum(-1).float().mean())
-        return wave_rows(cache.config, steady, retrieved, clusters, n_ranked,
+        return wave_rows(cache.config, steady, retrieved, float(clusters.mean()), n_ranked,
                          cache.k_store.shape[-1])
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
@@ -176,7 +179,7 @@ def rows_read(cache):
     return 2 * int(cache.n_tokens[0])
 
 
-def wave_at(config, rows, n, steps):
+def wave_at(config, rows, n, steps, boost=1.0):
     """The config that reads so many rows behind n tokens; None if the index alone is more."""
     rest = n - config.sink - config.local
     indexed = rest // config.segment * config.segment
@@ -186,18 +189,22 @@ def wave_at(config, rows, n, steps):
     slots = config.slots(indexed) if config.outliers else 1.05 * clusters   # some are split
     steady = n - indexed + steps / 2
     spent = wave_rows(config, steady, 0, slots, config.estimate * clusters)
-    retrieve = round((rows - spent) / ((1 + config.values) * config.cluster + config.bits / 16))
+    cluster = (1 + config.values) * config.cluster + config.bits / 16
+    retrieve = round((rows - spent) / (boost * cluster))
     if not 1 <= retrieve <= clusters:
         return None
     return replace(config, least=1, growth=1.0, retrieve=retrieve / clusters,
                    estimate=min(config.estimate, 1 - retrieve / clusters))
 
 
-def methods_at(rows, n, steps):
-    """{name: how to make its cache} of all that can keep to so many rows a step."""
+def methods_at(rows, n, steps, boost=1.0):
+    """{name: how to make its cache} of all that can keep to so many rows a step.
+
+    boost is mean_boost() of the text: ours reads more than its share.
+    """
     pages = n // PAGE
     made = {name: config and functools.partial(wave, config) for name, config in (
-        ("ours", wave_at(RetroConfig(), rows, n, steps)),
+        ("ours", wave_at(RetroConfig(), rows, n, steps, boost)),
         ("paper", wave_at(RetroConfig.paper(), rows, n, steps)))}
     for choose, count in ((window, rows / 2), (oracle, rows / 2), (
             quest, (rows - 2 * pages - steps) / (2 * PAGE))):
@@ -206,18 +213,18 @@ def methods_at(rows, n, steps):
     return {name: make for name, make in made.items() if make}
 
 
-def ours_rows(n, steps):
+def ours_rows(n, steps, boost=1.0):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
     n_retrieve, n_ranked = map(int, c.budget(torch.tensor(indexed)))
     steady = n - indexed + indexed % c.cluster + steps / 2
-    return wave_rows(c, steady, n_retrieve * c.cluster, c.slots(indexed), n_ranked)
+    return wave_rows(c, steady, boost * n_retrieve * c.cluster, c.slots(indexed), n_ranked)
 
 
-def named_methods(n, steps):
+def named_methods(n, steps, boost=1.0):
     """The configurations side by side; those that have a budget get the bytes of ours."""
-    same = methods_at(ours_rows(n, steps), n, steps)
+    same = methods_at(ours_rows(n, steps, boost), n, steps, boost)
     same["paper, bytes of ours"] = same.pop("paper", None)
     made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
     made |= same | {"ours": functools.partial(wave, RetroConfig())}
@@ -289,6 +296,16 @@ def filled(make, q, k, v, n_steps, probe=None):
     return cache
 
 
+def mean_boost(case, config):
+    """How many times its share a head retrieves, on average over layers and heads."""
+    total = 0.0
+    for past in case.past:
+        cache = filled(functools.partial(wave, config), *past, 1)
+        cache.update()
+        total += cache.boosts.mean().item()
+    return total / len(case.past)
+
+
 def feed(cache, q, k, v):
     """Yield what decode gives T tokens (B, *, T, D) that come one by one: (B, H*G, 1, D)."""
     room = 0
@@ -299,22 +316,22 @@ def feed(cache, q, k, v):
 
 
 def against_dense(model, case, make):
-    """Each step's nll, KL to dense and agreement, and the rows a step reads, on its own path."""
+    """Each step's nll, KL to dense and agreement, and the rows a head reads, on its own path."""
     T, rows, caps = len(case.logp), [], []
 
     def attend(past, q, k, v):
         cache, outputs = filled(make, *past, T), []
         for o in feed(cache, q, k, v):
             outputs.append(o)
-            if past is case.past[0]:
-                rows.append(rows_read(cache))
+            rows.append(rows_read(cache))
         caps.append(cache.bytes_read())
         return torch.cat(outputs, 2)
 
     attends = [functools.partial(attend, past) for past in case.past]
     logp, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][1]
-    n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * sum(rows) / T
-    return {"bytes": n_bytes, "cap": sum(caps), "share": sum(rows) / T / (2 * case.n + T),
+    n_rows = sum(rows) / len(rows)          # a step and head
+    n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * n_rows
+    return {"bytes": n_bytes, "cap": sum(caps), "share": n_rows / (2 * case.n + T),
             **distances(case.logp, logp, case.ids[case.n + 1:])}
 
 

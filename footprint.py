@@ -163,10 +163,9 @@ def step(dtype, G, D, bits=4):
     wave = retroinfer.WaveIndex(config, 131072)
     wave.allocate(torch.zeros(1, 1, 1, D, dtype=dtype))
     steady = wave.k_steady, wave.v_steady, torch.zeros(1, 1, 1, wave.k_steady.shape[2])
-    budget = retroinfer.Budget(*wave.caps, *config.budget(wave.n_indexed), config.by_mass)
     for values in (config.values, 1.0):
         kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index,
-                       budget._replace(values=values), (wave.k_store, wave.v_store))
+                       wave.budget()._replace(values=values), (wave.k_store, wave.v_store))
 
 
 def index(dtype, D):

@@ -32,7 +32,7 @@ centroids and means in 4 bits):
 
 and in place of these, where M < N tokens give values, and the means of R clusters stand for others:
 
-    weigh     4*G*(C + N + 4*S) read, 4*(C + N) written
+    weigh     4*G*(C + N + 4*S) + 4 read, 4*(C + N) written
     pack      20*R + 16 read, 4*(N + R) + 8 written
     look      (W + N)*(D*e + 4) + E*(4*G + 8) + S*(G*D*e + 16) read, 4*G*(W + N + 2*S) written
     mark      8*M + 8 read, 4*M written
@@ -180,11 +180,12 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
 
 # Grid (C/BC, B*H). A program owns BC clusters, or tokens: it reads 4*G bytes of logarithms each and
 # all S pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below
-# every other.
+# every other; so does what is behind the tokens that `fits` counts, of which it reads nothing.
 @triton.jit
-def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
+def weigh_kernel(ranks, stats, fits, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
                  BC: tl.constexpr, STEP: tl.constexpr):
     head, g = tl.program_id(1).to(tl.int64), tl.arange(0, BG)
+    n = C if fits is None else tl.load(fits + head * 2 + 1)
     m, total = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
     for start in range(0, S, STEP):
         s = start + tl.arange(0, STEP)[:, None]
@@ -197,20 +198,21 @@ def weigh_kernel(ranks, stats, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
         m = top
     top = tl.where(m == float("-inf"), 0.0, m)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    is_one = (c[:, None] < C) & (g < G)                                                 # (BC, BG)
+    is_one = (c[:, None] < n) & (g < G)                                                 # (BC, BG)
     x = tl.load(ranks + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
     p = tl.exp(x - top) / tl.where(total > 0, total, 1.0)
     is_live = tl.max(x, 1) > float("-inf")
     tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
 
 
-def weigh(x, stats):
-    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats."""
+def weigh(x, stats, fits=None):
+    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
+    clusters, or of the tokens that fit (B, H, 2)."""
     (B, H, C, G), S = x.shape, stats.shape[2]
     weights, BG = x.new_empty(B, H, C), triton.next_power_of_2(G)
     BC = min(256, 4096 // BG)
-    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), x, stats, weights, C, S, G=G, BG=BG, BC=BC,
-           STEP=16, num_warps=4)
+    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), x, stats, fits, weights, C, S, G=G, BG=BG,
+           BC=BC, STEP=16, num_warps=4)
     return weights
 
 
@@ -238,11 +240,11 @@ def rank_clusters(q, k_steady, bias, index, n, by_mass):
 # 4 bytes a token; then how many clusters and tokens fit. With `known`, also where in the list each
 # cluster ends, 4 bytes.
 @triton.jit
-def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, known, H, C, K, R, N,
+def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, known, C, K, R, N,
                 BR: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
-    room = tl.minimum(tl.load(n_tokens + head // H), N)
-    n = tl.minimum(tl.load(n_retrieve + head // H), R)
+    room = tl.minimum(tl.load(n_tokens + head), N)
+    n = tl.minimum(tl.load(n_retrieve + head), R)
     n_clusters, n_fit, end = 0, 0, 0
     for start in range(0, n, BR):
         r = start + tl.arange(0, BR)
@@ -264,7 +266,7 @@ def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, known, 
 
 # Grid (S, B*H). A program owns every S-th tile of the entries of one head, as in attend_kernel: of
 # steady slots and retrieved tokens it reads D*e + 4 bytes each and writes 4*G, their logits (-inf
-# where none is), of estimated clusters it reads 8 + 4*G. In the end it writes max and sum, 8*G.
+# of a free slot), of estimated clusters it reads 8 + 4*G. In the end it writes max and sum, 8*G.
 @triton.jit
 def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N,
                 C, K, bias_b, bias_h, x_steady, x_tokens, G: tl.constexpr, D: tl.constexpr,
@@ -283,15 +285,15 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
         m, s = grow(x, m, s)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
-    n_tiles += tl.cdiv(N, BN)
-    for t in range(first, tl.cdiv(N, BN), S):
+    n_tiles += tl.cdiv(n_tokens, BN)
+    for t in range(first, tl.cdiv(n_tokens, BN), S):
         slot = t * BN + n
         is_live = slot < n_tokens
         row = head * T + tl.load(rows + head * N + slot, is_live, 0)
         x = meet(queries, k_store, row, is_live, D, BD)
-        tl.store(x_tokens + (head * N + slot) * G + g[:, None], x, (slot < N) & is_g)
+        tl.store(x_tokens + (head * N + slot) * G + g[:, None], x, is_live & is_g)
         m, s = grow(x, m, s)
-    n_estimate = (tl.minimum(tl.load(n_ranked + head // H), K) - n_clusters).to(tl.int32)
+    n_estimate = (tl.minimum(tl.load(n_ranked + head), K) - n_clusters).to(tl.int32)
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
         r = t * BN + n
         ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
@@ -305,10 +307,10 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
 # Grid (M/BM, B*H). A program owns BM of the best tokens: it reads 8 bytes of place of those whose
 # values are read, and writes 4, the -1 that a free place has.
 @triton.jit
-def mark_kernel(places, n_values, weights, H, M, N, BM: tl.constexpr):
+def mark_kernel(places, n_values, weights, M, N, BM: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    is_read = i < tl.minimum(tl.load(n_values + head // H), M)
+    is_read = i < tl.minimum(tl.load(n_values + head), M)
     place = tl.load(places + head * M + i, is_read, 0)
     tl.store(weights + head * N + place, -1.0, is_read)
 
@@ -376,7 +378,7 @@ def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masse
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
     if places is not None:
-        n_tokens = tl.minimum(tl.minimum(tl.load(n_values + head // H), M), n_tokens).to(tl.int32)
+        n_tokens = tl.minimum(tl.minimum(tl.load(n_values + head), M), n_tokens).to(tl.int32)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
     for t in range(first, tl.cdiv(n_tokens, BN), S):
@@ -394,7 +396,7 @@ def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masse
                         float("-inf"))
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     skip = n_clusters if places is None else 0
-    n_means = tl.minimum(tl.load(n_ranked + head // H), K).to(tl.int32)
+    n_means = tl.minimum(tl.load(n_ranked + head), K).to(tl.int32)
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_means - skip, BN), S):
         r = skip + t * BN + n
         ids = head * C + tl.load(order + head * K + r, r < n_means, 0)
@@ -458,6 +460,7 @@ def attend(q, steady, index, budget, stores):
     shares, M = [budget.n_retrieve, budget.n_ranked, budget.room], budget.part(budget.tokens)
     if budget.tokens > M:
         shares.append(budget.part(budget.room))
+    shares = [x.expand(q.shape[:2]).contiguous() for x in shares]           # (B, H) each
     return attend_op(q, list(steady), list(index), list(stores), shares, [*budget[:3], M],
                      budget.by_mass)
 
@@ -466,14 +469,14 @@ def look(shared, n_values, M, tile):
     """What attend_kernel takes in place of keys, for what it shares with look_kernel.
 
     Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), shares of the latter
-    (B, H, N), -1 of those whose values are read, and the places of these (B, H, M), best first.
+    (B, H, N), -1 of none and of those whose values are read, and places of these (B, H, M).
     """
     (B, H, G, _), stats, W, N = shared[0].shape, shared[9], shared[11], shared[13]
     x_steady, x_tokens = stats.new_empty(B, H, W, G), stats.new_empty(B, H, N, G)
     launch(look_kernel, (stats.shape[2], B * H), *shared, x_steady, x_tokens, **tile, num_stages=3)
-    weights = weigh(x_tokens, stats)
+    weights = weigh(x_tokens, stats, shared[5])
     places = weights.topk(M, sorted=True).indices
-    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, n_values, weights, H, M, N, BM=256,
+    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, n_values, weights, M, N, BM=256,
            num_warps=4)
     return n_values, x_steady, x_tokens, weights, places
 
@@ -493,7 +496,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
     ends = ends if n_values else None
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, n_tokens, rows,
-           fits, ends, H, C, K, R, N, BR=128, num_warps=4)
+           fits, ends, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
     tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))

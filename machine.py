@@ -12,6 +12,8 @@ hidden behind computation.
 """
 from dataclasses import dataclass, replace
 
+import torch
+
 import plan
 from buffer import BLOCK
 from retroinfer import RetroConfig
@@ -72,7 +74,9 @@ def our_work(config, tokens, batch, retro):
     """Work of a step of ours: what is retrieved is written and read once more."""
     run = plan.Run(config, tokens, batch, retro=retro)
     cache, layers = plan.cache_on_meta(run), config.num_hidden_layers
-    exact = layers * batch * config.num_key_value_heads * cache.caps[0] * 4 * config.head_dim
+    cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
+    cache.boosts = torch.ones(batch, config.num_key_value_heads)
+    exact = layers * int(cache.budget().room.sum()) * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 
 

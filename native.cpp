@@ -593,9 +593,9 @@ struct Head {
         weigh();
         int clusters = 0;
         for (int x : live) clusters += x;
-        int n_ranked = std::min<int64_t>({given.n_ranked[b], n.K, clusters});
-        int64_t room = std::clamp<int64_t>(given.n_tokens[b], 0, n.N), to = S * TILE;
-        choose(n_ranked, std::min<int64_t>({given.n_retrieve[b], n.R, n_ranked}), room);
+        int n_ranked = std::min<int64_t>({given.n_ranked[at], n.K, clusters});
+        int64_t room = std::clamp<int64_t>(given.n_tokens[at], 0, n.N), to = S * TILE;
+        choose(n_ranked, std::min<int64_t>({given.n_retrieve[at], n.R, n_ranked}), room);
         k.resize(to + room), owner.resize(room);
         const int64_t* offsets = given.offsets + at * n.C;
         for (int r = 0; r < n_keys; r++) {
@@ -606,7 +606,7 @@ struct Head {
             int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
                 k[to] = given.k_store + first + i * D, owner[to - S * TILE] = mean.size();
-            if (!tokens || given.n_values[b] < room) estimate(c, tokens);
+            if (!tokens || given.n_values[at] < room) estimate(c, tokens);
         }
         k.resize(to);
     }
@@ -669,7 +669,7 @@ struct Head {
     // the queries. What the others weigh goes to the means of their clusters.
     void part() {
         int count = retrieved();
-        int some = std::clamp<int64_t>(given.n_values[b], 0, std::min<int64_t>(count, n.M));
+        int some = std::clamp<int64_t>(given.n_values[at], 0, std::min<int64_t>(count, n.M));
         std::vector<quad> total(Q), factor(tiles(n.N) * Q), over(factor.size());
         for (int p = 0; p < Q; p++) {
             for (int i = p; i < (int)part_m.size(); i += Q) top[p] = larger(top[p], part_m[i]);

@@ -38,10 +38,10 @@ def attend(q, steady, index, budget, stores):
     if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
         raise ValueError("native.py runs on a CPU with 16 to 256 head dims, and q has "
                          f"{q.shape[3]} on {q.device}: use the functions of retroinfer.py")
-    rest = [name(x) for x in index[2:]]
-    assert rest == ["float32", "int64", "bfloat16", "bfloat16"], rest
-    shares = [budget.n_retrieve, budget.n_ranked, budget.room, budget.part(budget.room)]
-    return attend_op(q, list(steady), list(index), list(stores), shares,
+    assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16"]
+    shares = budget.n_retrieve, budget.n_ranked, budget.room, budget.part(budget.room)
+    return attend_op(q, list(steady), list(index), list(stores),
+                     [x.expand(q.shape[:2]) for x in shares],
                      [*budget[:3], budget.part(budget.tokens), int(budget.by_mass)])
 
 

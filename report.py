@@ -13,7 +13,8 @@ def measure(session):
     wave, n_layers = session.caches[0], len(session.caches)
     _, H, _, D = wave.k_store.shape
     key = H * D * wave.k_store.element_size() * n_layers                        # bytes of one key
-    n_retrieve, n_ranked = wave.config.budget(wave.n_indexed)                   # (B,)
+    _, _, _, *shares = wave.budget()[:5]                                        # (B, H) both
+    n_retrieve, n_ranked = (n.double().mean(-1).round().long() for n in shares)
     return {
         "context_tokens": wave.n_tokens.tolist(), "read_tokens": session.n_read,
         "generated_tokens": session.n_said, "indexed_tokens": wave.n_indexed.tolist(),

@@ -39,6 +39,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 LONG = 8192     # tokens up to which the defaults were chosen
+SHARP = 5.0     # variance of a head's logits within clusters from which on it retrieves more
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class RetroConfig:
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
     iterations: more gain nothing. least: 128 tokens. growth: 2.8 % of 131,072 tokens are left, with
-    values the paper's bytes. values: once weights are known, few are worth their bytes. estimate:
-    more gains less than retrieving more. outliers: a needle among words unlike it is invisible in
-    their centroid. query_power: a query must find what it asks for in one place, so channels that
-    are loud in queries count more.
+    values the paper's bytes. boost: the few heads that copy look for one token, of which a centroid
+    says little. values: once weights are known, few are worth their bytes. estimate: more gains
+    less than retrieving more. outliers: a needle among words unlike it is invisible in their
+    centroid. query_power: a query must find what it asks for in one place, so channels that are
+    loud in queries count more.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
@@ -60,11 +62,12 @@ class RetroConfig:
     cluster: int = 8             # mean tokens in a cluster
     bits: int = 4                # of a number in a centroid or mean: 4, or 16 for the model's own
     iterations: int = 4          # k-means passes over a segment
-    retrieve: float = 0.065      # share of the clusters whose keys are read, up to 8,192 tokens
+    retrieve: float = 0.058      # share of the clusters whose keys are read, up to 8,192 tokens
     growth: float = 0.7          # their number grows by this power of the text from there on
     least: int = 16              # of these at least, however short the text
+    boost: int = 8               # times that share at most, in heads of which clusters tell little
     values: float = 0.2          # share of their tokens, those that weigh most, that give values
-    estimate: float = 0.15       # share of the clusters estimated by their centroids
+    estimate: float = 0.17       # share of the clusters estimated by their centroids
     by_mass: bool = True         # rank and estimate by size and spread, not by centroid alone
     outliers: bool = True        # free cluster slots hold the tokens farthest from their centroid
     query_power: float = 0.35    # channels are clustered by the queries' mean square to this power
@@ -74,11 +77,11 @@ class RetroConfig:
         """The published settings. A share without a floor is too few for a short text."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, bits=16,
                    iterations=10, retrieve=0.018, growth=1.0, least=1, estimate=0.232,
-                   by_mass=False, outliers=False, values=1.0, query_power=0.0)
+                   by_mass=False, outliers=False, boost=1, values=1.0, query_power=0.0)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1, "iterations": 1,
-                  "least": 1}
+                  "least": 1, "boost": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least {low} is needed")
@@ -111,17 +114,20 @@ class RetroConfig:
         """Cluster slots for so many tokens: an eighth more than clusters, for those split."""
         return tokens // self.cluster + tokens // (8 * self.cluster)
 
-    def budget(self, tokens):
+    def budget(self, tokens, boost=1):
         """Clusters to retrieve, and to retrieve or estimate, of the clusters of so many tokens.
 
-        What growth leaves out of a long text's first share is estimated.
+        What growth leaves out of a long text's first share is estimated, and what boost takes is
+        not estimated. tokens and boost: tensors that go together, as (B, 1) and (B, H).
         """
-        def best(share, fade=1):        # of the clusters before any is split; all means all slots
-            clusters = tokens // self.cluster * fade
-            return self.slots(tokens) if share >= 1 else (clusters * share).round().long()
+        slots = self.slots(tokens)
+
+        def best(share, times=1):       # of the clusters before any is split; all means all slots
+            clusters = tokens // self.cluster * times
+            return slots if share >= 1 else (clusters * share).round().long().minimum(slots)
 
         fade = (tokens / LONG).clamp(min=1) ** (self.growth - 1)
-        n_retrieve = best(self.retrieve, fade).clamp(min=self.least)
+        n_retrieve = best(self.retrieve, fade * boost).clamp(min=self.least)
         return n_retrieve, torch.maximum(best(self.retrieve + self.estimate), n_retrieve)
 
     def room(self, n_retrieve):
@@ -281,24 +287,27 @@ RUN = 64        # rows of v that mix() sums at a time: they stay in a core's fir
 
 
 class Budget(NamedTuple):
-    """What a step may read of the index: caps, which are shapes, and each sequence's own share."""
+    """What a step may read of the index: caps, which are shapes, and each head's own share.
+
+    Shares are (B, H); (B, 1) where all heads have the same.
+    """
     tokens: int                  # N, exact tokens
     retrieve: int                # R, clusters retrieved
     ranked: int                  # R+E, clusters retrieved or estimated
-    n_retrieve: torch.Tensor     # (B,) at most R
-    n_ranked: torch.Tensor       # (B,) at most R+E
+    n_retrieve: torch.Tensor     # (B, H) at most R
+    n_ranked: torch.Tensor       # (B, H) at most R+E
     by_mass: bool = True         # rank clusters by estimated mass; else by centroid
-    n_tokens: torch.Tensor | None = None    # (B,) tokens retrieved, at most N; None: N
+    n_tokens: torch.Tensor | None = None    # (B, H) tokens retrieved, at most N; None: N
     values: float = 1.0          # share of these whose values are read
 
     @property
     def room(self):
-        """Tokens that each sequence may retrieve (B,)."""
+        """Tokens that each head may retrieve (B, H)."""
         N = torch.full_like(self.n_retrieve, self.tokens)
         return N if self.n_tokens is None else self.n_tokens.minimum(N)
 
     def part(self, tokens):
-        """How many of so many retrieved tokens have their values read: int or (B,)."""
+        """How many of so many retrieved tokens have their values read: int or (B, H)."""
         return -(-tokens * round(1000 * self.values) // 1000)
 
 
@@ -315,10 +324,10 @@ def tripartite_attention(q, steady, index, budget, fetch):
     x_s = scores(q, k_s) + bias_s                                           # (B, H, G, W)
     masses, order = rank_clusters(q, x_s, index, budget.ranked, budget.by_mass)
     rank = torch.arange(budget.ranked, device=q.device)
-    near = rank < budget.n_ranked[:, None, None]                            # (B, 1, R+E)
+    near = rank < budget.n_ranked[..., None]                                # (B, H, R+E)
     sizes = index.sizes.gather(-1, order) * near                            # (B, H, R+E)
-    ends = (sizes * (rank < budget.n_retrieve[:, None, None]))[..., :R].long().cumsum(-1)
-    fits = ends <= budget.room[:, None, None]                               # (B, H, R)
+    ends = (sizes * (rank < budget.n_retrieve[..., None]))[..., :R].long().cumsum(-1)
+    fits = ends <= budget.room[..., None]                                   # (B, H, R)
     ends = ends.minimum(ends.masked_fill(~fits, 0).amax(-1, keepdim=True))
     k_r, v_r, bias_r = fetch(order[..., :R], ends)                          # (B, H, N, D)
     is_exact = sizes == F.pad(ends - before(ends), (0, budget.ranked - R))  # (B, H, R+E), or free
@@ -341,7 +350,7 @@ def part_values(w, v, ends, budget):
     """
     (N, R), M = (w.shape[-1], ends.shape[-1]), budget.part(w.shape[-1])
     best = w.sum(2).topk(M).indices                                         # (B, H, M)
-    is_in = torch.arange(M, device=w.device) < budget.part(budget.room)[:, None, None]
+    is_in = torch.arange(M, device=w.device) < budget.part(budget.room)[..., None]      # (B, H, M)
     is_read = torch.zeros(v.shape[:3], dtype=torch.bool, device=w.device).scatter(
         -1, best, is_in.expand_as(best))                                    # (B, H, N)
     rest = torch.zeros_like(w[..., :1]).expand(-1, -1, -1, R).scatter_add(
@@ -439,6 +448,19 @@ def weigh_clusters(q, index):
     return index.sizes[:, :, None] * (1 + half * index.spreads[:, :, None])
 
 
+def boosts(q_squares, index, most):
+    """How many times its share each head retrieves: (B, H), from 1 to most. Ours.
+
+    q_squares: mean squares (B, H, D) of the channels of queries. Within clusters a query's logits
+    have the variance s = |q|^2 spread / D. Of e^x, x normal, the variance over the square of the
+    mean is e^s - 1: so much does a token's weight differ from what the centroid tells. Where s is
+    large the ranking all but draws lots, and what helps is more of them.
+    """
+    total = (index.spreads * index.sizes).sum(-1)                           # (B, H)
+    spread = total / index.sizes.sum(-1).clamp(min=1)
+    return (q_squares.mean(-1) * spread - SHARP).exp().clamp(1, most).float()
+
+
 def before(ends):
     """Where each of consecutive runs (B, H, R) starts, given where it ends."""
     return F.pad(ends[..., :-1], (1, 0))
@@ -530,11 +552,12 @@ class WaveIndex(nn.Module):
             return k.new_zeros(B, H, n, *shape, **kind)
 
         T, W, C = (round_up(n) for n in (self.capacity, c.steady, c.slots(self.capacity)))
-        R, ranked = c.budget(torch.tensor(self.capacity))
+        R, ranked = c.budget(torch.tensor(self.capacity), c.boost)
         N = round_up(2 * int(c.room(R))) // 2
         self.caps = N, min(int(R), C), min(round_up(int(ranked)), C)
         self.k_steady, self.v_steady = zeros(W, D), zeros(W, D)
         self.q_squares = k.new_zeros(B, H, D, dtype=torch.float64)
+        self.boosts = k.new_ones(B, H, dtype=torch.float32)
         row, kind = ((D // 2,), {"dtype": torch.uint8}) if c.bits == 4 else ((D,), {})
         self.index = Index(zeros(C, *row, **kind), zeros(C, *row, **kind),
                            zeros(C, dtype=torch.float32), zeros(C, dtype=torch.int64),
@@ -572,9 +595,9 @@ class WaveIndex(nn.Module):
         return o
 
     def loudness(self, q):
-        """Sums of squares (B, H, D) of queries q (B, H*G, T, D)."""
+        """Sums of squares (B, H, D) of queries q (B, H*G, T, D), means over G."""
         squares = q.float().square().sum(2, dtype=torch.float64)            # (B, H*G, D)
-        return squares.unflatten(1, (self.k_steady.shape[1], -1)).sum(2)
+        return squares.unflatten(1, (self.k_steady.shape[1], -1)).mean(2)
 
     def rows(self, row, first, end):
         """Views k, v (1, H, end - first, D) of a sequence in the store."""
@@ -609,14 +632,17 @@ class WaveIndex(nn.Module):
         is_free = slot > last[:, None]                                      # (B, W)
         bias = bias_of(is_free[:, None]).expand(-1, H, -1, -1)              # (B, H, 1, W)
         steady = self.k_steady, self.v_steady, bias
-        c = self.config
-        n_retrieve, n_ranked = c.budget(self.n_indexed)                     # (B,) both
-        budget = Budget(*self.caps, n_retrieve, n_ranked, c.by_mass, c.room(n_retrieve), c.values)
         stores = self.k_store, self.v_store
-        return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, budget,
+        return self.hot.attend(q.reshape(B, H, -1, D), steady, self.index, self.budget(),
                                stores).reshape(q.shape)
 
     forward = decode                            # calling a cache is a step
+
+    def budget(self):
+        """The Budget of a step."""
+        c = self.config
+        n_retrieve, n_ranked = c.budget(self.n_indexed[:, None], self.boosts)   # (B, H) both
+        return Budget(*self.caps, n_retrieve, n_ranked, c.by_mass, c.room(n_retrieve), c.values)
 
     def update(self):
         """Bring each sequence in order for decoding; how many steps fit until the next update."""
@@ -643,6 +669,9 @@ class WaveIndex(nn.Module):
         self.put(row, first, k, v)
         for steady, store in self.latest(row):
             steady.copy_(store)
+        heard = self.n_tokens[row].clamp(max=self.config.heard)
+        index = Index(*(x[row] for x in self.index))
+        self.boosts[row] = boosts(self.q_squares[row] / heard, index, self.config.boost)
         self.is_reading[row] = False
 
     def latest(self, row):
@@ -690,11 +719,11 @@ class WaveIndex(nn.Module):
 
     def bytes_read(self):
         """Bytes of K, V and index that one decode step reads at most."""
-        (B, H, C), (tokens, R, ranked) = self.index.sizes.shape, self.caps
+        (B, H, C), budget = self.index.sizes.shape, self.budget()
         row, vector = (x[0, 0, 0].nbytes for x in (self.k_store, self.index.means))
-        values = Budget(*self.caps, None, None, values=self.config.values).part(tokens)
-        return B * H * ((2 * self.k_steady.shape[2] + tokens + values) * row    # C: size, spread
-                        + (C + ranked) * vector + 8 * C + 8 * R + 2 * ranked)
+        rows = 2 * self.k_steady.shape[2] + budget.room + budget.part(budget.room)
+        numbers = 8 * C + 8 * budget.n_retrieve + 2 * budget.n_ranked       # C: size, spread
+        return int((rows * row + (C + budget.n_ranked) * vector + numbers).expand(B, H).sum())
 
 
 # ---------------------------------------------------------------- generation

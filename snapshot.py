@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 3"
+FORMAT = "retroinfer index 4"
 SHAPES = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
           "outliers", "query_power")
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances

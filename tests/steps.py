@@ -18,8 +18,9 @@ def assert_as_exact(mine, eager, truth):
 class Case:
     """A step over random clusters that lie anywhere in the store, and its PyTorch and float64.
 
-    shares (B, 2): clusters each sequence retrieves, retrieves or estimates. lives (B, 2): steady
-    slots and clusters it has. Everything else is NaN, or an offset far outside the store.
+    shares (B, 2): clusters each sequence retrieves, retrieves or estimates; a head 3 fewer than the
+    one before. lives (B, 2): steady slots and clusters it has. Everything else is NaN, or an offset
+    far outside the store.
     """
 
     def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True,
@@ -36,9 +37,11 @@ class Case:
         ends = sizes.gather(-1, order).cumsum(-1)
         offsets = torch.empty_like(sizes).scatter_(-1, order, before(ends) + 3)
         T = int(sizes.sum(-1).max()) + 7
-        shares = torch.tensor(shares).T.contiguous()
-        self.q, self.budget = 2 * randn(G), Budget(
-            *caps, *shares, by_mass, torch.arange(B).mul(-5).add(caps[0]), values)
+        fewer = 3 * torch.arange(H)
+        n_retrieve, n_ranked = ((n[:, None] - fewer).clamp(min=0) for n in torch.tensor(shares).T)
+        n_tokens = caps[0] - 5 * torch.arange(B)[:, None] - fewer
+        self.q, self.budget = 2 * randn(G), Budget(*caps, n_retrieve, n_ranked, by_mass, n_tokens,
+                                                   values)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
@@ -105,8 +108,9 @@ class Case:
             near = q @ k_s[is_in].T                                                 # (G, steady)
             share = torch.cat([logits + q.new_tensor(hopes), near], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
-        n_retrieve, n_ranked = int(self.budget.n_retrieve[b]), int(self.budget.n_ranked[b])
-        k, v, room = [k_s[is_in]], [v_s[is_in]], int(self.budget.n_tokens[b])
+        n_retrieve, n_ranked, n_tokens = (int(n[b, h]) for n in (
+            *self.budget[3:5], self.budget.n_tokens))
+        k, v, room = [k_s[is_in]], [v_s[is_in]], n_tokens
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         owner = [[-1] * int(is_in.sum())]           # of each entry: its cluster, if it is retrieved
         for i, c in enumerate(rank[:n_ranked]):
@@ -121,7 +125,7 @@ class Case:
         weights, v = (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1), torch.cat(v)
         share, owner = weights.sum(0).tolist(), enumerate(itertools.chain(*owner))
         lightest_last = sorted((-share[i], i, c) for i, c in owner if c >= 0)
-        n_values = math.ceil(self.budget.values * int(self.budget.n_tokens[b]))
+        n_values = math.ceil(self.budget.values * n_tokens)
         for _, i, c in lightest_last[n_values:]:    # these count with their cluster's mean value
             v[i] = means[c]
         return weights @ v

@@ -339,7 +339,7 @@ def test_a_step_that_asks_the_host_is_found_out(model):
 def long_text(make):
     """The last outputs of 1,500 tokens of 64 heads: 96 MiB of K and V, which are never all there
     at once but in the store."""
-    config, outputs = RetroConfig(segment=64, update=64, least=3), []
+    config, outputs = RetroConfig(segment=64, update=64, least=3, boost=1), []
     wave, g = WaveIndex(config, 1500, offload=make), torch.Generator().manual_seed(0)
     for n in [62] * 24 + [1] * 8:
         q, k, v = (torch.randn(1, 64, n, 128, generator=g) for _ in range(3))

@@ -78,8 +78,9 @@ def test_bytes_read_are_those_of_the_tensors():
     for cache in (dense, wave):
         cache.prefill(q, k, v)
     assert dense.bytes_read() == 2 * 2 * 2000 * 16 * 4              # K and V, 2 heads, fp32
-    W, C, (N, R, ranked) = wave.k_steady.shape[2], wave.index.sizes.shape[2], wave.caps
-    exact = (2 * W + N + -(-N // 5)) * 16 * 4                       # of a fifth of N the values
+    wave.update()
+    W, C, (R, ranked) = wave.k_steady.shape[2], wave.index.sizes.shape[2], (10, 109)    # of 496
+    exact = (2 * W + 4 * R + 4 * R // 5) * 16 * 4                   # of a fifth of them the values
     vectors, numbers = (C + ranked) * 16 // 2, 8 * C + 8 * R
     assert wave.bytes_read() == 2 * (exact + vectors + numbers + 2 * ranked)
     assert wave.bytes_read() < dense.bytes_read() / 2

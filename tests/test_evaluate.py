@@ -134,7 +134,7 @@ def test_what_is_read_exactly_is_all_that_an_index_without_estimates_attends_to(
         def room(self, n_retrieve):                         # then every retrieved cluster fits
             return n_retrieve * self.largest
 
-    config = Roomy(**{**TINY.__dict__, "estimate": 0.0, "values": 1.0})
+    config = Roomy(**{**TINY.__dict__, "estimate": 0.0, "values": 1.0, "boost": 1})
     (_, k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
     keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
     n_read = set()

@@ -166,6 +166,9 @@ def test_the_docstring_counts_the_bytes_of_each_kernel(values, monkeypatch):
     N = R * size
     monkeypatch.setattr(kernels, "splits", lambda device, heads, n_tiles: S)
     case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)], values=values)
+    every = (torch.tensor([[n]]) for n in (R, R + E, N))    # of every head
+    case.budget = case.budget._replace(**dict(zip(("n_retrieve", "n_ranked", "n_tokens"), every,
+                                                  strict=True)))
     M = case.budget.part(N)
     sizes = torch.full((B, H, C), float(size))
     offsets = torch.arange(C).expand(B, H, C) * size
@@ -318,7 +321,7 @@ def test_operators_pass_opcheck(op):
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
-    shares = [n.to(DEVICE) for n in (*case.budget[3:5], case.budget.room)]
+    shares = [n.to(DEVICE) for n in (*case.budget[3:5], case.budget.room)]          # (1, 1) each
     caps = [*case.budget[:3], case.budget.tokens]
     args = {"attend": (x, steady, index, stores, shares, caps, True),
             "attend some": (x, steady, index, stores, [*shares, shares[0]], [*caps[:3], 1], True),
