@@ -24,7 +24,8 @@ file needs torch only; model.py and checkpoint.py bring the model for the comman
 Where it differs from the published code: k-means seeds are normalised; the last assignment stays
 within the segment; sums run over sorted tokens, so that two runs build one index; clusters above
 twice the mean size are split, so that none is skipped for want of room; ranking is in fp32, by
-estimated share of the attention; centroids and means are kept in 4 bits, queries rank in 8.
+estimated share of the attention; centroids and means are kept in 4 bits, queries rank in 8; heads
+whose logits vary within clusters retrieve more.
 """
 import functools
 import math
@@ -48,12 +49,12 @@ class RetroConfig:
 
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
-    iterations: more gain nothing. least: 128 tokens. growth: 2.8 % of 131,072 tokens are left, with
-    values the paper's bytes. boost: the few heads that copy look for one token, of which a centroid
-    says little. values: once weights are known, few are worth their bytes. estimate: more gains
-    less than retrieving more. outliers: a needle among words unlike it is invisible in their
-    centroid. query_power: a query must find what it asks for in one place, so channels that are
-    loud in queries count more.
+    iterations: more gain nothing. least: 128 tokens. growth: 3 % of 131,072 tokens are left, with
+    boost and values the paper's bytes. boost: the few heads that copy look for single tokens, of
+    which centroids say little. values: once weights are known, few are worth their bytes. estimate:
+    more gains less than retrieving more. outliers: a needle among words unlike it is invisible in
+    their centroid. query_power: a query must find what it asks for in one place, so channels that
+    are loud in queries count more.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
