@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import kernels
 import plan
+from bench import BOOST
 from model import DenseCache, Llama
 from retroinfer import RetroConfig, WaveIndex, compiled_step, prefill
 
@@ -76,6 +77,8 @@ def fill(cache, H, G, D, tokens):
     v.normal_()
     cache.n_tokens.fill_(tokens)
     cache.update()
+    if not isinstance(cache, DenseCache):
+        cache.boosts.fill_(BOOST)
 
 
 def random_model(config):

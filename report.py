@@ -5,6 +5,8 @@
 """
 import math
 
+import torch
+
 from certificate import CheckedIndex, check_lines, summary
 
 
@@ -13,15 +15,16 @@ def measure(session):
     wave, n_layers = session.caches[0], len(session.caches)
     _, H, _, D = wave.k_store.shape
     key = H * D * wave.k_store.element_size() * n_layers                        # bytes of one key
-    _, _, _, *shares = wave.budget()[:5]                                        # (B, H) both
-    n_retrieve, n_ranked = (n.double().mean(-1).round().long() for n in shares)
+    shares = zip(*(cache.budget()[3:5] for cache in session.caches), strict=True)   # (B, H) each
+    n_retrieve, n_ranked = (torch.cat(n, -1).double().mean(-1).round().long() for n in shares)
     return {
         "context_tokens": wave.n_tokens.tolist(), "read_tokens": session.n_read,
         "generated_tokens": session.n_said, "indexed_tokens": wave.n_indexed.tolist(),
         "clusters": (wave.index.sizes[:, 0] > 0).sum(-1).tolist(),
         "retrieved_clusters": n_retrieve.tolist(),
         "estimated_clusters": (n_ranked - n_retrieve).tolist(),
-        "bits": wave.config.bits, "bytes_a_step": wave.bytes_read() * n_layers,
+        "bits": wave.config.bits,
+        "bytes_a_step": sum(cache.bytes_read() for cache in session.caches),
         "dense_bytes_a_step": 2 * key * int(wave.n_tokens.sum()),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
         "first_step_s": session.steps[0][1] if session.steps else 0.0,
@@ -49,8 +52,8 @@ def card(f, context):
     names = "context_tokens", "indexed_tokens", "clusters", "retrieved_clusters", \
         "estimated_clusters"
     for tokens, indexed, clusters, retrieved, estimated in zip(*map(f.get, names), strict=True):
-        zones = (f"{tokens - indexed:,} tokens exact; of {clusters:,} clusters {retrieved:,} "
-                 f"retrieved, {estimated:,} estimated")
+        zones = (f"{tokens - indexed:,} tokens exact; of {clusters:,} clusters a head retrieves "
+                 f"{retrieved:,}, estimates {estimated:,}")
         if not indexed:
             zones = f"all {tokens:,} tokens exact: the text is too short to index"
         lines.append(f"zones      {zones}")

@@ -118,7 +118,7 @@ def library(a, t, room, by_mass=False):
     """Output (H, G, D) of the library, with room for so many retrieved tokens."""
     n = text.n_prompt + t + 1 - N
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
-    budget = Budget(room, R, R + E, torch.tensor([R]), torch.tensor([R + E]), by_mass)
+    budget = Budget(room, R, R + E, torch.tensor([[R]]), torch.tensor([[R + E]]), by_mass)
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
         return gather_clusters(a.index, stores, ids, ends, room)

@@ -254,7 +254,7 @@ middle = slice(config.sink, config.sink + n_text)
 index, *stores = cluster_segment(k[:, :, middle], v[:, :, middle], config)
 rest = tuple(torch.cat([x[:, :, :config.sink], x[:, :, middle.stop:]], 2) for x in (k, v))
 steady = *rest, torch.zeros(1, H, 1, rest[0].shape[2])
-R, ranked = config.budget(torch.tensor([n_text]))
+R, ranked = config.budget(torch.tensor([[n_text]]))
 budget = Budget(int(R) * config.cluster, int(R), int(ranked), R, ranked)
 step = q, steady, index, budget, stores
 
@@ -311,7 +311,7 @@ assert eager_bytes > 2 * our_bytes and our_bytes < 1.5 * floor
 
 # %%
 H_l, G_l, D_l, T_l, _ = LLAMA
-R, ranked = config.budget(torch.tensor([T_l]))
+R, ranked = config.budget(torch.tensor([[T_l]]))
 C, W = config.slots(T_l), config.steady
 
 def meta(*shape, dtype=torch.bfloat16):

@@ -49,7 +49,7 @@ def test_answer_then_card(run, checkpoint):
     card = err[err.index("context "):]
     assert [line.split()[0] for line in card.splitlines()] == [
         "context", "zones", "reads", "backend", "speed"]
-    assert "9 generated" in card and "retrieved" in card and "eager on cpu" in card
+    assert "9 generated" in card and "retrieves" in card and "eager on cpu" in card
 
 
 def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
