@@ -42,7 +42,7 @@ and in place of these, where M < N tokens give values, and the means of R cluste
 (weigh reads its 8*S*G once for 256 rows or fewer; where centroids alone rank, as in the paper, rank
 reads no W). A test finds these in what interpreted kernels move.
 
-Every grid is fixed by shapes; what a sequence has of its own (live slots, retrieved tokens, budget)
+Every grid is fixed by shapes; what a head has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
 Products accumulate in fp32; float32 inputs are multiplied as such, not in TF32.
 
