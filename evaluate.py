@@ -19,6 +19,7 @@ import json
 import math
 import platform
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -274,9 +275,9 @@ def evaluate(args):
         raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")
     out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    results = Results(out, {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                            "versions": versions, "settings": settings})
+    results = Results(out, {"command": command, "versions": versions, "settings": settings})
     end, late = time.monotonic() + 60 * args.minutes, False
     for job in Run(model, tokenizer, settings, results, args.methods).jobs(args.parts):
         late = late or time.monotonic() > end
