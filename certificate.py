@@ -284,7 +284,7 @@ class CheckedIndex(WaveIndex):
     """A wave index that says what is certain of its steps; else as WaveIndex in PyTorch.
 
     max_err: a head retrieves clusters, up to the share `most` of them, until at most this share of
-    its attention mass may lie in tokens that are not read; a step has the shapes of that cap.
+    its attention mass may lie in tokens that are not read; a step takes what the widest needs.
     ValueError if either is no share.
     """
 
@@ -323,9 +323,9 @@ class CheckedIndex(WaveIndex):
         if self.max_err is not None:
             n_retrieve = n_retrieve.maximum(needed(step, budget.by_mass, self.max_err))
             n_retrieve = n_retrieve.minimum(cap)
-            n_tokens = None                                 # all that are retrieved must fit
+            n_tokens = n_retrieve * self.config.largest     # all that are retrieved must fit
         budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate,
-                                 n_tokens=n_tokens)
+                                 n_tokens=n_tokens).fitted()
         o, certificate = certified_attention(q, step, budget, stores)
         self.record(step, o, certificate)
         return o.view(B, H, G, D)

@@ -119,13 +119,11 @@ class Watched(WaveIndex):
 
     def watch(self, q, steady, index, budget, stores):
         def fetch(ids, ends):
-            k, v, bias = gather_clusters(index, stores, ids, ends, most.tokens)
+            k, v, bias = gather_clusters(index, stores, ids, ends, budget.tokens)
             self.fetched = v[-1, :, :, 0].long(), bias[-1, :, 0] == 0       # (H, N) both
             return k, v, bias
-        tokens, retrieve, ranked = (int(x.max()) for x in (budget.room, *budget[3:5]))
-        most = budget._replace(tokens=tokens, retrieve=min(retrieve, budget.retrieve),
-                               ranked=min(ranked, budget.ranked))       # few heads need the caps
-        return tripartite_attention(q, steady, index, most, fetch)
+        budget = budget.fitted()
+        return tripartite_attention(q, steady, index, budget, fetch)
 
     @property
     def read(self):

@@ -39,6 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
+torch._dynamo.config.capture_scalar_outputs = True      # in the graph, for Budget.fitted
+
 LONG = 8192     # tokens up to which the defaults were chosen
 SHARP = 5.0     # variance of a head's logits within clusters from which on it retrieves more
 
@@ -49,12 +51,12 @@ class RetroConfig:
 
     local: older tokens are worth their bytes only where a query asks for them. segment: as good as
     8,192 for a quarter of the work. cluster, bits: small clusters, which 4 bits make affordable.
-    iterations: more gain nothing. least: 128 tokens. growth: 3 % of 131,072 tokens are left, with
-    boost and values the paper's bytes. boost: the few heads that copy look for single tokens, of
-    which centroids say little. values: once weights are known, few are worth their bytes. estimate:
-    more gains less than retrieving more. outliers: a needle among words unlike it is invisible in
-    their centroid. query_power: a query must find what it asks for in one place, so channels that
-    are loud in queries count more.
+    iterations: more gain nothing. least: what 4,096 tokens have; a shorter text asks for as many.
+    growth: 3 % of 131,072 tokens are left, with boost and values the paper's bytes. boost: the few
+    heads that copy look for single tokens, of which centroids say little. values: once weights are
+    known, few are worth their bytes. estimate: more gains less than retrieving more. outliers: a
+    needle among words unlike it is invisible in their centroid. query_power: a query must find what
+    it asks for in one place, so channels that are loud in queries count more.
     """
     sink: int = 4                # first tokens, always exact
     local: int = 32              # latest tokens, always exact
@@ -65,7 +67,7 @@ class RetroConfig:
     iterations: int = 4          # k-means passes over a segment
     retrieve: float = 0.058      # share of the clusters whose keys are read, up to 8,192 tokens
     growth: float = 0.7          # their number grows by this power of the text from there on
-    least: int = 16              # of these at least, however short the text
+    least: int = 28              # of these at least, however short the text
     boost: int = 8               # times that share at most, in heads of which clusters tell little
     values: float = 0.2          # share of their tokens, those that weigh most, that give values
     estimate: float = 0.17       # share of the clusters estimated by their centroids
@@ -307,6 +309,22 @@ class Budget(NamedTuple):
         N = torch.full_like(self.n_retrieve, self.tokens)
         return N if self.n_tokens is None else self.n_tokens.minimum(N)
 
+    def fitted(self):
+        """The same with caps that its widest head fills, in runs of RUN: the host reads them.
+
+        To a compiler they are sizes known at run time: still one graph. A GPU is not waited for.
+        """
+        if self.n_retrieve.device.type != "cpu":
+            return self
+        most = self.room.max(), self.n_ranked.max().clamp(max=self.ranked)
+        runs = [(n + RUN - 1) // RUN for n in most]
+        R = self.n_retrieve.max().clamp(max=self.retrieve)
+        N, E, R = torch.stack([*runs, R]).clamp(min=1).tolist()
+        for low, high in (1, N), (1, R), (R, E * RUN):
+            torch._check(low <= high)
+        ranked = self.ranked if self.ranked % RUN else E * RUN
+        return self._replace(tokens=N * RUN, retrieve=R, ranked=ranked, n_tokens=self.room)
+
     def part(self, tokens):
         """How many of so many retrieved tokens have their values read: int or (B, H)."""
         return -(-tokens * round(1000 * self.values) // 1000)
@@ -350,6 +368,7 @@ def part_values(w, v, ends, budget):
     Weights need keys alone: once they are known, most values are not worth their bytes.
     """
     (N, R), M = (w.shape[-1], ends.shape[-1]), budget.part(w.shape[-1])
+    M = M if N % RUN else -(-M // RUN) * RUN
     best = w.sum(2).topk(M).indices                                         # (B, H, M)
     is_in = torch.arange(M, device=w.device) < budget.part(budget.room)[..., None]      # (B, H, M)
     is_read = torch.zeros(v.shape[:3], dtype=torch.bool, device=w.device).scatter(
@@ -375,7 +394,7 @@ def mix(weights, v):
         return torch.cat([mix(weights, half) for half in halves(v)], -1)
     if not streams(v):
         return weights @ v.float()
-    n = math.gcd(v.shape[2], RUN)
+    n = math.gcd(v.shape[2], RUN) if v.shape[2] % RUN else RUN
     rows = v.unflatten(2, (-1, n)).float()                                  # (B, H, N/n, n, D)
     parts = keep(torch.stack(weights.unbind(2), -1)).unflatten(2, (-1, n)).unbind(-1)
     return torch.stack([(w[..., None] * rows).sum(3) for w in parts], 3).sum(2)
@@ -494,6 +513,7 @@ def bias_of(is_free):
 
 def attend(q, steady, index, budget, stores):
     """tripartite_attention over clusters that lie in stores k, v (B, H, T, D)."""
+    budget = budget.fitted()
     fetch = functools.partial(gather_clusters, index, stores, N=budget.tokens)
     return tripartite_attention(q, steady, index, budget, fetch)
 
@@ -619,7 +639,8 @@ class WaveIndex(nn.Module):
     def decode(self, q, k, v):
         """Append one token to each sequence, q (B, H*G, 1, D), and attend to three zones.
 
-        No host read, no shape that changes. ValueError unless update was called behind a prefill.
+        No state changes its shape, and a GPU is not waited for. ValueError unless update was
+        called behind a prefill.
         """
         if any(self.is_reading):
             raise ValueError("call update() between prefill and decode: it builds the index")

@@ -1,6 +1,7 @@
 """The wave index against float64 loops: limits that must hold exactly, then the general case."""
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import oracle
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retroinfer import (
+    COMPILE,
     PLAIN,
+    Budget,
     Index,
     RetroConfig,
     WaveIndex,
@@ -623,25 +626,45 @@ def test_what_an_index_reads_does_not_depend_on_its_capacity():
     torch.testing.assert_close(outputs[2], outputs[0], **CLOSE)
 
 
+def read_ahead(config, n):
+    """A wave index of n tokens, and q, k, v of the next."""
+    q, k, v = qkv(n + 1)
+    wave = WaveIndex(config, n + 1, hot=PLAIN)
+    wave.prefill(*(x[:, :, :n] for x in (q, k, v)))
+    wave.update()
+    return wave, *(x[:, :, n:].contiguous() for x in (q, k, v))
+
+
 def reads_the_host(q, steady, index, *args):
     """A planted fault."""
     return attend(q * index.sizes.max().item(), steady, index, *args)
 
 
-@pytest.mark.parametrize("hot, host_reads", [
-    (PLAIN, 0), (PLAIN._replace(attend=reads_the_host), 1)])
-def test_the_step_never_reads_the_host(hot, host_reads):
+@pytest.mark.parametrize("plain, error", [
+    (attend, nullcontext()), (reads_the_host, pytest.raises(RuntimeError, match="meta"))])
+def test_a_step_waits_for_no_device(plain, error):
+    """It says the same of tensors that hold nothing, where to read one is an error."""
+    wave, *now = read_ahead(RetroConfig(**SMALL), 100)
+    wave.hot, wave.index = PLAIN._replace(attend=plain), Index(*(x.to("meta") for x in wave.index))
+    for name, x in vars(wave).items():
+        setattr(wave, name, x.to("meta") if torch.is_tensor(x) else x)
+    with error:
+        assert wave.decode(*(x.to("meta") for x in now)).shape == now[0].shape
+
+
+def test_a_step_on_a_cpu_takes_what_its_widest_head_retrieves(monkeypatch):
+    """One graph for all sizes, and the answer of a step that has the shapes of the caps."""
     torch._dynamo.reset()
-    found = []
-
-    def backend(graph, _):
-        found.extend(n for n in graph.graph.nodes if n.target in ("item", "tolist", "nonzero"))
-        return graph
-
-    q, k, v = qkv(100)
-    wave = WaveIndex(RetroConfig(**SMALL), 100, hot=hot)
-    wave.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
-    wave.update()
-    decode = torch.compile(wave.decode, backend=backend, fullgraph=True, dynamic=False)
-    decode(q[:, :, 99:], k[:, :, 99:], v[:, :, 99:])
-    assert len(found) == host_reads
+    wave, *now = read_ahead(RetroConfig(**SMALL, retrieve=0.05), 2000)
+    decode, sizes = torch.compile(wave.decode, **COMPILE), []
+    for boost in (1, 3, 8):
+        wave.boosts[:, 1], n_tokens = boost, wave.n_tokens.clone()
+        sizes.append(wave.budget().fitted()[:3])
+        with torch.compiler.set_stance("default" if boost == 1 else "fail_on_recompile"):
+            fitted = decode(*now)
+        wave.n_tokens.copy_(n_tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(Budget, "fitted", lambda self: self)
+            torch.testing.assert_close(fitted, wave.decode(*now))
+        wave.n_tokens.copy_(n_tokens)
+    assert sizes == [(128, 25, 128), (320, 74, 128), (832, 198, 256)]
