@@ -39,8 +39,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-torch._dynamo.config.capture_scalar_outputs = True      # in the graph, for Budget.fitted
-
 LONG = 8192     # tokens up to which the defaults were chosen
 SHARP = 5.0     # variance of a head's logits within clusters from which on it retrieves more
 
@@ -319,7 +317,8 @@ class Budget(NamedTuple):
         most = self.room.max(), self.n_ranked.max().clamp(max=self.ranked)
         runs = [(n + RUN - 1) // RUN for n in most]
         R = self.n_retrieve.max().clamp(max=self.retrieve)
-        N, E, R = torch.stack([*runs, R]).clamp(min=1).tolist()
+        with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+            N, E, R = torch.stack([*runs, R]).clamp(min=1).tolist()
         for low, high in (1, N), (1, R), (R, E * RUN):
             torch._check(low <= high)
         ranked = self.ranked if self.ranked % RUN else E * RUN
@@ -368,7 +367,7 @@ def part_values(w, v, ends, budget):
     Weights need keys alone: once they are known, most values are not worth their bytes.
     """
     (N, R), M = (w.shape[-1], ends.shape[-1]), budget.part(w.shape[-1])
-    M = M if N % RUN else -(-M // RUN) * RUN
+    M = M if N % RUN else -(-M // RUN) * RUN                                # in runs, as N is
     best = w.sum(2).topk(M).indices                                         # (B, H, M)
     is_in = torch.arange(M, device=w.device) < budget.part(budget.room)[..., None]      # (B, H, M)
     is_read = torch.zeros(v.shape[:3], dtype=torch.bool, device=w.device).scatter(
@@ -394,7 +393,7 @@ def mix(weights, v):
         return torch.cat([mix(weights, half) for half in halves(v)], -1)
     if not streams(v):
         return weights @ v.float()
-    n = math.gcd(v.shape[2], RUN) if v.shape[2] % RUN else RUN
+    n = math.gcd(v.shape[2], RUN) if v.shape[2] % RUN else RUN      # symbols have no gcd
     rows = v.unflatten(2, (-1, n)).float()                                  # (B, H, N/n, n, D)
     parts = keep(torch.stack(weights.unbind(2), -1)).unflatten(2, (-1, n)).unbind(-1)
     return torch.stack([(w[..., None] * rows).sum(3) for w in parts], 3).sum(2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = {"retroinfer.py": 852, "model.py": 400, "checkpoint.py": 380, "cli.py": 370,
+BUDGETS = {"retroinfer.py": 850, "model.py": 400, "checkpoint.py": 380, "cli.py": 370,
            "session.py": 200, "snapshot.py": 180, "bench.py": 410, "kernels.py": 640,
            "bench_gpu.py": 260, "bench_gpu_model.py": 220, "evaluate.py": 305, "tables.py": 200,
            "fidelity.py": 390, "ruler.py": 470, "texts.py": 150, "buffer.py": 355,

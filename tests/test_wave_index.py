@@ -467,7 +467,7 @@ def test_paper_settings():
 
 def test_a_short_text_keeps_the_least_clusters():
     tokens = torch.tensor([0, 4096, 131072])
-    assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [16, 30, 950]      # of 16,384
+    assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [28, 30, 950]      # of 16,384
     assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
 
 
