@@ -212,7 +212,7 @@ mean = {name: sum(x) / n_layers for name, x in found.items()}
 # %%
 ax = axes(f"Opening {n_open} of {C} clusters finds {mean['clusters of keys']:.0f} of the best "
           "100 tokens", "layer", "best 100 tokens found [%]")
-styles = ((DARK, "-", 20), (MIDDLE, "-", -26), (MIDDLE, ":", -12))
+styles = ((DARK, "-", 34), (MIDDLE, "-", -26), (MIDDLE, ":", -12))
 for (name, x), (colour, dash, dy) in zip(found.items(), styles, strict=True):
     ax.plot(x, color=colour, linestyle=dash)
     label(ax, 17, x[17], f"{name}: {mean[name]:.0f} %", dx=0, dy=dy, ha="center")
