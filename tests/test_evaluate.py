@@ -211,15 +211,15 @@ def test_too_few_bytes_for_an_index_leave_the_method_out():
 def test_rows_of_ours_are_those_a_step_reads(scale, least):
     """Those of long queries too, for which heads retrieve more."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 3008, 64) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 5008, 64) for _ in range(3))
     heard = scale * q[:, :, :RetroConfig().heard].square().sum(2, keepdim=True).sqrt()
-    past = heard, k[:, :, :3000], v[:, :, :3000]
+    past = heard, k[:, :, :5000], v[:, :, :5000]
     boost = fidelity.mean_boost(SimpleNamespace(past=[past]), RetroConfig())
     assert least <= boost < 8 * least
     cache = filled(functools.partial(wave, RetroConfig()), *past, 8)
     rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
-        cache, *(x[:, :, 3000:] for x in (q, k, v)))]
-    assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(3000, 8, boost), rel=0.05)
+        cache, *(x[:, :, 5000:] for x in (q, k, v)))]
+    assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(5000, 8, boost), rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
