@@ -257,7 +257,8 @@ assert n_tensors < n_ops
 # ## Takeaway
 #
 # - Ask the data nothing: `if`, `.item()`, `int()` on a tensor break a graph, and make a GPU wait.
-# - Change no shape: allocate once, mask what is free, count in tensors.
+# - Change no shape: allocate once, mask what is free, count in tensors. (Where masks would waste
+#   much, a size may be read within the graph: the library does so on a CPU, which need not wait.)
 # - `fullgraph=True` and a backend that counts make both of them tests.
 # - Then the whole step is one graph, and the compiler can do what it is good at: fuse.
 
