@@ -10,8 +10,8 @@ shapes and no memory: what is counted is what the library itself would allocate.
 
 Activations are the most that is alive at once within a layer, beside what is allocated for good:
 in a prefill of `chunk` tokens that fills a segment, whose attention keeps nothing but its output,
-and in an eager step (a compiled one takes less), with the execution buffer. The peak has the
-larger of the two.
+and in an eager step (a compiled one takes less) whose heads retrieve the most they may, with the
+execution buffer. The peak has the larger of the two.
 
 Does not include: what the driver, its libraries and fragmentation take (leave half a GiB or more),
 tokenizers, files read while weights are loaded, and products in a wider dtype on a CPU without

@@ -48,6 +48,7 @@ def measured(model, run):
     reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
     for cache in caches:
         cache.update()
+        cache.boosts.fill_(run.retro.boost)         # a head may: the plan cannot know
     step = most_alive(lambda: eager_step(model, caches, ids[:run.batch]))
     return alive(model, caches), reading, step
 
