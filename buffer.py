@@ -43,9 +43,9 @@ from retroinfer import before, bias_of, flat_rows, round_up, take, tripartite_at
 
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
-# Of a RetroConfig: a block brings all its values, and the execution buffer has the size of the most
-# that a head may retrieve.
-WHOLE = {"retrieve": 0.04, "values": 1.0, "boost": 1}
+# Of a RetroConfig: a block brings all its values, so there are fewer, and the execution buffer has
+# the size of the most that a head may retrieve.
+WHOLE = {"retrieve": 0.04, "least": 16, "values": 1.0, "boost": 1}
 
 
 # ---------------------------------------------------------------- which block is in which slot
