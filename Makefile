@@ -39,16 +39,16 @@ lines:          ## lines of each file
 
 bench: bench-cache ## speed and memory beside dense attention and peers; the block cache
 	for section in attention model prefill reload; do \
-		$(BIN)/python bench.py $$section $(ARGS) || exit; done
+		$(BIN)/python -m bench.cpu $$section $(ARGS) || exit; done
 
 bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts, by policy; plots
-	$(BIN)/python replay.py --save results/block-cache.json
+	$(BIN)/python -m bench.traces --save results/block-cache.json
 
 bench-gpu:      ## the kernels and a whole model on a GPU beside dense attention, with PYTHON
 	$(PYTHON) bench_gpu.py $(ARGS)
 
 evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
-	$(BIN)/python evaluate.py $(ARGS)
+	$(BIN)/python -m evaluation.evaluate $(ARGS)
 
 $(VENV)/ready-eval: $(VENV)/ready requirements-eval.txt
 	$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements-eval.txt

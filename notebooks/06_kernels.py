@@ -28,7 +28,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from footprint import counted, needs
+from bench.footprint import counted, needs
 from retroinfer import Budget, Index, RetroConfig, attend, cluster_segment
 
 text, config = captured(), RetroConfig()
@@ -383,7 +383,7 @@ assert largest[1] < largest[0] < BN[-1] and widest < BN[-1]
 # them all; here a step of Llama's shape, for an A100, an H100 and a B200.
 
 # %%
-from footprint import elsewhere
+from bench.footprint import elsewhere
 
 step_facts = elsewhere(80, 90, 100, "--step", "bf16", G_l, D_l)
 names = list(dict.fromkeys(fact["kernel"] for fact in step_facts))

@@ -23,9 +23,9 @@ from capture import captured
 from ipywidgets import interact
 from plots import BLUE, DARK, LIGHT, MIDDLE, SHADES, axes, heatmap, label
 
-import plan
+from app import plan
 from buffer import BLOCK, LRU, WHOLE, BlockCache, WaveBuffer
-from machine import (
+from bench.machine import (
     MACHINES,
     PUBLISHED,
     PUBLISHED_BLOCKS,
@@ -35,7 +35,7 @@ from machine import (
     our_work,
     published_work,
 )
-from replay import POLICIES, Trace, replay
+from bench.traces import POLICIES, Trace, replay
 from retroinfer import RetroConfig, WaveIndex, before, gather_clusters, round_up
 
 text, config = captured(), RetroConfig(**WHOLE)     # a block brings all its values

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from generate import eager_step, generate
 from model import DEFAULT_PACKAGE, DenseCache, ModelConfig, load
-from retroinfer import eager_step, generate
 
 HERE = Path(__file__).parent
 PROMPT = HERE.parent / "examples" / "lighthouse.txt"

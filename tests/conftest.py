@@ -92,10 +92,11 @@ def backend(request, monkeypatch):
     import torch
 
     import retroinfer
+    from generate import COMPILE
     from model import DenseCache
     name, steps = getattr(request, "param", "eager"), []
     attend, compiled = twin(name), {"compiled": {"backend": "eager", "fullgraph": True},
-                                    "inductor": retroinfer.COMPILE}
+                                    "inductor": COMPILE}
 
     def counted(*args):
         steps.append(args)

@@ -24,17 +24,9 @@ from buffer import (
     host_memory,
     offload,
 )
+from generate import call, eager_step, generate, step
 from model import load
-from retroinfer import (
-    RetroConfig,
-    WaveIndex,
-    before,
-    call,
-    eager_step,
-    gather_clusters,
-    generate,
-    step,
-)
+from retroinfer import RetroConfig, WaveIndex, before, gather_clusters
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

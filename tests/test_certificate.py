@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wave_index import SMALL, qkv, read
 
-import certificate
-from certificate import CheckedIndex, Witness, examine, log_spread, measure, stored, summary
-from fidelity import feed, filled
-from fidelity import read as dense
+from evaluation import bounds as certificate
+from evaluation.bounds import CheckedIndex, Witness, examine, log_spread, measure, stored, summary
+from evaluation.fidelity import feed, filled
+from evaluation.fidelity import read as dense
 from retroinfer import RetroConfig, WaveIndex, cluster_segment
 
 

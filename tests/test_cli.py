@@ -11,10 +11,11 @@ import pytest
 import tiny
 import torch
 
-import cli
+from app import cli
 from buffer import WHOLE
+from generate import eager_step, generate
 from model import DenseCache
-from retroinfer import RetroConfig, eager_step, generate
+from retroinfer import RetroConfig
 
 ROOT = Path(__file__).parent.parent
 LONG = {"max_position_embeddings": 4096}
@@ -200,8 +201,8 @@ def test_turns_go_on_from_what_was_said(run, checkpoint, monkeypatch, prompt, tm
 
 
 def test_each_answer_of_a_batch_ends_with_its_own_end_token(checkpoint):
+    from app.session import Session
     from model import load
-    from session import Session
     model, _ = load(checkpoint(**LONG), device="cpu")
     wanted = iter([[5, 6], [2, 7], [9, 8], [9, 2], [9, 9]])         # 2 is the model's end
     session = Session(model, lambda: DenseCache(40, 2), lambda _: torch.tensor(next(wanted)),
@@ -509,7 +510,7 @@ def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
 
 
 @pytest.mark.parametrize("name, words", [
-    (None, "native.cpp and torch.compile on cpu"), ("native", "native.cpp and torch.compile"),
+    (None, "native/step.cpp and torch.compile on cpu"), ("native", "native/step.cpp and torch.compile"),
     ("compile", "torch.compile on cpu"), ("eager", "eager on cpu")])
 def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
     _, hot, said = cli.choose_backend(name, torch.device("cpu"))

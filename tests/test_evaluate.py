@@ -11,23 +11,21 @@ import oracle
 import pytest
 import torch
 
-import evaluate
-import fidelity
-import ruler
-import tables
-import texts
-from fidelity import Case, Chosen, against_dense, by_head, filled, needle_mass, probe, read, wave
-from model import DenseCache, load
-from retroinfer import (
-    PLAIN,
-    RetroConfig,
-    WaveIndex,
-    eager_step,
-    gather_clusters,
-    generate,
-    prefill,
-    tripartite_attention,
+from evaluation import evaluate, fidelity, ruler, tables, texts
+from evaluation.fidelity import (
+    Case,
+    Chosen,
+    against_dense,
+    by_head,
+    filled,
+    needle_mass,
+    probe,
+    read,
+    wave,
 )
+from generate import eager_step, generate, prefill
+from model import DenseCache, load
+from retroinfer import PLAIN, RetroConfig, WaveIndex, gather_clusters, tripartite_attention
 
 TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
                    least=3, estimate=0.4)

@@ -8,19 +8,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_wave_index import ALL, SMALL
 
+from generate import call, compiled_step, decode, eager_step, generate, prefill, sampler, step
 from model import DenseCache, load
-from retroinfer import (
-    RetroConfig,
-    WaveIndex,
-    call,
-    compiled_step,
-    decode,
-    eager_step,
-    generate,
-    prefill,
-    sampler,
-    step,
-)
+from retroinfer import RetroConfig, WaveIndex
 
 PER_FUNCTION = [HealthCheck.function_scoped_fixture]
 LONG = {"max_position_embeddings": 4096}

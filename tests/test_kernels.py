@@ -25,10 +25,11 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E402
 
-import bench_gpu_model  # noqa: E402
 import buffer  # noqa: E402
-import footprint  # noqa: E402
 import retroinfer  # noqa: E402
+from bench import footprint  # noqa: E402
+from bench import gpu_model as bench_gpu_model  # noqa: E402
+from generate import eager_step  # noqa: E402
 from retroinfer import RetroConfig, WaveIndex  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -331,7 +332,7 @@ def test_operators_pass_opcheck(op):
 
 def test_the_benchmark_runs_dry(tmp_path):
     """Tiny: every runner and kernel, the check against float64, the whole model, the files."""
-    done = subprocess.run([sys.executable, "bench_gpu.py", "--dry-run", "--out", tmp_path],
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry-run", "--out", tmp_path],
                           cwd=Path(kernels.__file__).parent, capture_output=True, text=True,
                           env=os.environ | ({"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}),
                           check=False)
@@ -370,7 +371,7 @@ def test_each_kind_of_cache_is_gone_before_the_next_comes(monkeypatch):
              (bench_gpu_model.CACHES | {"wave index": wave}).items()}
     monkeypatch.setattr(bench_gpu_model, "CACHES", kinds)
     monkeypatch.setattr(bench_gpu_model, "compiled_step", torch.compile(
-        retroinfer.eager_step, backend="eager", fullgraph=True, dynamic=False))
+        eager_step, backend="eager", fullgraph=True, dynamic=False))
     facts = bench_gpu_model.decode_facts(bench_gpu_model.TINY, 410, bench_gpu_model.once_ms)
     assert seen == [0, 1] * 3 and not alive
     wave, *dense = (facts["steps"][name]["tokens_per_s"] for name in sorted(kinds, reverse=True))
@@ -385,7 +386,7 @@ def test_a_gpu_without_room_for_one_sequence_is_told(monkeypatch):
 
 
 def test_without_a_gpu_the_benchmark_says_so():
-    done = subprocess.run([sys.executable, "bench_gpu.py"], cwd=Path(kernels.__file__).parent,
+    done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=Path(kernels.__file__).parent,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
                           text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -421,8 +422,7 @@ def test_rows_are_copied_as_by_pytorch_and_none_else(N, T, D, dtype):
 def compilers():
     """Processes that compile every kernel for a target each, begun before the first test."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(kernels.__file__).with_name("footprint.py")
-    yield (running := {n: subprocess.Popen([sys.executable, script, str(n)], env=env, text=True,
+    yield (running := {n: subprocess.Popen([sys.executable, "-m", "bench.footprint", str(n)], env=env, text=True,
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                        for n in CAPABILITIES})
     for process in running.values():

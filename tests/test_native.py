@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from steps import CASES, Case, assert_as_exact
 from test_wave_index import SMALL, qkv, run
 
-import native
 import retroinfer
+from generate import COMPILE
+from native import step as native
 from retroinfer import PLAIN, RetroConfig, WaveIndex
 
 KINDS = [(torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4), (torch.float32, 16)]
@@ -176,7 +177,7 @@ def test_a_wave_index_steps_on_it_whether_compiled_or_not():
     try:
         for hot, compiled in ((PLAIN, False), (NATIVE, False), (NATIVE, True)):
             if compiled:
-                WaveIndex.decode = torch.compile(decode, **retroinfer.COMPILE)
+                WaveIndex.decode = torch.compile(decode, **COMPILE)
             with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(
                     error_on_recompile=True):
                 patch.setattr(retroinfer, "hot_functions", lambda device, hot=hot: hot)
@@ -217,10 +218,10 @@ def test_a_missing_compiler_is_one_line_with_its_remedy(cache, monkeypatch):
 
 
 def test_what_does_not_compile_is_one_line_with_the_compilers_word(cache, monkeypatch, tmp_path):
-    source = tmp_path / "native.cpp"
+    source = tmp_path / "step.cpp"
     source.write_text("int attend( { return 0; }\n")
     monkeypatch.setattr(native, "SOURCE", source)
-    with pytest.raises(ValueError, match=r"not compile native.cpp \(.*error.*--backend"):
+    with pytest.raises(ValueError, match=r"not compile step.cpp \(.*error.*--backend"):
         native.library("float32", "uint8", 64)
     assert not list(cache.iterdir())
 
@@ -245,8 +246,8 @@ def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
 
 
 def start():
-    program = "import native; native.library('float32', 'uint8', 64).attend"
-    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(native.__file__).parent)
+    program = "from native import step; step.library('float32', 'uint8', 64).attend"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(native.__file__).parent.parent)
 
 
 def test_the_cache_tells_sources_compilers_and_flags_apart(monkeypatch, tmp_path):
@@ -254,7 +255,7 @@ def test_the_cache_tells_sources_compilers_and_flags_apart(monkeypatch, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(native, "FLAGS", (*native.FLAGS, "-DMORE"))
         keys.add(native.key())
-    source = tmp_path / "native.cpp"
+    source = tmp_path / "step.cpp"
     source.write_text(native.SOURCE.read_text() + "\n")
     monkeypatch.setattr(native, "SOURCE", source)
     assert len(keys | {native.key()}) == 3

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import cli
+from app import cli
+from app.plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
 from buffer import offload
+from generate import eager_step, prefill
 from model import Llama
-from plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
-from retroinfer import RetroConfig, WaveIndex, eager_step, prefill
+from retroinfer import RetroConfig, WaveIndex
 
 LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import buffer
-import machine
+from app.plan import GIB, Run, plan, shape
+from bench import machine
+from bench.traces import POLICIES, Trace, belady, clock, fifo, lru, record, replay
+from generate import eager_step, generate, sampler
 from model import load
-from plan import GIB, Run, plan, shape
-from replay import POLICIES, Trace, belady, clock, fifo, lru, record, replay
-from retroinfer import RetroConfig, WaveIndex, eager_step, generate, sampler
+from retroinfer import RetroConfig, WaveIndex
 
 BLOCKS = st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), min_size=1, max_size=12)
 SLOTS = st.integers(0, 8)

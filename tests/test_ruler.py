@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ruler
-import texts
+from evaluation import ruler, texts
 
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("long_context_eval", "wonderwords", "nltk",

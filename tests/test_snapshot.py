@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_wave_index import SMALL
 
+from app.snapshot import SHAPES, Snapshot, check_place, save
+from generate import decode, eager_step, prefill, sampler
 from model import load
-from retroinfer import RetroConfig, WaveIndex, decode, eager_step, prefill, sampler
-from snapshot import SHAPES, Snapshot, check_place, save
+from retroinfer import RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 CONFIG = RetroConfig(**SMALL, retrieve=0.2, estimate=0.3)

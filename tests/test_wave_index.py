@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generate import COMPILE
 from retroinfer import (
-    COMPILE,
     PLAIN,
     Budget,
     Index,

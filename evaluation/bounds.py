@@ -36,7 +36,7 @@ What fp32 loses in q·k (D terms of up to |q| |k| each) is added to both bounds.
 most this share of its attention mass may lie in tokens not read: 0 is dense attention. That share
 is known before a member is read and means the same in every head; an error is known only behind it.
 
-    python certificate.py           # a million of them against float64: results/certificate.json
+    python -m evaluation.bounds           # a million of them against float64: results/certificate.json
 
     B batch   H kv heads   G query heads per kv head   D head dim   C clusters   P tokens in one
 
@@ -479,13 +479,13 @@ def main():
     import sys
     from pathlib import Path
 
-    import texts
-    from fidelity import read
+    from evaluation import texts
+    from evaluation.fidelity import read
     from model import DEFAULT_NAME, load
     torch.set_grad_enabled(False)
     model, tokenizer = load(dtype=torch.float32, device="cpu")
-    out = Path(__file__).parent / "results" / "certificate.json"
-    results = {"command": "python certificate.py", "versions": {
+    out = Path(__file__).parent.parent / "results" / "certificate.json"
+    results = {"command": "python -m evaluation.bounds", "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__},
         "model": DEFAULT_NAME, "seed": "none: nothing is drawn", "runs": []}
     for kind, n_tokens in {(kind, n): 0 for _, kinds, n, _ in RUNS.values() for kind in kinds}:

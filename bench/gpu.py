@@ -1,7 +1,7 @@
 """The kernels on a GPU, beside dense attention and the same step in PyTorch: times and bytes.
 
-    python bench_gpu.py                                  # or: make bench-gpu; under ten minutes
-    TRITON_INTERPRET=1 python bench_gpu.py --dry-run     # tiny, each timed once; also on a CPU
+    python -m bench.gpu                                  # or: make bench-gpu; under ten minutes
+    TRITON_INTERPRET=1 python -m bench.gpu --dry-run     # tiny, each timed once; also on a CPU
 
 First one layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself;
 dense attention reads the same store. A head is compared with float64, then each runner is captured
@@ -27,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
-import bench_gpu_model
 import kernels
-from bench_gpu_model import DEVICE, DTYPE, clumps, fill, once_ms
+from bench import gpu_model as bench_gpu_model
+from bench.gpu_model import DEVICE, DTYPE, clumps, fill, once_ms
 from retroinfer import PLAIN, RetroConfig, WaveIndex, attend, cluster_segment, halves, hope
 
 MODELS = {"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)}         # H, G, D

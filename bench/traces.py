@@ -1,7 +1,7 @@
 """Which clusters real steps ask for, what each way of keeping some would have hit, and its speed.
 
-    python replay.py                    # record four texts, replay them: half an hour on two cores
-    python replay.py --traces DIR --save FILE.json      # keep traces, numbers; plots beside them
+    python -m bench.traces                    # record four texts, replay them: half an hour on two cores
+    python -m bench.traces --traces DIR --save FILE.json      # keep traces, numbers; plots beside them
 
 A generation of the default model is recorded: every step's retrieved clusters, by layer and head,
 best first. Replayed, as in buffer.py: a cluster is cut into blocks of 8 tokens, a head has S slots
@@ -28,22 +28,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import texts
-from bench import cpu_name, table
+from bench.cpu import cpu_name, table
+from bench.machine import plot_speed, predicted
 from buffer import BLOCK, WHOLE
-from machine import plot_speed, predicted
+from evaluation import texts
+from generate import decode, eager_step, prefill, sampler
 from model import DEFAULT_NAME, load
 from retroinfer import (
     PLAIN,
     RetroConfig,
     WaveIndex,
     before,
-    decode,
-    eager_step,
     gather_clusters,
-    prefill,
     round_up,
-    sampler,
     tripartite_attention,
 )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import plan
+from app import plan
 from buffer import BLOCK
 from retroinfer import RetroConfig
 

@@ -1,7 +1,7 @@
 """How far from dense attention: perplexity, KL, every head's error and mass, against bytes read.
 
-    python evaluate.py                  # or: make evaluate. Quick: four texts of 4,096 tokens
-    python evaluate.py --full           # 4,096 and 8,192 tokens, more budgets, RULER: hours
+    python -m evaluation.evaluate                  # or: make evaluate. Quick: four texts of 4,096 tokens
+    python -m evaluation.evaluate --full           # 4,096 and 8,192 tokens, more budgets, RULER: hours
 
 Texts (texts.py), needles hidden in essays and, with --full, RULER's tasks (ruler.py) go through
 dense attention and, from the same keys and values, through every method (fidelity.py): the paper's
@@ -27,15 +27,14 @@ from pathlib import Path
 
 import torch
 
-import fidelity
-import ruler
-import texts
-from cli import add_config, choose_hot, given_config
+from app.cli import add_config, choose_hot, given_config
+from evaluation import fidelity, ruler, texts
+from evaluation.tables import report
+from generate import decode, eager_step, sampler
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex, decode, eager_step, sampler
-from tables import report
+from retroinfer import RetroConfig, WaveIndex
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
          "needle_lengths": [4096], "depths": [10, 50, 90], "ruler_lengths": [], "ruler_samples": 0}
 FULL = {"lengths": [4096, 8192], "steps": 128, "shares": [0.06, 0.08, 0.12, 0.2, 0.3],
@@ -237,7 +236,7 @@ def settings_of(args):
         RetroConfig(**given)                                # or a line that says what is wrong
         settings["config"] = given
     source = b"".join((ROOT / name).read_bytes()
-                      for name in ("retroinfer.py", "model.py", "fidelity.py", "texts.py"))
+                      for name in ("retroinfer.py", "model.py", "evaluation/fidelity.py", "evaluation/texts.py"))
     return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
 
 
@@ -275,7 +274,7 @@ def evaluate(args):
         raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")
     out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "evaluation.evaluate", *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": command, "versions": versions, "settings": settings})
     end, late = time.monotonic() + 60 * args.minutes, False

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from retroinfer import decode, prefill
+from generate import decode, prefill
 
 MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut; it is never tokenised
 

@@ -1,7 +1,7 @@
-"""The twin of retroinfer.attend for CPUs: native.cpp, compiled by the machine's own C++ compiler.
+"""The twin of retroinfer.attend for CPUs: step.cpp, compiled by the machine's own C++ compiler.
 
 torch.compile makes loops of what PyTorch spells out: on a CPU it sums across lanes for every score,
-copies the retrieved rows before it reads them, and sorts more than the best. native.cpp does the
+copies the retrieved rows before it reads them, and sorts more than the best. step.cpp does the
 step in loops that read each byte once. It is compiled on first use, for this processor and
 for the model's types and head dims, and kept in Inductor's cache directory, or the user's.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-fopenmp", "-shared", "-fPIC", "-x", "c++")
 REMEDY = "install g++ or set CXX, or pass --backend compile"
@@ -29,14 +29,14 @@ def attend(q, steady, index, budget, stores):
 
     q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
     and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on the CPU, q, k and
-    v of one dtype, D 16 to 256; ValueError otherwise, and where nothing compiles native.cpp. The
+    v of one dtype, D 16 to 256; ValueError otherwise, and where nothing compiles step.cpp. The
     number of threads, torch.get_num_threads(), changes no bit. Runs under torch.compile.
     """
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
     if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
-        raise ValueError("native.py runs on a CPU with 16 to 256 head dims, and q has "
+        raise ValueError("native/step.py runs on a CPU with 16 to 256 head dims, and q has "
                          f"{q.shape[3]} on {q.device}: use the functions of retroinfer.py")
     assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16"]
     shares = budget.n_retrieve, budget.n_ranked, budget.room, budget.part(budget.room)
@@ -46,7 +46,7 @@ def attend(q, steady, index, budget, stores):
 
 
 def name(x):
-    """The dtype of a tensor as native.cpp calls it."""
+    """The dtype of a tensor as step.cpp calls it."""
     return str(x.dtype).removeprefix("torch.")
 
 
@@ -81,7 +81,7 @@ def _(q, steady, index, stores, shares, caps):
 
 @functools.cache
 def library(kind, row, D):
-    """native.cpp for keys of a dtype, centroids of another and D head dims; compiled unless the
+    """step.cpp for keys of a dtype, centroids of another and D head dims; compiled unless the
     cache has it."""
     path = cache() / f"native-{kind}-{row}-{D}-{key()}.so"
     try:
@@ -113,7 +113,7 @@ def key():
 
 
 def build(path, *types):
-    """Compile native.cpp to path, which appears whole or not at all."""
+    """Compile step.cpp to path, which appears whole or not at all."""
     compiler, link = command()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def build(path, *types):
             run_compiler([*compiler, *types, str(SOURCE), *link, "-o", str(made)])
             made.replace(path)
     except OSError as e:
-        raise ValueError(f"cannot keep what native.cpp compiles to in {path.parent}: {e.strerror}; "
+        raise ValueError(f"cannot keep what step.cpp compiles to in {path.parent}: {e.strerror}; "
                          "set TORCHINDUCTOR_CACHE_DIR") from None
 
 
@@ -131,10 +131,10 @@ def run_compiler(args):
     try:
         done = subprocess.run(args, capture_output=True, check=False)
     except OSError as e:
-        raise ValueError(f"no C++ compiler for native.cpp, {args[0]}: {e.strerror}: "
+        raise ValueError(f"no C++ compiler for step.cpp, {args[0]}: {e.strerror}: "
                          f"{REMEDY}") from None
     if done.returncode:
         words = done.stderr.decode(errors="replace").splitlines() or ["no message"]
         said = next((line for line in words if "error" in line), words[0])
-        raise ValueError(f"{args[0]} does not compile native.cpp ({said.strip()}): {REMEDY}")
+        raise ValueError(f"{args[0]} does not compile step.cpp ({said.strip()}): {REMEDY}")
     return done.stdout

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from generate import prefill
 from model import DenseCache
 from retroinfer import (
     PLAIN,
@@ -32,7 +33,6 @@ from retroinfer import (
     RetroConfig,
     WaveIndex,
     gather_clusters,
-    prefill,
     rank_clusters,
     scores,
     tripartite_attention,

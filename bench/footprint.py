@@ -33,6 +33,8 @@ from triton.runtime import interpreter
 import kernels
 import retroinfer
 
+ROOT = Path(__file__).parent.parent
+
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 # Between them every tile that tile_sizes and tile_rows give to these head dims.
@@ -99,8 +101,8 @@ def needs(kernel, args, tiles, capability, helpers=()):
 def elsewhere(*arguments, stdin=""):
     """What this file prints as a program of its own, in which Triton compiles: a list of dicts."""
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=env, input=stdin,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "bench.footprint", *map(str, arguments)], env=env,
+                          cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"it does not compile: {done.stderr.splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines()]

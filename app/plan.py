@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_iter
 
 from buffer import RATIO, WaveBuffer
 from checkpoint import config_from_json, open_checkpoint
+from generate import eager_step
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
-from retroinfer import RetroConfig, WaveIndex, cluster_segment, eager_step, round_up
+from retroinfer import RetroConfig, WaveIndex, cluster_segment, round_up
 
 GIB = 2**30
 REMEDIES = {    # what is tried where a run does not fit

@@ -24,22 +24,15 @@ from pathlib import Path
 
 import torch
 
+from app.plan import show
+from app.report import card, measure
+from app.session import Session, Writer, stream, turns
+from app.snapshot import Snapshot, check_place, save
 from buffer import RATIO, WHOLE, check_ratio, offload
-from certificate import CheckedIndex, check_shares
+from evaluation.bounds import CheckedIndex, check_shares
+from generate import compiled_step, eager_step, sampler
 from model import DEFAULT_NAME, DenseCache, load
-from plan import show
-from report import card, measure
-from retroinfer import (
-    PLAIN,
-    RetroConfig,
-    WaveIndex,
-    compiled_step,
-    eager_step,
-    hot_functions,
-    sampler,
-)
-from session import Session, Writer, stream, turns
-from snapshot import Snapshot, check_place, save
+from retroinfer import PLAIN, RetroConfig, WaveIndex, hot_functions
 
 
 def parse_args(argv):
@@ -61,7 +54,7 @@ def parse_args(argv):
         "bfloat16 on a GPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--backend", choices=["triton", "native", "compile", "eager"], help="default: on a GPU "
-        "triton, which is compile with the kernels of kernels.py, else native, with native.cpp")
+        "triton, which is compile with the kernels of kernels.py, else native, with native/step.cpp")
     add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
     add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
         "with --chat the model's context")
@@ -183,14 +176,14 @@ def choose_backend(name, device, is_plain=False):
                              "CXX, or pass --backend eager")
         return eager_step, PLAIN, f"eager on {where}: there is no C++ compiler"
     hot = PLAIN if is_plain else choose_hot(name, device)
-    hows = {"retroinfer": "torch.compile", "native": "native.cpp and torch.compile",
+    hows = {"retroinfer": "torch.compile", "native.step": "native/step.cpp and torch.compile",
             "kernels": "Triton and torch.compile"}
     return compiled_step, hot, (f"{hows[hot.attend.__module__]} on {where}, "
                                 + ("asked for" if name else "the default"))
 
 
 def choose_hot(name, device):
-    """The hot functions where a compiler is: Triton's, native.cpp's, or PyTorch's if asked for."""
+    """The hot functions where a compiler is: Triton's, step.cpp's, or PyTorch's if asked for."""
     if (name, device.type == "cpu") in (("triton", True), ("native", False)):
         raise ValueError(f"--backend {name} needs a {'GPU' if name == 'triton' else 'CPU'}, the "
                          f"device is {device}: leave it out")
@@ -198,7 +191,7 @@ def choose_hot(name, device):
         return PLAIN
     if device.type != "cpu":
         return hot_functions(device)
-    import native
+    from native import step as native
     return PLAIN._replace(attend=native.attend)
 
 

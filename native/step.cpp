@@ -1,5 +1,5 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
-// once. native.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
+// once. step.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
 // and for DIMS of a head. Loops over the tiles of a head:
 //
 //     rank      q, centroids                   -> hope of each live cluster

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from certificate import CheckedIndex, check_lines, summary
+from evaluation.bounds import CheckedIndex, check_lines, summary
 
 
 def measure(session):

@@ -7,8 +7,7 @@ Intervals are of 95 %, by drawing anew.
 """
 import torch
 
-import ruler
-import texts
+from evaluation import ruler, texts
 
 
 def report(results, settings, out):

@@ -1,9 +1,9 @@
 """Speed beside what a user would run instead: the same weights and threads, in one run.
 
-    python bench.py attention       # one layer of Llama-3-8B's shape, 8K to 1M tokens
-    python bench.py model           # whole steps of the default model beside its peers
-    python bench.py prefill         # what building the index costs in time and memory
-    python bench.py reload          # the second question: an index loaded, or its text read again
+    python -m bench.cpu attention       # one layer of Llama-3-8B's shape, 8K to 1M tokens
+    python -m bench.cpu model           # whole steps of the default model beside its peers
+    python -m bench.cpu prefill         # what building the index costs in time and memory
+    python -m bench.cpu reload          # the second question: an index loaded, or its text read again
 
 `make bench` runs all four. Runners take turns, so that a machine whose speed drifts is unfair to
 none: a row is the median over repeats, a ratio the median of the repeats' own ratios. --save FILE
@@ -24,25 +24,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import choose_backend
+from app.cli import choose_backend
+from app.session import Writer
+from app.snapshot import Snapshot, save
+from generate import COMPILE, compiled_step, decode, eager_step, prefill, region, sampler
 from model import DEFAULT_NAME, DenseCache, default_model, load
-from retroinfer import (
-    COMPILE,
-    PLAIN,
-    RetroConfig,
-    WaveIndex,
-    compiled_step,
-    decode,
-    eager_step,
-    keep,
-    mix,
-    prefill,
-    region,
-    sampler,
-    scores,
-)
-from session import Writer
-from snapshot import Snapshot, save
+from retroinfer import PLAIN, RetroConfig, WaveIndex, keep, mix, scores
 
 REAL = 8192                                 # more tokens than these are keys of these, repeated
 H, G, D = 8, 4, 128                         # Llama-3-8B's heads
@@ -188,7 +175,7 @@ def plot_attention(found, path):
 
 def sample_ids(tokenizer, n):
     """n token ids (n,) of the example texts, repeated when they are too short."""
-    texts = sorted(Path(__file__).parent.glob("examples/*.txt"))
+    texts = sorted(Path(__file__).parent.parent.glob("examples/*.txt"))
     ids = [i for text in texts for i in tokenizer.encode(text.read_text("utf-8"))]
     return torch.tensor((ids * (n // len(ids) + 1))[:n])
 

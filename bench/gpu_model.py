@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import plan
-from bench import BOOST
+from app import plan
+from bench.cpu import BOOST
+from generate import compiled_step, prefill
 from model import DenseCache, Llama
-from retroinfer import RetroConfig, WaveIndex, compiled_step, prefill
+from retroinfer import RetroConfig, WaveIndex
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32 # interpreted, bfloat16 fails

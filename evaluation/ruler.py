@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import texts
+from evaluation import texts
 
 SEED = 42
 TRIES = 200                 # the original tries without end

@@ -1,0 +1,110 @@
+"""Generation: read prompts, take decode steps, choose tokens. The one place that compiles.
+
+    caches = [WaveIndex(RetroConfig(), capacity=4096) for _ in model.layers]
+    for tokens in generate(model, caches, [ids], 100):      # (B,), greedy
+        ...
+
+A step is one graph, token in and logits out, in which all layers share one compiled body. Any cache
+of model.py's seam will do.
+
+    B batch   T tokens   V vocabulary
+"""
+import functools
+
+import torch
+
+
+def step(model, caches, tokens, run):
+    """Logits (B, V) behind tokens (B,), which are appended to the caches."""
+    positions = caches[0].n_tokens[:, None].clone()                         # (B, 1)
+    hidden = model(tokens[:, None], positions, caches, run)
+    return model.logits(hidden[:, -1])
+
+
+def call(function, *args):
+    return function(*args)
+
+
+def region():
+    """call, as a part of a graph that is compiled once however often it is called."""
+    mark = torch.compiler.nested_compile_region
+    try:
+        return mark(call, reuse_hash_fn=lambda *args: 0)    # all layers are alike: trace one
+    except TypeError:                                       # torch before 2.13 traces each of them
+        return mark(call)
+
+
+# Shapes never change, so the sizes of intermediates are not checked again in every layer.
+COMPILE = {"fullgraph": True, "dynamic": False, "options": {
+    "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
+    "cpp.enable_floating_point_contract_flag": "fast"}}
+
+# The one place where decoding is compiled: a step is one graph, in which all layers share one body.
+compiled_step = torch.compile(functools.partial(step, run=region()), **COMPILE)
+eager_step = functools.partial(step, run=call)
+
+
+def prefill(model, caches, prompts, chunk=None):
+    """Logits (B, V) behind each of B prompts (T,), which are read `chunk` tokens at a time.
+
+    A prompt is read alone, to its own length; it goes on where its sequence in the caches stands.
+    """
+    logits = []
+    for row, ids in enumerate(prompts):
+        for part in ids.split(chunk or len(ids)):
+            start = int(caches[0].n_tokens[row])
+            positions = torch.arange(start, start + len(part), device=ids.device)
+            attend = [functools.partial(cache.prefill, row=row) for cache in caches]
+            hidden = model(part[None], positions[None], attend)             # (1, chunk, hidden)
+        logits.append(model.logits(hidden[:, -1]))
+    return torch.cat(logits)
+
+
+def decode(model, caches, logits, n_tokens, pick, step=compiled_step):
+    """Yield up to n_tokens tokens (B,) behind logits (B, V), until all texts have ended.
+
+    pick(logits) chooses a token (B,). Behind its end token a sequence yields that token again.
+    Between steps the caches may index what they gathered. ValueError when the logits are not
+    numbers, or the caches are full.
+    """
+    ends = torch.tensor(sorted(model.config.eos_ids), device=logits.device)
+    token, has_ended = None, torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    room = 0                                      # steps until the caches must be updated
+    for n in range(n_tokens):
+        if not logits.amax().isfinite():
+            raise ValueError(f"the logits of token {n + 1} are not finite: damaged weights, or "
+                             "a dtype too narrow for this model")
+        picked = pick(logits)                                               # (B,)
+        token = picked if token is None else torch.where(has_ended, token, picked)
+        yield token
+        has_ended |= torch.isin(token, ends)
+        if has_ended.all() or n + 1 == n_tokens:
+            return
+        room = room or min(cache.update() for cache in caches)
+        if not room:
+            raise ValueError(f"the caches are full after {n} tokens: raise their capacity")
+        logits, room = step(model, caches, token), room - 1
+
+
+def generate(model, caches, prompts, n_tokens, pick=None, step=compiled_step):
+    """Yield up to n_tokens tokens (B,) behind B prompts (T,); greedy unless pick is given.
+
+    step=eager_step decodes without compiling.
+    """
+    logits = prefill(model, caches, prompts)
+    yield from decode(model, caches, logits, n_tokens, pick or sampler(), step)
+
+
+def sampler(temperature=0.0, top_p=1.0, seed=0):
+    """A function from logits (B, V) to tokens (B,): the best, or drawn from the top_p share."""
+    if not (temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} in (0, 1]")
+    if temperature == 0:
+        return lambda logits: logits.max(-1).indices  # a CPU's argmax of bfloat16 is slow
+    dice = torch.Generator().manual_seed(seed)
+
+    def draw(logits):
+        p, ids = (logits.float().cpu() / temperature).softmax(-1).sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                     # (B, V), best first
+        return ids.gather(-1, p.multinomial(1, generator=dice)).squeeze(-1).to(logits.device)
+    return draw
