@@ -15,8 +15,8 @@ the host. What a step missed is admitted behind its attention, where older block
     B batch    H kv heads   T tokens   D head dim   C clusters a head   S slots a head
     R clusters retrieved    N tokens retrieved      n blocks a cluster  M blocks asked for: R*n
 
-    offload = buffer.offload(model, capacity)               # one store for the layers of a model
-    caches = [WaveIndex(config, capacity, offload=offload) for _ in model.layers]
+    make_store = buffer.offload(model, capacity)            # one store for the layers of a model
+    caches = [WaveIndex(config, capacity, make_store=make_store) for _ in model.layers]
 
 Chen et al. (arXiv 2505.02922), §4.3. As published, a step looks up all it asks for before it admits
 anything; here a block is the unit, where they admit a whole cluster, and no CPU thread is asked.
@@ -39,13 +39,15 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from retroinfer import before, bias_of, flat_rows, round_up, take, tripartite_attention, unroll
+from generate import tripartite_attention
+from retroinfer import before, bias_of, flat_rows, round_up, take, unroll
 
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
-# Of a RetroConfig: a block brings all its values, so there are fewer, and the execution buffer has
-# the size of the most that a head may retrieve.
-WHOLE = {"retrieve": 0.04, "least": 16, "values": 1.0, "boost": 1}
+# Numbers of a RetroConfig that suit a buffer. A block brings all its values, so fewer clusters are
+# retrieved. The execution buffer has the size of the most that a head may retrieve, so no head has
+# more than its share.
+WHOLE = {"retrieve": 0.04, "min_retrieve": 16, "values": 1.0, "boost": 1}
 
 
 # ---------------------------------------------------------------- which block is in which slot
@@ -136,39 +138,40 @@ class BlockCache:
 # ---------------------------------------------------------------- the wave buffer
 
 class WaveBuffer:
-    """The store of one WaveIndex on the host, and its block cache.
+    """A Store of one WaveIndex on the host, with its block cache on the device.
 
-    cache_ratio: slots as a share of the store's rows, 0 to 1. A cluster's last block may be partly
-    filled, so that 1 keeps most of the store and not quite all of it. memory: gives a tensor of
-    the host, as one of host_memory does, and another. ValueError if there is no such memory.
+    wave, T, like: as retroinfer.Store takes them. memory: yields two tensors of the host, as
+    host_memory does. cache_ratio: slots as a share of the store's rows, 0 to 1. The last block of
+    a cluster may be partly filled, so a ratio of 1 keeps most of the store and not all of it.
+    ValueError if there is no such memory.
     """
 
-    def __init__(self, wave, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
+    def __init__(self, wave, T, like, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
         check_ratio(cache_ratio)
-        (B, H, _, D), C, T = wave.k_steady.shape, wave.index.sizes.shape[2], round_up(wave.capacity)
-        S, like, self.N = round(cache_ratio * T / BLOCK), wave.k_steady, wave.caps[0]
+        B, H, D = len(wave.n_tokens), like.shape[1], like.shape[3]
+        C, S, self.N = wave.index.sizes.shape[2], round(cache_ratio * T / BLOCK), wave.caps.tokens
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
         self.stores = list(itertools.islice(memory, 2))
         if len(self.stores) < 2:
             raise ValueError("other caches hold this memory: call offload() once for each set")
+        self.k, self.v = self.stores
         self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
         self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
         self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
         self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
-        self.settle = self.lane.drain
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         if overlap:
             self.fetch = self.fetch_overlapped
 
-    def attend(self, q, steady, index, budget, stores):
-        """retroinfer.attend; behind it the blocks that were not there are admitted."""
+    def attend(self, q, steady, index, stores, budget, method):
+        """retroinfer.attend. After it, the blocks that were not on the device are admitted."""
         seen = []
 
         def fetch(ids, ends):
             seen[:] = ids, ends, *self.fetch(index, ids, ends)
             return seen[2:]
 
-        o = tripartite_attention(q, steady, index, budget, fetch)
+        o = tripartite_attention(q, steady, index, budget, fetch, method)
         self.admit(*seen[:4])
         return o
 
@@ -212,27 +215,43 @@ class WaveBuffer:
             blocks = take(x, rows.flatten(2)).view(len(to), -1)             # (B*H*M, 8*D)
             slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
 
-    def bring(self, rows, n):
-        """Copies on the device of rows k, v (1, H, m, D) of the store, the first n; or those."""
+    def view(self, row, first, end):
+        """Views k, v (1, H, end - first, D) of rows of a sequence, on the host."""
+        self.lane.drain()
+        return [x[row:row + 1, :, first:end] for x in self.stores]
+
+    def bring(self, row, first, known, end):
+        """Device copies of rows `first` to `end` of the store, of which those up to `known` are
+        filled. If the store is already on the device, the rows themselves."""
+        rows = self.view(row, first, end)
         if self.is_near:
             return rows
-        return [send(x[:, :, :n], x.new_empty(x.shape, device=self.slots[0].device)) for x in rows]
+        device = self.slots[0].device
+        return [send(x[:, :, :known - first], x.new_empty(x.shape, device=device)) for x in rows]
 
-    def put(self, rows, copies):
-        """Send what bring gave back to the store, beside what the device does next."""
+    def put(self, row, first, k, v):
+        """Send k, v (1, H, n, D), which bring gave, to the store, beside what the device does next.
+        """
         if self.is_near:
             return
+        rows = self.view(row, first, first + k.shape[2])
         with self.lane.fork():      # else the copy could begin before the tokens are in order
-            for x, copy in zip(rows, copies, strict=True):
+            for x, copy in zip(rows, (k, v), strict=True):
                 send(copy, x)
-        self.lane.held = copies     # until the next put: else their memory could be used meanwhile
+        self.lane.held = k, v       # until the next put: else their memory could be used meanwhile
 
     def nbytes(self):
-        """Bytes allocated, by part: on the device the slots and their table, the store."""
+        """Bytes allocated, by part. The store is on the host, the others are on the device."""
         state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
-        parts = {"slots": self.slots, "table": (*state, self.within, self.counts),
+        parts = {"block cache": self.slots, "its tables": (*state, self.within, self.counts),
                  "store": self.stores}
         return {name: sum(x.nbytes for x in part) for name, part in parts.items()}
+
+    def facts(self):
+        """What steps asked for so far: blocks found on the device, blocks asked for, host bytes."""
+        hits, asked, rows = self.counts.tolist()
+        row = 2 * self.k.shape[3] * self.k.element_size()                   # bytes of K and V
+        return {"hits": hits, "asked": asked, "host_bytes": rows * row}
 
 
 def check_ratio(cache_ratio):
@@ -343,7 +362,7 @@ def mapped(path, n, nbytes):
 
 
 def offload(model, capacity, batch=1, path=None, **how):
-    """What makes the WaveBuffer of each layer of a model; the host memory of all is allocated now.
+    """A make_store for the WaveIndex of each layer of a model. All host memory is allocated now.
 
     path: that of a new file to keep it in. how: cache_ratio, policy, overlap. RetroConfig(**WHOLE)
     suits it; of other configs every value of a block is copied too, whether it is read or not.

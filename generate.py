@@ -1,17 +1,25 @@
 """Generation: read prompts, take decode steps, choose tokens. The one place that compiles.
 
-    caches = [WaveIndex(RetroConfig(), capacity=4096) for _ in model.layers]
-    for tokens in generate(model, caches, [ids], 100):      # (B,), greedy
+    hot = hot_functions(device)                                 # the fastest there are
+    caches = [WaveIndex(RetroConfig(), 4096, hot=hot) for _ in model.layers]
+    for tokens in generate(model, caches, [ids], 100):          # (B,), greedy
         ...
 
-A step is one graph, token in and logits out, in which all layers share one compiled body. Any cache
-of model.py's seam will do.
+A step is one graph, token in and logits out, in which all layers share one compiled body. Any
+cache of model.py's seam will do. At the end of this file stands the twin of retroinfer.attend that
+Inductor compiles well on a CPU.
 
-    B batch   T tokens   V vocabulary
+    B batch   H kv heads   G query heads per kv head   T tokens   D head dim   N rows
 """
 import functools
+import math
+import os
+import shutil
 
 import torch
+
+import retroinfer
+from retroinfer import PLAIN, RUN, Budget, Caps, bias_of, take, unroll
 
 
 def step(model, caches, tokens, run):
@@ -108,3 +116,91 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                     # (B, V), best first
         return ids.gather(-1, p.multinomial(1, generator=dice)).squeeze(-1).to(logits.device)
     return draw
+
+
+# ---------------------------------------------------------------- the hot functions
+
+def hot_functions(device, name=None):
+    """The Hot of a backend: triton, native, compile, eager; the fastest one if name is None.
+
+    ValueError, or ImportError, if the device or this installation does not have it.
+    """
+    is_cpu = device.type == "cpu"
+    name = name or (("native" if has_compiler() else "eager") if is_cpu else "triton")
+    if (name, is_cpu) in (("triton", True), ("native", False)):
+        wanted = "GPU" if name == "triton" else "CPU"
+        raise ValueError(f"the backend {name} needs a {wanted}, the device is {device}: "
+                         "leave it out")
+    if name == "triton":
+        import kernels
+        return PLAIN._replace(attend=kernels.attend, nearest=kernels.nearest,
+                              segment_sum=kernels.segment_sum)
+    if name == "native":
+        from native.step import attend as native_attend
+        return PLAIN._replace(attend=native_attend)
+    return PLAIN._replace(attend=attend)
+
+
+def has_compiler():
+    """Whether the C++ compiler is there that torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def attend(q, steady, index, stores, budget, method):
+    """The twin of retroinfer.attend for Inductor on a CPU. Elsewhere it is the reference.
+
+    It reads no more than its widest head retrieves, and sums over rows as they stream by: Inductor
+    makes one loop of such a sum, where a matrix product of few rows is slow.
+    """
+    if q.device.type == "cpu":
+        budget = fit(budget)
+
+    def fetch(ids, ends):
+        rows = unroll(index.offsets.gather(-1, ids), ends, budget.caps.tokens)  # (B, H, N)
+        filled = keep(rows.clamp(min=0))
+        return *(take(store, filled) for store in stores), bias_of(rows < 0)
+    return tripartite_attention(q, steady, index, budget, fetch, method)
+
+
+def tripartite_attention(q, steady, index, budget, fetch, method):
+    """retroinfer.tripartite_attention. A compiled step on a CPU streams its sums."""
+    if q.device.type == "cpu" and torch.compiler.is_compiling():
+        method = method._replace(scores=stream_scores, mix=stream_mix)
+    return retroinfer.tripartite_attention(q, steady, index, budget, fetch, method)
+
+
+def fit(budget):
+    """The Budget with caps, in runs of RUN, that its widest head fills. The host reads the shares.
+
+    To the compiler these caps are sizes that are known at run time: still one graph.
+    """
+    caps, shares = budget
+    widest = [share.max().minimum(torch.tensor(cap))
+              for cap, share in zip(caps, shares, strict=True)]
+    tokens, values, retrieve, ranked = widest
+    runs = [(n + RUN - 1) // RUN for n in (tokens, values, ranked)]
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        N, M, K, R = torch.stack([*runs, retrieve]).clamp(min=1).tolist()
+    for low, high in (1, N), (1, M), (M, N), (1, R), (R, K * RUN):
+        torch._check(low <= high)
+    ranked = caps.ranked if caps.ranked % RUN else K * RUN
+    return Budget(Caps(N * RUN, M * RUN, R, ranked), shares)
+
+
+def stream_scores(q, k):
+    """retroinfer.scores as a sum for each query over rows as they stream by."""
+    rows = keep(q.contiguous()).unbind(2)                                   # (B, H, D) each
+    return torch.stack([(x[:, :, None] * k.float()).sum(-1) for x in rows], 2)
+
+
+def stream_mix(weights, v):
+    """retroinfer.mix as a sum for each query over RUN rows at a time: a core's first cache."""
+    n = math.gcd(v.shape[2], RUN) if v.shape[2] % RUN else RUN      # symbols have no gcd
+    rows = v.unflatten(2, (-1, n)).float()                                  # (B, H, N/n, n, D)
+    parts = keep(torch.stack(weights.unbind(2), -1)).unflatten(2, (-1, n)).unbind(-1)
+    return torch.stack([(w[..., None] * rows).sum(3) for w in parts], 3).sum(2)
+
+
+def keep(x):
+    """x, but forces Inductor to store it: otherwise it computes x anew at every use."""
+    return x.as_strided(x.shape, x.stride())

@@ -447,22 +447,20 @@ def combine_kernel(stats, parts, out, S, G: tl.constexpr, D: tl.constexpr, BD: t
     tl.store(out + (head * G + g) * D + d, (o / total).to(out.dtype.element_ty), d < D)
 
 
-def attend(q, steady, index, budget, stores):
-    """What retroinfer.tripartite_attention returns, with clusters read from the stores in place.
+def attend(q, steady, index, stores, budget, method):
+    """retroinfer.attend, with clusters read from the stores in place.
 
-    q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
-    and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on one GPU, q, k and
-    v of one dtype; ValueError otherwise. Runs under torch.compile and in a CUDA graph.
+    Every tensor is on one GPU, q, k and v are of one dtype: ValueError otherwise. Runs under
+    torch.compile and in a CUDA graph.
     """
     kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
-    shares, M = [budget.n_retrieve, budget.n_ranked, budget.room], budget.part(budget.tokens)
-    if budget.tokens > M:
-        shares.append(budget.part(budget.room))
-    shares = [x.expand(q.shape[:2]).contiguous() for x in shares]           # (B, H) each
-    return attend_op(q, list(steady), list(index), list(stores), shares, [*budget[:3], M],
-                     budget.by_mass)
+    from retroinfer import rank_by_centroid, rank_by_mass
+    assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
+    shares = [x.expand(q.shape[:2]).contiguous() for x in budget.shares]    # (B, H) each
+    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget.caps),
+                     method.rank is rank_by_mass)
 
 
 def look(shared, n_values, M, tile):
@@ -490,11 +488,11 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_retrieve, n_ranked, n_tokens, *n_values), (N, R, K, M) = shares, caps
+    (n_tokens, n_values, n_retrieve, n_ranked), (N, M, R, K) = shares, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
     rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
-    ends = ends if n_values else None
+    ends = ends if M < N else None
     launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, n_tokens, rows,
            fits, ends, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
@@ -504,7 +502,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     shared = (q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N, C,
               K, bias.stride(0), bias.stride(1))
-    looked = look(shared, *n_values, M, tile) if n_values else [None] * 5
+    looked = look(shared, n_values, M, tile) if M < N else [None] * 5
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
     launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales, parts,

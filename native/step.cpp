@@ -350,7 +350,7 @@ typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 
-struct Shape { int64_t B, H, G, W, T, C, N, R, K, M, by_mass, bias_b, bias_h, bias_w; };
+struct Shape { int64_t B, H, G, W, T, C, N, M, R, K, by_mass, bias_b, bias_h, bias_w; };
 
 struct Tensors {
     const Num *q, *k_steady, *v_steady;
@@ -360,7 +360,7 @@ struct Tensors {
     const int64_t* offsets;
     const bfloat16 *spreads, *scales;
     const Num *k_store, *v_store;
-    const int64_t *n_retrieve, *n_ranked, *n_tokens, *n_values;
+    const int64_t *n_tokens, *n_values, *n_retrieve, *n_ranked;
     Num* o;
 };
 

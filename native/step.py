@@ -1,9 +1,11 @@
 """The twin of retroinfer.attend for CPUs: step.cpp, compiled by the machine's own C++ compiler.
 
-torch.compile makes loops of what PyTorch spells out: on a CPU it sums across lanes for every score,
-copies the retrieved rows before it reads them, and sorts more than the best. step.cpp does the
-step in loops that read each byte once. It is compiled on first use, for this processor and
-for the model's types and head dims, and kept in Inductor's cache directory, or the user's.
+    hot = PLAIN._replace(attend=native.step.attend)     # or generate.hot_functions(device)
+
+On a CPU, Inductor sums across vector lanes for every score, copies retrieved rows before it reads
+them, and sorts more than the best clusters. step.cpp reads each byte once. It is compiled on first
+use, for this processor and for the model's types and head dims. The result is kept in Inductor's
+cache directory if one is set, else in the user's.
 
 Does not include: building the index, which is matrix products and sums that PyTorch does well.
 """
@@ -18,31 +20,33 @@ from pathlib import Path
 
 import torch
 
+from retroinfer import rank_by_centroid, rank_by_mass
+
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-fopenmp", "-shared", "-fPIC", "-x", "c++")
 REMEDY = "install g++ or set CXX, or pass --backend compile"
 
 
-def attend(q, steady, index, budget, stores):
-    """What retroinfer.tripartite_attention returns, with clusters read from the stores in place.
+def attend(q, steady, index, stores, budget, method):
+    """retroinfer.attend, with clusters read from the stores in place.
 
-    q (B, H, G, D), steady (k, v (B, H, W, D), bias (B, H, 1, W)), a retroinfer.Index and Budget,
-    and stores k, v (B, H, T, D): (B, H, G, D) in the dtype of v. Every tensor on the CPU, q, k and
-    v of one dtype, D 16 to 256; ValueError otherwise, and where nothing compiles step.cpp. The
-    number of threads, torch.get_num_threads(), changes no bit. Runs under torch.compile.
+    Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: ValueError otherwise,
+    and where nothing compiles step.cpp. The number of threads changes no bit. Runs under
+    torch.compile.
     """
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
     if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
         raise ValueError("native/step.py runs on a CPU with 16 to 256 head dims, and q has "
-                         f"{q.shape[3]} on {q.device}: use the functions of retroinfer.py")
+                         f"{q.shape[3]} on {q.device}: give --backend compile")
     assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16"]
-    shares = budget.n_retrieve, budget.n_ranked, budget.room, budget.part(budget.room)
-    return attend_op(q, list(steady), list(index), list(stores),
-                     [x.expand(q.shape[:2]) for x in shares],
-                     [*budget[:3], budget.part(budget.tokens), int(budget.by_mass)])
+    assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
+    by_mass = method.rank is rank_by_mass
+    shares = [x.expand(q.shape[:2]) for x in budget.shares]
+    return attend_op(q, list(steady), list(index), list(stores), shares,
+                     [*budget.caps, int(by_mass)])
 
 
 def name(x):

@@ -73,10 +73,13 @@ def smollm2():
 def twin(name):
     """retroinfer.attend or its twin; skips where that cannot run on tensors of the CPU."""
     import retroinfer
+    if name == "inductor":
+        import generate
+        return generate.attend
     if name == "native":
         if not shutil.which(os.environ.get("CXX", "g++")):
             pytest.skip("needs a C++ compiler")
-        return pytest.importorskip("native").attend
+        return pytest.importorskip("native.step").attend
     if name == "kernels":
         kernels = pytest.importorskip("kernels", reason="needs Triton")
         if kernels.IS_COMPILED:
@@ -107,10 +110,10 @@ def backend(request, monkeypatch):
         for cache in (DenseCache, retroinfer.WaveIndex):
             monkeypatch.setattr(cache, "decode", torch.compile(
                 cache.decode, **compiled[name] | {"dynamic": False}))
-    elif name != "eager":
+    if name not in ("eager", "compiled"):
         monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
         hot = retroinfer.PLAIN._replace(attend=counted)
-        monkeypatch.setattr(retroinfer, "hot_functions", lambda device: hot)
+        monkeypatch.setattr(retroinfer, "PLAIN", hot)
     yield name
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert name == "eager" or (graphs if name in compiled else steps), name

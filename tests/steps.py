@@ -1,12 +1,66 @@
-"""Decode steps over random clusters, and what PyTorch and float64 loops make of them."""
+"""What several test files share: configs, random texts, and decode steps over random clusters with
+what PyTorch and float64 loops make of them."""
 import itertools
 import math
+from dataclasses import replace
 
 import oracle
 import torch
 
 import retroinfer
-from retroinfer import Budget, Index, before, halves, pack
+from retroinfer import (
+    Budget,
+    Caps,
+    Index,
+    RetroConfig,
+    Shares,
+    WaveIndex,
+    before,
+    few_values,
+    pack,
+    rank_by_mass,
+    unpack,
+)
+
+SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "min_retrieve": 1}
+WHOLE = SMALL | {"bits": 16}
+ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0, "mean_room": False}
+BACKENDS = ["eager", "compiled", "native", "kernels"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def qkv(T, B=1, H=2, G=3, D=16, seed=0, spread=1.0):
+    """Random tensors whose keys form clumps, as real keys do."""
+    g = torch.Generator().manual_seed(seed)
+    clumps = 2 * torch.randn(B, H, max(T // 12, 1), D, generator=g)
+    which = torch.randint(clumps.shape[2], (B, H, T), generator=g)
+    k = clumps.gather(2, which[..., None].expand(-1, -1, -1, D))
+    k = k + spread * torch.randn(B, H, T, D, generator=g)
+    return torch.randn(B, H * G, T, D, generator=g), k, torch.randn(B, H, T, D, generator=g)
+
+
+def read(cache, q, k, v):
+    """Prefill of a batch of texts of one length."""
+    return torch.cat([cache.prefill(q[b:b + 1], k[b:b + 1], v[b:b + 1], b) for b in range(len(q))])
+
+
+def run(config, q, k, v, n_prompt):
+    """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
+    wave = WaveIndex(config, k.shape[2], batch=len(k))
+    outputs, room = [read(wave, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
+    for t in range(n_prompt, k.shape[2]):
+        room = room or wave.update()
+        outputs.append(wave.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
+        room -= 1
+    return wave, torch.cat(outputs, 2)
+
+
+def members(wave, b, h):
+    """[(keys, values)] of the clusters of one head, as the CSR store says."""
+    index = wave.index
+    offsets, sizes = index.offsets[b, h].tolist(), index.sizes[b, h].int().tolist()
+    spans = [(o, o + n) for o, n in zip(offsets, sizes, strict=True) if n]
+    return [(wave.store.k[b, h, i:j], wave.store.v[b, h, i:j]) for i, j in spans]
 
 
 def assert_as_exact(mine, eager, truth):
@@ -40,13 +94,17 @@ class Case:
         fewer = 3 * torch.arange(H)
         n_retrieve, n_ranked = ((n[:, None] - fewer).clamp(min=0) for n in torch.tensor(shares).T)
         n_tokens = caps[0] - 5 * torch.arange(B)[:, None] - fewer
-        self.q, self.budget = 2 * randn(G), Budget(*caps, n_retrieve, n_ranked, by_mass, n_tokens,
-                                                   values)
+        config = replace(RetroConfig.paper(), bits=bits, by_mass=by_mass, values=values)
+        self.method, self.values = config.method(), values
+        n_values = [few_values(config, n) for n in (caps[0], n_tokens)]
+        self.q, self.budget = 2 * randn(G), Budget(
+            Caps(caps[0], n_values[0], *caps[1:]),
+            Shares(n_tokens, n_values[1], n_retrieve, n_ranked))
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
         self.stores = randn(T), randn(T)
-        spreads = 2 * torch.rand(B, H, C, generator=g).bfloat16()
+        spreads = 2 * by_mass * torch.rand(B, H, C, generator=g).bfloat16()
         (centroids, a), (means, b) = (pack(x.float()) if bits == 4 else (x, torch.ones(B, H, C))
                                       for x in (randn(C), randn(C)))
         self.index = Index(centroids, means, sizes.float(), offsets, spreads,
@@ -56,7 +114,8 @@ class Case:
 
     def eager(self):
         """PyTorch's answer."""
-        return retroinfer.attend(self.q, self.steady, self.index, self.budget, self.stores)
+        return retroinfer.attend(self.q, self.steady, self.index, self.stores, self.budget,
+                                 self.method)
 
     def twin(self, attend, device="cpu"):
         """The answer of a twin of retroinfer.attend, with all that is free poisoned."""
@@ -71,9 +130,10 @@ class Case:
                       offsets.masked_fill(is_empty, 2**40),
                       spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
         stores = [poison(x, self.is_free_row) for x in self.stores]
-        budget = Budget(*(x.to(device) if torch.is_tensor(x) else x for x in self.budget))
+        budget = Budget(self.budget.caps, Shares(*(x.to(device) for x in self.budget.shares)))
         steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
-        return attend(self.q.to(device), steady, Index(*index), budget, stores).cpu()
+        o = attend(self.q.to(device), steady, Index(*index), stores, budget, self.method)
+        return o.cpu()
 
     def truth(self):
         """(B, H, G, D) in float64: every head a loop over its clusters in order of rank."""
@@ -86,7 +146,7 @@ class Case:
     def vectors(self, i):
         """Centroids (i = 0) or means (i = 1) of the index, (B, H, C, D) in float64."""
         x = self.index[i]
-        x = torch.cat(halves(x), -1) if x.dtype == torch.uint8 else x
+        x = torch.cat(unpack(x), -1) if x.dtype == torch.uint8 else x
         return x.double() * self.index.scales[..., i:i + 1].double()
 
     def head(self, b, h):
@@ -102,14 +162,13 @@ class Case:
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
         is_in, share = bias[0] == 0, logits.softmax(-1)
-        if self.budget.by_mass:                     # of all attention, the steady zone's included
+        if self.method.rank is rank_by_mass:  # of all attention
             hopes = [[oracle.hope(sizes[c], 2 * float(x) * float(self.index.spreads[b, h, c]))
                       for c in live] for x in half]
             near = q @ k_s[is_in].T                                                 # (G, steady)
             share = torch.cat([logits + q.new_tensor(hopes), near], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
-        n_retrieve, n_ranked, n_tokens = (int(n[b, h]) for n in (
-            *self.budget[3:5], self.budget.n_tokens))
+        n_tokens, n_values, n_retrieve, n_ranked = (int(n[b, h]) for n in self.budget.shares)
         k, v, room = [k_s[is_in]], [v_s[is_in]], n_tokens
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         owner = [[-1] * int(is_in.sum())]           # of each entry: its cluster, if it is retrieved
@@ -125,7 +184,6 @@ class Case:
         weights, v = (q @ torch.cat(k).T + torch.cat(bias, -1)).softmax(-1), torch.cat(v)
         share, owner = weights.sum(0).tolist(), enumerate(itertools.chain(*owner))
         lightest_last = sorted((-share[i], i, c) for i, c in owner if c >= 0)
-        n_values = math.ceil(self.budget.values * n_tokens)
         for _, i, c in lightest_last[n_values:]:    # these count with their cluster's mean value
             v[i] = means[c]
         return weights @ v

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import LONG, fixed
-from test_wave_index import SMALL, qkv
+from steps import SMALL, qkv
 
 from buffer import (
     BLOCK,

@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from test_wave_index import ALL, SMALL, qkv, read
+from steps import ALL, SMALL, qkv, read
 
 from model import DenseCache
 from retroinfer import RetroConfig, WaveIndex

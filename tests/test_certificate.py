@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wave_index import SMALL, qkv, read
+from steps import SMALL, qkv, read
 
 from evaluation import bounds as certificate
 from evaluation.bounds import CheckedIndex, Witness, examine, log_spread, measure, stored, summary
@@ -239,7 +239,7 @@ def test_no_corner_of_the_intervals_is_worse(turns, monkeypatch):
 
 def targets(max_err, values=0.2, **more):
     q, k, v = qkv(266, B=2, spread=0.1)
-    config = RetroConfig(**FEW | {"least": 1, "retrieve": 0.02, "values": values})
+    config = RetroConfig(**FEW | {"min_retrieve": 1, "retrieve": 0.02, "values": values})
     return steps(config, q / 2, k / 2, v, 260, max_err=max_err, **more)[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_wave_index import ALL, SMALL
+from steps import ALL, SMALL
 
 from generate import call, compiled_step, decode, eager_step, generate, prefill, sampler, step
 from model import DenseCache, load

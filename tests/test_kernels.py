@@ -17,8 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from steps import CASES, Case, assert_as_exact
-from test_wave_index import ALL, SMALL, config_budget, qkv, read
+from steps import ALL, CASES, Case, SMALL, assert_as_exact, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
 import triton  # noqa: E402

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import CASES, Case, assert_as_exact
-from test_wave_index import SMALL, qkv, run
+from steps import CASES, Case, SMALL, assert_as_exact, qkv, run
 
 import retroinfer
 from generate import COMPILE

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_wave_index import SMALL
+from steps import SMALL
 
 from app.snapshot import SHAPES, Snapshot, check_place, save
 from generate import decode, eager_step, prefill, sampler
@@ -90,7 +90,7 @@ def test_an_index_is_saved_behind_generated_tokens_too(loaded, tmp_path):
 
 
 def test_what_a_step_reads_may_change_between_save_and_load(loaded, saved):
-    other = RetroConfig(**SMALL | {"least": 3}, retrieve=0.5, estimate=0.1)
+    other = RetroConfig(**SMALL | {"min_retrieve": 3}, retrieve=0.5, estimate=0.1)
     restored = [WaveIndex(other, 400) for _ in loaded[0].layers]
     Snapshot(saved[0], *loaded, other).restore(restored)
     assert restored[0].n_indexed[0] > 200

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import ALL, BACKENDS, CLOSE, SMALL, WHOLE, members, qkv, read, run
 
+import generate
+import retroinfer
 from generate import COMPILE
 from retroinfer import (
     PLAIN,
-    Budget,
     Index,
     RetroConfig,
     WaveIndex,
@@ -22,58 +24,30 @@ from retroinfer import (
     cluster_segment,
     count,
     gather_clusters,
-    hope,
     in_bytes,
     pack,
+    possible_mass,
     scores,
     spherical_kmeans,
     split_large,
     weigh_channels,
 )
 
-SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "least": 1}
-WHOLE = SMALL | {"bits": 16}
-ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0}
-BACKENDS = ["eager", "compiled", "native", "kernels"]
-
-
-def qkv(T, B=1, H=2, G=3, D=16, seed=0, spread=1.0):
-    """Random tensors whose keys form clumps, as real keys do."""
-    g = torch.Generator().manual_seed(seed)
-    clumps = 2 * torch.randn(B, H, max(T // 12, 1), D, generator=g)
-    which = torch.randint(clumps.shape[2], (B, H, T), generator=g)
-    k = clumps.gather(2, which[..., None].expand(-1, -1, -1, D))
-    k = k + spread * torch.randn(B, H, T, D, generator=g)
-    return torch.randn(B, H * G, T, D, generator=g), k, torch.randn(B, H, T, D, generator=g)
-
-
-def read(cache, q, k, v):
-    """Prefill of a batch of texts of one length."""
-    return torch.cat([cache.prefill(q[b:b + 1], k[b:b + 1], v[b:b + 1], b) for b in range(len(q))])
-
-
-def run(config, q, k, v, n_prompt):
-    """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
-    wave = WaveIndex(config, k.shape[2], batch=len(k))
-    outputs, room = [read(wave, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
-    for t in range(n_prompt, k.shape[2]):
-        room = room or wave.update()
-        outputs.append(wave.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
-        room -= 1
-    return wave, torch.cat(outputs, 2)
-
 
 def config_budget(wave, b=0, h=0):
     """(clusters retrieved, clusters retrieved or estimated) of one head of a sequence."""
-    return [int(n[b, h]) for n in wave.budget()[3:5]]
+    share = wave.budget().shares
+    return int(share.retrieve[b, h]), int(share.ranked[b, h])
 
 
-def members(wave, b, h):
-    """[(keys, values)] of the clusters of one head, as the CSR store says."""
-    index = wave.index
-    offsets, sizes = index.offsets[b, h].tolist(), index.sizes[b, h].int().tolist()
-    spans = [(o, o + n) for o, n in zip(offsets, sizes, strict=True) if n]
-    return [(wave.k_store[b, h, i:j], wave.v_store[b, h, i:j]) for i, j in spans]
+def cluster(k, v, config):
+    return cluster_segment(k, v, 1, config, PLAIN)
+
+
+def n_clusters(config, tokens):
+    """Clusters retrieved, retrieved or estimated, of texts of so many tokens."""
+    share = retroinfer.shares(config, tokens, 1, config.method())
+    return share.retrieve, share.ranked
 
 
 # ---------------------------------------------------------------- the index
@@ -82,7 +56,7 @@ def members(wave, b, h):
 def test_every_token_is_in_one_cluster(L):
     _, k, v = qkv(L, B=2)
     v[..., 0] = torch.arange(L)                                 # a token's name
-    index, k_sorted, v_sorted = cluster_segment(k, v, RetroConfig(**SMALL))
+    index, k_sorted, v_sorted = cluster(k, v, RetroConfig(**SMALL))
     order = v_sorted[..., 0].long()
     assert (order.sort(-1).values == torch.arange(L)).all()     # none lost, none twice
     assert torch.equal(k_sorted, k.gather(2, order[..., None].expand_as(k)))
@@ -104,14 +78,13 @@ def test_a_centroid_is_the_mean_of_its_members(spread):
         torch.testing.assert_close(wave.index.means[b, h][live[b, h]].double(), means, **CLOSE)
 
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 1.0])
 def test_no_cluster_is_larger_than_twice_the_mean(spread):
     config = RetroConfig(**SMALL)
     _, k, v = qkv(500, spread=spread)
-    index, _, _ = cluster_segment(k, v, config)
+    index, _, _ = cluster(k, v, config)
     assert index.sizes.max() <= config.largest
     assert index.sizes.shape[-1] == config.slots(500)
 
@@ -135,14 +108,14 @@ def test_two_runs_give_one_index():
     q, k, v = qkv(700, B=2)
     (one, first), (two, second) = (run(RetroConfig(**SMALL), q, k, v, 600) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.index, two.index, strict=True))
-    assert torch.equal(one.k_store, two.k_store) and torch.equal(first, second)
+    assert torch.equal(one.store.k, two.store.k) and torch.equal(first, second)
 
 
 def test_kmeans_finds_clumps():
     g = torch.Generator().manual_seed(0)
     names = torch.arange(240) % 8
     x = torch.eye(8)[names] * 5 + 0.1 * torch.randn(240, 8, generator=g)
-    ids = spherical_kmeans((x - x.mean(0)).view(1, 1, 240, 8), 8, 10).flatten()
+    ids = spherical_kmeans((x - x.mean(0)).view(1, 1, 240, 8), 8, 10, PLAIN).flatten()
     for name in range(8):
         assert len(ids[names == name].unique()) == 1            # a clump is never torn apart
 
@@ -150,18 +123,18 @@ def test_kmeans_finds_clumps():
 def test_unit_seeds_leave_few_clusters_empty():
     _, k, _ = qkv(2048, D=32)
     k = k * torch.rand(1, 2, 2048, 1) * 4 + 3                   # norms differ, as real keys' do
-    ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2)
+    ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2, PLAIN)
     assert (count(ids, 128) == 0).float().mean() < 0.1          # raw seeds leave more than half
 
 
 def test_channels_weigh_by_the_queries_mean_square_alike_in_a_rope_pair():
     squares = torch.tensor([[1, 2, 3, 5, 6, 0], [0] * 6], dtype=torch.float64)      # by head
     pairs = [6, 8, 3, 6, 8, 3]                              # channels d and d + 3 turn into another
-    weights = weigh_channels(squares, 0.5)[0, :, 0].tolist()
+    weights = weigh_channels(squares, RetroConfig(channel_power=0.5))[0, :, 0].tolist()
     assert weights[0] == pytest.approx([math.sqrt(x * 6 / 34) for x in pairs])
     assert weights[1] == [1] * 6                            # no query has been heard
-    assert weigh_channels(1e9 * squares, 0.5)[0, 0, 0].tolist() == pytest.approx(weights[0])
-    assert weigh_channels(squares, 0.0).eq(1).all()
+    assert weigh_channels(1e9 * squares, RetroConfig(channel_power=0.5))[0, 0, 0].tolist() == pytest.approx(weights[0])
+    assert weigh_channels(squares, RetroConfig(channel_power=0.0)).eq(1).all()
 
 
 @pytest.mark.parametrize("n_prompt", [1, 40, 66, 140])
@@ -170,7 +143,7 @@ def test_the_first_segment_s_queries_are_heard_however_they_come(n_prompt):
     wave, _ = run(RetroConfig(**SMALL), q, k, v, n_prompt)
     for b, h, d in ((0, 0, 0), (1, 0, 15), (1, 1, 7)):
         heard = sum(q[b, 3 * h + g, t, d].item() ** 2 for g in range(3) for t in range(2 + 64))
-        assert wave.q_squares[b, h, d].item() == pytest.approx(heard / 3)
+        assert wave.q_energy[b, h, d].item() == pytest.approx(heard / 3)
 
 
 def test_what_queries_do_not_look_at_does_not_part_what_they_look_for():
@@ -183,13 +156,13 @@ def test_what_queries_do_not_look_at_does_not_part_what_they_look_for():
     k = (k + 3 * torch.randn(326, 16, generator=g) * (1 - looks)).expand(1, 1, -1, -1)
     q = torch.randn(1, 3, 326, 16, generator=g) * (0.05 + looks)
     v, pure = themes.float()[:, None].expand(1, 1, -1, 16), {}
-    for power in (0.0, RetroConfig().query_power):
+    for power in (0.0, RetroConfig().channel_power):
         wave = WaveIndex(RetroConfig(**SMALL | {"segment": 320, "bits": 16}, outliers=False,
-                                     query_power=power), 326)
+                                     channel_power=power), 326)
         wave.prefill(q, k.contiguous(), v.contiguous())
         found = [values[:, 0].long().bincount().max().item() for _, values in members(wave, 0, 0)]
         pure[power] = sum(found) / 320
-    assert pure[0.0] < 0.55 and pure[RetroConfig().query_power] > 0.85
+    assert pure[0.0] < 0.55 and pure[RetroConfig().channel_power] > 0.85
 
 
 def test_the_paper_clusters_keys_whatever_the_queries():
@@ -199,7 +172,7 @@ def test_the_paper_clusters_keys_whatever_the_queries():
                             (RetroConfig(segment=320), False)):
         one, two = WaveIndex(config, 400), WaveIndex(config, 400)
         one.prefill(q, k, v), two.prefill(loud, k, v)
-        assert one.n_indexed == 320 and torch.equal(one.k_store, two.k_store) == is_same
+        assert one.n_indexed == 320 and torch.equal(one.store.k, two.store.k) == is_same
 
 
 def names_of(index, v):
@@ -213,8 +186,8 @@ def test_the_tokens_farthest_from_their_centroid_get_the_free_slots(L, spread):
     _, k, v = qkv(L, spread=spread)
     v[..., 0] = torch.arange(L)
     config = RetroConfig(**SMALL | {"bits": 16})
-    before, _, v_before = cluster_segment(k, v, replace(config, outliers=False))
-    after, _, v_after = cluster_segment(k, v, config)
+    before, _, v_before = cluster(k, v, replace(config, outliers=False))
+    after, _, v_after = cluster(k, v, config)
     groups, far = names_of(before, v_before), {}
     for group in groups:
         keys = k[0, 0, sorted(group)].double()
@@ -234,7 +207,7 @@ def test_a_needle_among_words_unlike_it_is_found():
     k[1001] = torch.randn(32, generator=g)
     k = 3 * k[None, None] + 0.05 * torch.randn(1, 1, 2050, 32, generator=g)
     v, q = torch.randn(k.shape, generator=g), (k[:, :, 1001:1002] + 0.8 * k[:, :, :1]).expand_as(k)
-    config = RetroConfig(sink=0, local=1, retrieve=0.01, least=1, boost=1)
+    config = RetroConfig(sink=0, local=1, retrieve=0.01, min_retrieve=1, boost=1)
     dense = F.scaled_dot_product_attention(q[:, :, :1], k, v)
     errors = [float((run(c, q, k, v, 2049)[1][:, :, -1:] - dense).norm() / dense.norm())
               for c in (config, replace(config, outliers=False))]
@@ -247,7 +220,7 @@ def test_what_a_cluster_may_hold_is_between_the_typical_and_the_mean(n, deviatio
     g = torch.Generator().manual_seed(0)
     q, shape = torch.full((1, 1, 1, 4), deviation / 2), (1, 1, 1)
     index = Index(None, None, torch.full(shape, float(n)), None, torch.ones(shape), None)
-    mine = float(hope(q, index))
+    mine = float(possible_mass(q, index))
     sums = (deviation * torch.randn(4000, n, generator=g).double()).logsumexp(-1)
     assert sums.median() - 0.05 <= mine <= math.log(n) + deviation ** 2 / 2 + 1e-5
     assert mine == pytest.approx(oracle.hope(n, deviation ** 2), abs=1e-5)
@@ -284,7 +257,7 @@ def test_equal_keys_make_estimation_exact(backend):
     q, k, v = qkv(200)
     k[:, :, 2:] = k[:, :, 2:3]                                  # every token but the sink
     wave, o = run(RetroConfig(**WHOLE, retrieve=0.0, estimate=1.0, values=1.0), q, k, v, 190)
-    assert wave.caps[1] == 1 and config_budget(wave)[1] > 30
+    assert wave.caps.retrieve == 1 and config_budget(wave)[1] > 30
     torch.testing.assert_close(o[:, :, 190:].double(), oracle.dense(q[:, :, 190:], k, v), **CLOSE)
 
 
@@ -338,8 +311,9 @@ def test_tripartite_attention_is_the_papers_sum(backend, shares, ranking):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             queries = q[b, 3 * h:3 * h + 3, -1]
             asked = oracle.in_bytes(queries) if bits == 4 else queries
-            room = int(config.room(torch.tensor(n_retrieve)))
-            budget = n_retrieve, n_ranked - n_retrieve, room, math.ceil(room * config.values)
+            share = wave.budget().shares
+            budget = (n_retrieve, n_ranked - n_retrieve, int(share.tokens[b, h]),
+                      int(share.values[b, h]))
             mine = oracle.tripartite(queries, steady, members(wave, b, h), budget,
                                      (*stored(wave.index, b, h), asked) if by_mass else None)
             torch.testing.assert_close(o[b, 3 * h:3 * h + 3, -1].double(), mine, **CLOSE)
@@ -393,14 +367,14 @@ def test_retrieved_clusters_come_back_whole():
     wave, _ = run(RetroConfig(**SMALL), q, k, v, 299)
     ids = torch.tensor([[[3, 0, 7], [1, 2, 40]]])
     ends = wave.index.sizes.gather(-1, ids).long().cumsum(-1)
-    stores = wave.k_store, wave.v_store
-    keys, values, bias = gather_clusters(wave.index, stores, ids, ends, 40)
+    stores = wave.store.k, wave.store.v
+    keys, values, bias = gather_clusters(wave.index, stores, 40, ids, ends)
     for h in range(2):
         rows = [torch.arange(int(n)) + start for start, n in zip(
             wave.index.offsets[0, h, ids[0, h]], wave.index.sizes[0, h, ids[0, h]], strict=True)]
         live = bias[0, h, 0] == 0
-        assert torch.equal(keys[0, h][live], wave.k_store[0, h, torch.cat(rows)])
-        assert torch.equal(values[0, h][live], wave.v_store[0, h, torch.cat(rows)])
+        assert torch.equal(keys[0, h][live], wave.store.k[0, h, torch.cat(rows)])
+        assert torch.equal(values[0, h][live], wave.store.v[0, h, torch.cat(rows)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -451,7 +425,7 @@ def test_more_tokens_than_capacity_are_refused():
 
 @pytest.mark.parametrize("field, value", [
     ("sink", -1), ("local", 0), ("update", 0), ("cluster", 0), ("segment", 0), ("iterations", 0),
-    ("least", 0), ("boost", 0), ("bits", 8), ("retrieve", 1.5), ("estimate", -0.1),
+    ("min_retrieve", 0), ("boost", 0), ("bits", 8), ("retrieve", 1.5), ("estimate", -0.1),
     ("segment", 100), ("update", 20)])
 def test_budgets_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
@@ -462,13 +436,13 @@ def test_paper_settings():
     c = RetroConfig.paper()
     assert (c.sink, c.local, c.cluster, c.segment, c.iterations) == (4, 64, 16, 8192, 10)
     assert (c.retrieve, c.estimate, c.update) == (0.018, 0.232, 1024)
-    assert [int(n) for n in c.budget(torch.tensor(131072))] == [147, 2048]  # the published code's
+    assert [int(n) for n in n_clusters(c, torch.tensor(131072))] == [147, 2048]  # the published code's
 
 
 def test_a_short_text_keeps_the_least_clusters():
     tokens = torch.tensor([0, 4096, 131072])
-    assert RetroConfig(growth=1.0).budget(tokens)[0].tolist() == [28, 30, 950]      # of 16,384
-    assert RetroConfig.paper().budget(tokens)[0].tolist() == [1, 5, 147]
+    assert n_clusters(RetroConfig(growth=1.0), tokens)[0].tolist() == [28, 30, 950]      # of 16,384
+    assert n_clusters(RetroConfig.paper(), tokens)[0].tolist() == [1, 5, 147]
 
 
 @pytest.mark.parametrize("most", [1, 3, 8])
@@ -482,7 +456,7 @@ def test_a_head_retrieves_more_as_its_logits_vary_more_within_clusters(most):
     for b, h in itertools.product(range(2), range(2)):
         keys = [x for x, _ in members(wave, b, h)]
         squares = torch.cat([(x - x.mean(0)).square().mean(-1) for x in keys]).double()
-        queries = (q * scale)[b, 3 * h:3 * h + 3, :config.heard].double()
+        queries = (q * scale)[b, 3 * h:3 * h + 3, :config.sink + config.segment].double()
         s = queries.square().sum(-1).mean() * squares.mean() / 16
         assert wave.boosts[b, h] == pytest.approx(
             min(max(math.exp(s - 5), 1), most), rel=0.05)
@@ -490,20 +464,20 @@ def test_a_head_retrieves_more_as_its_logits_vary_more_within_clusters(most):
         clusters = int(wave.n_indexed[b]) // 4
         assert n_retrieve == pytest.approx(0.05 * float(wave.boosts[b, h]) * clusters, abs=0.51)
         assert n_ranked == max(round(0.15 * clusters), n_retrieve)
-    assert wave.caps[1] == round(0.05 * most * 400 // 4)
+    assert wave.caps.retrieve == round(0.05 * most * 400 // 4)
 
 
 def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
     short, long = torch.tensor([300, 4096, 8192]), 8192 * 2 ** torch.arange(8)
     even, slow, none = (RetroConfig(growth=x) for x in (1.0, 0.7, 0.0))
     assert RetroConfig() == slow
-    assert slow.budget(short)[0].tolist() == even.budget(short)[0].tolist()
+    assert n_clusters(slow, short)[0].tolist() == n_clusters(even, short)[0].tolist()
     for config, power in ((even, 1.0), (slow, 0.7), (none, 0.0)):
-        found = config.budget(long)[0]
+        found = n_clusters(config, long)[0]
         expected = [0.058 * 1024 * 2 ** (power * i) for i in range(8)]
         assert found.tolist() == pytest.approx(expected, abs=0.51)
-        assert config.budget(long)[1].tolist() == even.budget(long)[1].tolist()
-    ours, paper = (int(c.budget(torch.tensor(131072))[0]) * c.cluster
+        assert n_clusters(config, long)[1].tolist() == n_clusters(even, long)[1].tolist()
+    ours, paper = (int(n_clusters(c, torch.tensor(131072))[0]) * c.cluster
                    for c in (slow, RetroConfig.paper()))
     rows = (1 + RetroConfig().values) * ours            # that boost makes as many as the paper's
     assert 1.2 * rows == pytest.approx(2 * paper, rel=0.02)
@@ -512,7 +486,12 @@ def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
 @pytest.mark.parametrize("growth", [0.0, 0.7, 1.0])
 def test_all_clusters_are_retrieved_of_any_text_if_all_are_wanted(growth):
     config, tokens = RetroConfig(retrieve=1.0, growth=growth), torch.tensor([1024, 8192, 1048576])
-    assert config.budget(tokens)[0].tolist() == config.slots(tokens).tolist()
+    assert n_clusters(config, tokens)[0].tolist() == config.slots(tokens).tolist()
+
+
+def packed_scores(q, codes):
+    """Inner products of q (B, H, G, D) and packed rows (B, H, N, D/2)."""
+    return scores(q, torch.cat(retroinfer.unpack(codes), -1))
 
 
 @given(st.integers(0, 2**31), st.sampled_from([2, 64, 80, 256]))
@@ -526,7 +505,7 @@ def test_queries_in_bytes_are_within_half_a_step_and_their_sums_are_exact(seed, 
     assert ((numbers * unit - q).abs() <= unit * 0.5001).all()
     codes = torch.randint(17, 256, (1, 1, 9, D // 2), generator=g).to(torch.uint8)
     exact = numbers.long() @ torch.cat([codes & 15, codes >> 4], -1).long().sub(8).mT
-    assert torch.equal(scores(numbers, codes).long(), exact)
+    assert torch.equal(packed_scores(numbers, codes).long(), exact)
 
 
 def test_bytes_add_less_than_a_hundredth_to_the_variance_of_four_bits():
@@ -534,17 +513,18 @@ def test_bytes_add_less_than_a_hundredth_to_the_variance_of_four_bits():
     q, (codes, scale) = q.view(1, 2, -1, 64), pack(k)
     numbers, unit = in_bytes(q)
     scale = scale.float()[:, :, None]
-    exact, packed, both = q @ k.mT, scores(q, codes) * scale, scores(numbers, codes) * unit * scale
+    exact, packed, both = (q @ k.mT, packed_scores(q, codes) * scale,
+                           packed_scores(numbers, codes) * unit * scale)
     assert 0 < (both - packed).var() < 0.01 * (packed - exact).var()
 
 
 @pytest.mark.parametrize("capacity", [300, 4096, 5000, 8192])
 def test_the_room_for_retrieved_tokens_is_what_their_clusters_hold_on_average(capacity):
-    """Rounded up by less than half a run of rows: ranked by mass, clusters fill whatever room."""
+    """Rounded up by less than a run of rows: ranked by mass, clusters fill whatever room."""
     wave = WaveIndex(RetroConfig(), capacity)
     wave.allocate(torch.zeros(1, 1, 1, 16))
-    n_tokens, n_clusters, _ = wave.caps
-    assert 0 <= n_tokens - 8 * n_clusters < 32
+    n_tokens, n_clusters = wave.caps.tokens, wave.caps.retrieve
+    assert 0 <= n_tokens - 8 * n_clusters < 64
 
 
 # ---------------------------------------------------------------- batches, chunks, turns
@@ -579,7 +559,7 @@ def test_chunks_build_the_index_of_the_whole(chunks):
     for chunk in zip(*(x.split(chunks, 2) for x in (q, k, v)), strict=True):
         parts.prefill(*chunk)
     whole.update(), parts.update()
-    assert torch.equal(whole.k_store, parts.k_store) and torch.equal(whole.v_steady, parts.v_steady)
+    assert torch.equal(whole.store.k, parts.store.k) and torch.equal(whole.v_steady, parts.v_steady)
     assert all(torch.equal(a, b) for a, b in zip(whole.index, parts.index, strict=True))
 
 
@@ -592,10 +572,10 @@ def test_an_index_grown_by_updates_is_the_one_built_at_once(n_prompt):
     whole = WaveIndex(config, 700)
     read(whole, q, k, v)
     assert grown.n_indexed == whole.n_indexed == 640
-    theirs = grown.live(0)
-    torch.testing.assert_close(theirs.pop("q_squares"), whole.q_squares[0])
+    theirs = grown.state(0)
+    torch.testing.assert_close(theirs.pop("q_energy"), whole.q_energy[0])
     for name, x in theirs.items():
-        assert x.equal(whole.live(0)[name]), name
+        assert x.equal(whole.state(0)[name]), name
 
 
 def test_a_cluster_is_its_members_mean_however_long_the_index_grows():
@@ -629,7 +609,7 @@ def test_what_an_index_reads_does_not_depend_on_its_capacity():
 def read_ahead(config, n):
     """A wave index of n tokens, and q, k, v of the next."""
     q, k, v = qkv(n + 1)
-    wave = WaveIndex(config, n + 1, hot=PLAIN)
+    wave = WaveIndex(config, n + 1, hot=PLAIN._replace(attend=generate.attend))
     wave.prefill(*(x[:, :, :n] for x in (q, k, v)))
     wave.update()
     return wave, *(x[:, :, n:].contiguous() for x in (q, k, v))
@@ -646,8 +626,9 @@ def test_a_step_waits_for_no_device(plain, error):
     """It says the same of tensors that hold nothing, where to read one is an error."""
     wave, *now = read_ahead(RetroConfig(**SMALL), 100)
     wave.hot, wave.index = PLAIN._replace(attend=plain), Index(*(x.to("meta") for x in wave.index))
-    for name, x in vars(wave).items():
-        setattr(wave, name, x.to("meta") if torch.is_tensor(x) else x)
+    for owner in (wave, wave.store):
+        for name, x in vars(owner).items():
+            setattr(owner, name, x.to("meta") if torch.is_tensor(x) else x)
     with error:
         assert wave.decode(*(x.to("meta") for x in now)).shape == now[0].shape
 
@@ -659,12 +640,13 @@ def test_a_step_on_a_cpu_takes_what_its_widest_head_retrieves(monkeypatch):
     decode, sizes = torch.compile(wave.decode, **COMPILE), []
     for boost in (1, 3, 8):
         wave.boosts[:, 1], n_tokens = boost, wave.n_tokens.clone()
-        sizes.append(wave.budget().fitted()[:3])
+        caps = generate.fit(wave.budget()).caps
+        sizes.append((caps.tokens, caps.values, caps.retrieve, caps.ranked))
         with torch.compiler.set_stance("default" if boost == 1 else "fail_on_recompile"):
             fitted = decode(*now)
         wave.n_tokens.copy_(n_tokens)
         with monkeypatch.context() as patch:
-            patch.setattr(Budget, "fitted", lambda self: self)
+            patch.setattr(generate, "fit", lambda budget: budget)
             torch.testing.assert_close(fitted, wave.decode(*now))
         wave.n_tokens.copy_(n_tokens)
-    assert sizes == [(128, 25, 128), (320, 74, 128), (832, 198, 256)]
+    assert sizes == [(128, 64, 25, 128), (320, 64, 74, 128), (832, 192, 198, 256)]
