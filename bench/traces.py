@@ -211,7 +211,7 @@ def measured(trace, policies):
 
 def cell(trace):
     """What is kept of a trace: of the paper's share of the clusters, and of all it retrieved."""
-    few = replace(trace.config, least=1, retrieve=RetroConfig.paper().retrieve)
+    few = replace(trace.config, min_retrieve=1, retrieve=RetroConfig.paper().retrieve)
     share = int(few.budget(torch.tensor(trace.capacity))[0])
     return {"config": asdict(trace.config), "paper": measured(trace.best(share), POLICIES),
             "all": measured(trace, ["LRU"])}

@@ -469,7 +469,7 @@ RUNS = {                    # config, texts of texts.py, tokens of each that are
     "default": (RetroConfig(), ("documents", "code", "table", "prose"), 1024, QUERIES),
     "4,096 tokens": (RetroConfig(), ("prose",), 4096, 32),
     "bits 16": (RetroConfig(bits=16), ("prose",), 1024, 32),
-    **{f"cluster {n}": (RetroConfig(bits=16, cluster=n, least=256 // n), ("prose",), 1024, 32)
+    **{f"cluster {n}": (RetroConfig(bits=16, cluster=n, min_retrieve=256 // n), ("prose",), 1024, 32)
        for n in (4, 2, 1)}}
 
 

@@ -191,7 +191,7 @@ def wave_at(config, rows, n, steps, boost=1.0):
     retrieve = round((rows - spent) / (boost * cluster))
     if not 1 <= retrieve <= clusters:
         return None
-    return replace(config, least=1, growth=1.0, retrieve=retrieve / clusters,
+    return replace(config, min_retrieve=1, growth=1.0, retrieve=retrieve / clusters,
                    estimate=min(config.estimate, 1 - retrieve / clusters))
 
 

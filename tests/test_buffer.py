@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import LONG, fixed
-from steps import SMALL, qkv
+from steps import LONG, SMALL, fixed, qkv
 
 from buffer import (
     BLOCK,
@@ -26,7 +25,7 @@ from buffer import (
 )
 from generate import call, eager_step, generate, step
 from model import load
-from retroinfer import RetroConfig, WaveIndex, before, gather_clusters
+from retroinfer import RetroConfig, Store, WaveIndex, before, gather_clusters
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,10 +124,10 @@ def check_agreement(cache, resident):
 
 # ---------------------------------------------------------------- no bit of the output
 
-def run(config, q, k, v, lengths, make=None):
+def run(config, q, k, v, lengths, make=Store):
     """(caches, outputs) of a prefill of lengths[b] tokens of each row, and steps to the end."""
     B, longest = len(k), max(lengths)
-    wave, room, outputs = WaveIndex(config, k.shape[2], batch=B, offload=make), 0, []
+    wave, room, outputs = WaveIndex(config, k.shape[2], batch=B, make_store=make), 0, []
     for b, n in enumerate(lengths):
         for part in zip(*(x[b:b + 1, :, :n].split(97, 2) for x in (q, k, v)), strict=True):
             outputs.append(wave.prefill(*part, b).flatten())
@@ -143,14 +142,14 @@ def run(config, q, k, v, lengths, make=None):
 def far(make):
     """As where the store is on another device than the cache: what is read of it is a copy, in
     which nothing else is to be relied on."""
-    def build(wave):
-        made = make(wave)
+    def build(*args):
+        made = make(*args)
         made.is_near, bring = False, made.bring
 
-        def poisoned(rows, n):
-            copies = bring(rows, n)
+        def poisoned(row, first, known, end):
+            copies = bring(row, first, known, end)
             for x in copies:
-                x[:, :, n:] = math.nan
+                x[:, :, known - first:] = math.nan
             return copies
         made.bring = poisoned
         return made
@@ -165,7 +164,7 @@ def test_offload_changes_no_bit(data):
         return data.draw(st.integers(low, high))
 
     cluster = some(1, 20)
-    config = RetroConfig(sink=some(0, 5), local=some(1, 9), update=cluster * some(1, 4), least=1,
+    config = RetroConfig(sink=some(0, 5), local=some(1, 9), update=cluster * some(1, 4), min_retrieve=1,
                          segment=cluster * some(1, 12), cluster=cluster, iterations=some(1, 3),
                          retrieve=data.draw(st.sampled_from([0, .05, .3, 1])), estimate=.2)
     lengths = [some(1, 200) for _ in range(some(1, 3))]
@@ -179,7 +178,7 @@ def test_offload_changes_no_bit(data):
         wave_off, o_off = run(config, q, k, v, lengths, how)
         assert torch.equal(o_off, o)
         assert all(a.equal(b) for row in range(len(lengths)) for a, b in zip(
-            wave_off.live(row).values(), wave.live(row).values(), strict=True))
+            wave_off.state(row).values(), wave.state(row).values(), strict=True))
     assert wave_off.n_clusters.equal(wave.n_clusters)
 
 
@@ -190,20 +189,20 @@ def test_a_fetch_brings_the_bytes_of_the_store_whatever_is_in_the_slots(policy, 
     config = RetroConfig(**SMALL | {"cluster": 16, "segment": 256}, retrieve=.2)
     make = functools.partial(WaveBuffer, cache_ratio=.3, policy=policy, overlap=overlap)
     wave, _ = run(config, q, k, v, [800, 890], make)
-    stored, hits = (wave.k_store, wave.v_store), []
+    stored, hits = (wave.store.k, wave.store.v), []
     for seed in range(8):
         g = torch.Generator().manual_seed(seed // 2)                # every selection comes twice
         ids = torch.rand(2, 2, int(wave.n_clusters.min()), generator=g).argsort(-1)[..., :9]
         ends = wave.index.sizes.gather(-1, ids).long().cumsum(-1)
-        ends = ends.minimum(ends.masked_fill(ends > wave.caps[0], 0).amax(-1, keepdim=True))
-        want = gather_clusters(wave.index, stored, ids, ends, wave.caps[0])
-        n, got = wave.buffer.counts.clone(), wave.buffer.fetch(wave.index, ids, ends)
+        ends = ends.minimum(ends.masked_fill(ends > wave.caps.tokens, 0).amax(-1, keepdim=True))
+        want = gather_clusters(wave.index, stored, wave.caps.tokens, ids, ends)
+        n, got = wave.store.counts.clone(), wave.store.fetch(wave.index, ids, ends)
         is_free = want[2][:, :, 0].isinf()
         assert want[2].equal(got[2]) and not is_free.all()
         for x, y in zip(want[:2], got[:2], strict=True):
             assert x[~is_free].equal(y[~is_free]) and y[is_free].eq(0).all()
-        wave.buffer.admit(ids, ends, *got[:2])
-        hits.append((wave.buffer.counts - n)[0] / (wave.buffer.counts - n)[1])
+        wave.store.admit(ids, ends, *got[:2])
+        hits.append((wave.store.counts - n)[0] / (wave.store.counts - n)[1])
     assert min(hits[1::2]) > .8 > max(hits[2::2])
 
 
@@ -212,35 +211,35 @@ def test_what_is_counted_is_what_was_asked_for():
     q, k, v = qkv(600)
     config = RetroConfig(**SMALL | {"cluster": 16, "segment": 256}, retrieve=.2)
     wave, _ = run(config, q, k, v, [500], functools.partial(WaveBuffer, cache_ratio=0.2))
-    fetch, want = wave.buffer.fetch, torch.zeros(3, dtype=torch.int64)
+    fetch, want = wave.store.fetch, torch.zeros(3, dtype=torch.int64)
 
     def counted(index, ids, ends):
         for h in range(2):
             for c, n in zip(ids[0, h].tolist(), (ends - before(ends))[0, h].tolist(), strict=True):
                 for j in range(-(-n // BLOCK)):
-                    hit = wave.buffer.cache.table[0, h, c * len(wave.buffer.within) + j] >= 0
+                    hit = wave.store.cache.table[0, h, c * len(wave.store.within) + j] >= 0
                     want.add_(torch.tensor([hit, 1, 0 if hit else min(n - j * BLOCK, BLOCK)]))
         return fetch(index, ids, ends)
 
-    wave.buffer.fetch = counted                     # as one does who records a trace
-    start = wave.buffer.counts.clone()
+    wave.store.fetch = counted                     # as one does who records a trace
+    start = wave.store.counts.clone()
     wave.n_tokens.sub_(40)                          # there is room for these again
     for t in range(560, 600):
         wave.decode(*(x[:, :, t:t + 1] for x in (q, k, v)))
-    assert want[1] > want[0] > 0 and torch.equal(wave.buffer.counts - start, want)
+    assert want[1] > want[0] > 0 and torch.equal(wave.store.counts - start, want)
 
 
 def test_the_slots_are_the_share_of_the_store_that_was_asked_for():
     q, k, v = qkv(5000)
     for ratio in (0, .05, .5, 1):
         make = functools.partial(WaveBuffer, cache_ratio=ratio)
-        wave = WaveIndex(RetroConfig(), 5000, offload=make)
+        wave = WaveIndex(RetroConfig(), 5000, make_store=make)
         wave.prefill(q[:, :, :9], k[:, :, :9], v[:, :, :9])
-        found = wave.buffer.nbytes()
-        held = {id(x): x.nbytes for x in tensors(wave.buffer)}
+        found = wave.store.nbytes()
+        held = {id(x): x.nbytes for x in tensors(wave.store)}
         assert sum(found.values()) == sum(held.values())
-        assert found["store"] == 2 * wave.k_store.nbytes
-        assert abs(found["slots"] / found["store"] - ratio) < 2 * BLOCK / 5000
+        assert found["store"] == 2 * wave.store.k.nbytes
+        assert abs(found["block cache"] / found["store"] - ratio) < 2 * BLOCK / 5000
 
 
 def tensors(x):
@@ -256,7 +255,7 @@ def tensors(x):
 @pytest.mark.parametrize("ratio", [-.1, 1.1, math.nan])
 def test_no_share_of_slots_is_refused(ratio):
     with pytest.raises(ValueError, match="give a share between 0 and 1"):
-        WaveIndex(RetroConfig(), 100, offload=functools.partial(WaveBuffer, cache_ratio=ratio)
+        WaveIndex(RetroConfig(), 100, make_store=functools.partial(WaveBuffer, cache_ratio=ratio)
                   ).allocate(torch.zeros(1, 1, 1, 8))
 
 
@@ -276,7 +275,7 @@ def say(model, one_step, n, **how):
                for n in (30, 250)]
     config = RetroConfig(**SMALL | {"cluster": 16, "bits": 16}, retrieve=.1, estimate=.2)
     make = offload(model, 400, 2, cache_ratio=.3, **how)
-    held, got = [WaveIndex(config, 400, 2, offload=make) for _ in model.layers], []
+    held, got = [WaveIndex(config, 400, 2, make_store=make) for _ in model.layers], []
     list(generate(model, held, prompts, n, lambda x: fixed(x, got), one_step))
     return held, torch.stack(got)
 
@@ -309,8 +308,8 @@ def test_a_step_with_the_buffer_in_it_is_one_graph_that_never_asks_the_host(mode
     assert (fast[0].n_indexed >= 3 * 32).all()              # three updates of each sequence
     torch.testing.assert_close(logits, truth, rtol=1e-4, atol=1e-4)
     for a, b in zip(fast, slow, strict=True):
-        assert a.buffer.counts[0] > .2 * a.buffer.counts[1]
-        torch.testing.assert_close(a.buffer.counts, b.buffer.counts, rtol=.02, atol=0)
+        assert a.store.counts[0] > .2 * a.store.counts[1]
+        torch.testing.assert_close(a.store.counts, b.store.counts, rtol=.02, atol=0)
 
 
 class Asking(LRU):
@@ -331,8 +330,8 @@ def test_a_step_that_asks_the_host_is_found_out(model):
 def long_text(make):
     """The last outputs of 1,500 tokens of 64 heads: 96 MiB of K and V, which are never all there
     at once but in the store."""
-    config, outputs = RetroConfig(segment=64, update=64, least=3, boost=1), []
-    wave, g = WaveIndex(config, 1500, offload=make), torch.Generator().manual_seed(0)
+    config, outputs = RetroConfig(segment=64, update=64, min_retrieve=3, boost=1), []
+    wave, g = WaveIndex(config, 1500, make_store=make), torch.Generator().manual_seed(0)
     for n in [62] * 24 + [1] * 8:
         q, k, v = (torch.randn(1, 64, n, 128, generator=g) for _ in range(3))
         if n == 1:
@@ -411,7 +410,7 @@ def test_the_overlapped_copy_passes_opcheck():
 
 def test_memory_is_given_once(model):
     make = offload(model, 100)
-    held = [WaveIndex(RetroConfig(), 100, offload=make) for _ in range(len(model.layers) + 1)]
+    held = [WaveIndex(RetroConfig(), 100, make_store=make) for _ in range(len(model.layers) + 1)]
     k = torch.zeros(1, 2, 1, 16)
     for cache in held[:-1]:
         cache.allocate(k)

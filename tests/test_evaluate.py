@@ -28,7 +28,7 @@ from model import DenseCache, load
 from retroinfer import PLAIN, RetroConfig, WaveIndex, gather_clusters, tripartite_attention
 
 TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
-                   least=3, estimate=0.4)
+                   min_retrieve=3, estimate=0.4)
 METHODS = {"dense": DenseCache, "wave": functools.partial(wave, TINY),
            "window": functools.partial(Chosen, functools.partial(fidelity.window, n=40)),
            "oracle": functools.partial(Chosen, functools.partial(fidelity.oracle, n=40)),

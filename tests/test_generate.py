@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from steps import ALL, SMALL
+from steps import ALL, LONG, SMALL, fixed
 
 from generate import call, compiled_step, decode, eager_step, generate, prefill, sampler, step
 from model import DenseCache, load
 from retroinfer import RetroConfig, WaveIndex
 
 PER_FUNCTION = [HealthCheck.function_scoped_fixture]
-LONG = {"max_position_embeddings": 4096}
 
 
 @pytest.fixture
@@ -86,11 +85,6 @@ def test_turns_of_any_length_give_what_one_prompt_gives(model, turns):
             model, held, logits, n_said, lambda _: torch.tensor([next(tokens) % 317 + 3]),
             eager_step)) or [text[:0]])
         text = torch.cat([text, said[:-1]])                             # the last is in no cache
-
-
-def fixed(logits, into):
-    into.append(logits)
-    return torch.full((len(logits),), len(into) % 300 + 3)
 
 
 def test_sequences_end_on_their_own(model, ids):

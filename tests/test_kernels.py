@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from steps import ALL, CASES, Case, SMALL, assert_as_exact, config_budget, qkv, read
+from steps import ALL, CASES, SMALL, Case, assert_as_exact, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
 import triton  # noqa: E402

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import CASES, Case, SMALL, assert_as_exact, qkv, run
+from steps import CASES, SMALL, Case, assert_as_exact, qkv, run
 
 import retroinfer
 from generate import COMPILE
@@ -161,9 +161,8 @@ def test_what_it_does_not_know_is_refused(D, dtype, words):
 
 def test_the_operator_passes_opcheck():
     case = make("one token")
-    (N, *caps), room = case.budget[:3], case.budget.room
-    args = (case.q, list(case.steady), list(case.index), case.stores,
-            [*case.budget[3:5], room, room], [N, *caps, N, 1])
+    args = (case.q, list(case.steady), list(case.index), case.stores, list(case.budget.shares),
+            [*case.budget.caps, 1])
     torch.library.opcheck(native.attend_op, args)
 
 
@@ -179,7 +178,7 @@ def test_a_wave_index_steps_on_it_whether_compiled_or_not():
                 WaveIndex.decode = torch.compile(decode, **COMPILE)
             with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(
                     error_on_recompile=True):
-                patch.setattr(retroinfer, "hot_functions", lambda device, hot=hot: hot)
+                patch.setattr(retroinfer, "PLAIN", hot)
                 outputs.append(run(config, q, k, v, 110)[1])
     finally:
         WaveIndex.decode = decode
