@@ -129,7 +129,7 @@ def hot_functions(device, name=None):
     name = name or (("native" if has_compiler() else "eager") if is_cpu else "triton")
     if (name, is_cpu) in (("triton", True), ("native", False)):
         wanted = "GPU" if name == "triton" else "CPU"
-        raise ValueError(f"the backend {name} needs a {wanted}, the device is {device}: "
+        raise ValueError(f"backend {name} needs a {wanted}, the device is {device}: "
                          "leave it out")
     if name == "triton":
         import kernels

@@ -418,10 +418,10 @@ class WaveIndex(LayerCache):
                  "counters": torch.stack([self.n_indexed[row], self.n_clusters[row]])}
                 | {name: x[row, :, :c] for name, x in self.index._asdict().items()})
 
-    def restore(self, state, row=0):
+    def restore(self, state, device=None, row=0):
         """Fill a sequence that holds nothing with what state() gave."""
         if self.store is None:
-            self.allocate(state["k"][None])
+            self.allocate(state["k"][None, :, :0].to(device))
         self.n_tokens[row] = state["k"].shape[1]
         self.n_indexed[row], self.n_clusters[row] = state["counters"].tolist()
         for name, x in self.state(row).items():

@@ -5,103 +5,25 @@
     python retroinfer.py --prompt-file x --chat                             # a line is a turn
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
-    python retroinfer.py --plan Llama-3.1-8B --memory 24                    # runs nothing
+    python -m app.plan Llama-3.1-8B --memory 24                             # what would fit
 
-Answers go to standard output, the progress bar and the card to standard error; --json ends
+Answers go to standard output. The progress bar and the card go to standard error. --json ends
 standard output with one line for machines. What a person can get wrong is one line and status 2.
 """
 import argparse
-import functools
-import inspect
 import json
 import math
-import os
-import re
-import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from app.plan import show
 from app.report import card, measure
 from app.session import Session, Writer, stream, turns
-from app.snapshot import Snapshot, check_place, save
-from buffer import RATIO, WHOLE, check_ratio, offload
-from evaluation.bounds import CheckedIndex, check_shares
-from generate import compiled_step, eager_step, sampler
+from app.settings import listing, parse_settings
+from generate import compiled_step, eager_step, has_compiler, hot_functions, sampler
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import PLAIN, RetroConfig, WaveIndex, hot_functions
-
-
-def parse_args(argv):
-    parser = Parser(description="Answer a prompt, decoding through a wave index.")
-    add = parser.add_argument
-    add("--prompt-file", action="append", default=[], help="the prompt, UTF-8 text; - reads "
-        "standard input; given again, the prompts are answered as a batch")
-    add("--question", help="asked behind the prompt or the loaded index")
-    add("--chat", action="store_true", help="go on: each line of standard input is a turn")
-    add("--save-index", metavar="FILE", help="save the index of the prompt (without the question)")
-    add("--load-index", metavar="FILE", help="take the prompt, or its beginning, from this file")
-    add("--model", default=DEFAULT_NAME, help="directory, .gguf file, or the name of the default: "
-        f"{DEFAULT_NAME}, which make setup installs")
-    add("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
-    add("--temperature", type=float, default=0.0, help="0 takes the best token every time")
-    add("--top-p", type=float, default=1.0, help="sample from the tokens that hold this share")
-    add("--seed", type=int, default=0, help="of the sampling")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, "
-        "bfloat16 on a GPU")
-    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    add("--backend", choices=["triton", "native", "compile", "eager"], help="default: on a GPU "
-        "triton, which is compile with the kernels of kernels.py, else native, with native/step.cpp")
-    add("--prefill-chunk", type=int, help="read the prompt so many tokens at a time")
-    add("--capacity", type=int, help="tokens the caches have room for; default: prompt and answer, "
-        "with --chat the model's context")
-    add("--offload", action="store_true", help="keep K and V on the host, and on the device what "
-        "steps ask for again")
-    add("--cache-ratio", type=float, help="with --offload: the share of K and V that the device "
-        f"has room for (default {RATIO})")
-    add("--store", metavar="FILE", help="with --offload: keep K and V in this new file, for texts "
-        "beyond the memory; it is gone in the end")
-    add("--raw", action="store_true", help="take the prompt as it is, without chat template")
-    add("--beyond-context", action="store_true", help="allow more tokens than the model's context")
-    add("--compare", action="store_true", help="run dense attention beside it")
-    add("--check", action="store_true", help="say what is certain of the steps: attention mass "
-        "whose keys were read, distance from dense attention's output")
-    add("--max-err", type=float, metavar="SHARE", help="retrieve more clusters, head by head, "
-        "until at most this share of the attention mass may lie in tokens not read; and --check")
-    add("--max-retrieve", type=float, default=1.0, metavar="SHARE", help="of the clusters, that "
-        "--max-err may retrieve: a step has room for as many (default 1.0)")
-    add("--plan", nargs="?", const="", metavar="SHAPE", help="run nothing: print the bytes by part "
-        "of --model, or of a shape such as Llama-3.1-8B, for --capacity tokens")
-    add("--batch", type=int, default=1, help="sequences, with --plan")
-    add("--memory", type=float, help="GiB the device has, with --plan; default: this machine's")
-    add("--json", action="store_true", help="end with one line of JSON on standard output")
-    add_config(parser, {"bits": "for keys with biases 16"}
-               | {name: f"with --offload {value}" for name, value in WHOLE.items()})
-    args = parser.parse_args(argv)
-    args.check |= args.max_err is not None
-    check_flags(args)
-    return args
-
-
-def add_config(parser, notes):
-    """A flag for every number of RetroConfig, with the notes to some of them."""
-    source = inspect.getsource(RetroConfig)
-    for field in fields(RetroConfig):
-        text = re.search(rf"{field.name}: .*# +(.*)", source)[1]
-        kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
-                else {"type": field.type})
-        words = [f"{text} (default {field.default})", notes.get(field.name)]
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind,
-                            help="; ".join(filter(None, words)))
-
-
-def given_config(args):
-    """The numbers of RetroConfig that were given, by name."""
-    given = {field.name: getattr(args, field.name) for field in fields(RetroConfig)}
-    return {name: value for name, value in given.items() if value is not None}
+from retroinfer import RetroConfig, WaveIndex
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,14 +31,66 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def parse_args(argv):
+    parser = Parser(prog="retroinfer.py", usage="%(prog)s --prompt-file FILE [flags]",
+                    description="Answer a prompt, decoding through a wave index.")
+    add_texts(parser.add_argument_group("texts").add_argument)
+    add_model(parser.add_argument_group("model and method").add_argument)
+    add_memory(parser.add_argument_group("memory").add_argument)
+    add_output(parser.add_argument_group("output").add_argument)
+    args = parser.parse_args(argv)
+    if "help" in args.set:
+        print(listing())
+        raise SystemExit(0)
+    args.set = parse_settings(args.set)
+    check_flags(args)
+    return args
+
+
+def add_texts(add):
+    add("--prompt-file", metavar="FILE", action="append", default=[],
+        help="UTF-8 text, or - for standard input; again: a batch")
+    add("--question", metavar="TEXT", help="asked behind the prompt or the loaded index")
+    add("--chat", action="store_true", help="each line of standard input is a turn")
+    add("--save-index", metavar="FILE", help="save the index of the prompt")
+    add("--load-index", metavar="FILE", help="take the prompt from this file")
+    add("--raw", action="store_true", help="use no chat template")
+
+
+def add_model(add):
+    add("--model", default=DEFAULT_NAME, metavar="PATH",
+        help="directory or .gguf file (default %(default)s)")
+    add("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
+        help="numbers of the method; --set help lists them")
+    add("--max-new-tokens", metavar="N", type=int, default=128, help="default %(default)s")
+    add("--temperature", metavar="X", type=float, default=0.0, help="0: the best token")
+    add("--top-p", metavar="X", type=float, default=1.0, help="draw from this share")
+    add("--seed", metavar="N", type=int, default=0, help="of the draws")
+    add("--dtype", choices=["float32", "bfloat16", "float16"])
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
+    add("--backend", choices=["triton", "native", "compile", "eager"])
+
+
+def add_memory(add):
+    add("--prefill-chunk", metavar="N", type=int, help="tokens read at a time")
+    add("--capacity", metavar="N", type=int, help="tokens that the caches have room for")
+    add("--offload", action="store_true", help="keep K and V in host memory")
+    add("--cache-ratio", metavar="X", type=float, help="share of them on the device")
+    add("--store", metavar="FILE", help="keep K and V in a new file")
+    add("--beyond-context", action="store_true", help="allow more tokens than the model")
+
+
+def add_output(add):
+    add("--compare", action="store_true", help="run dense attention beside it")
+    add("--json", action="store_true", help="end with one line of JSON")
+
+
 def check_flags(args):
     """ValueError for what no model is needed to refuse."""
-    for name in ("max_new_tokens", "prefill_chunk", "capacity", "batch"):
+    for name in ("max_new_tokens", "prefill_chunk", "capacity"):
         if (given := getattr(args, name)) is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
-    if args.memory is not None and not args.memory > 0:
-        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
-    if not (args.prompt_file or args.load_index or args.chat or args.plan is not None):
+    if not (args.prompt_file or args.load_index or args.chat):
         raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and len(args.prompt_file) > 1:
@@ -127,21 +101,26 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise ValueError("--compare takes one answer: leave out --chat")
-    check_shares(args.max_err, args.max_retrieve)
-    if args.check and args.backend not in (None, "compile", "eager"):
-        raise ValueError(f"--check and --max-err need --backend compile or eager, not "
-                         f"{args.backend}")
-    if args.check and args.offload:
-        raise ValueError("--check and --max-err need K and V on the device: leave out --offload")
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise ValueError(f"--{name.replace('_', '-')} goes with --offload")
-    if args.offload and args.backend == "native":
+    if args.offload:
+        check_offload(args)
+    if args.save_index:
+        from app.snapshot import check_place
+        check_place(args.save_index)
+
+
+def check_offload(args):
+    """ValueError if --offload cannot be had, or its share is none."""
+    try:
+        from buffer import check_ratio
+    except ModuleNotFoundError:
+        raise ValueError("--offload needs buffer.py, which is not here") from None
+    if args.backend == "native":
         raise ValueError("--offload attends through its buffer: leave out --backend native")
     if args.cache_ratio is not None:
         check_ratio(args.cache_ratio)
-    if args.save_index:
-        check_place(args.save_index)
 
 
 def read_prompt(path):
@@ -165,34 +144,30 @@ def choose_device(name):
         raise ValueError(f"--device {name} is not to be had: {str(e).splitlines()[0]}") from None
 
 
-def choose_backend(name, device, is_plain=False):
+def choose_backend(name, device, is_offloaded=False):
     """(how to run a step, its hot functions, a line that says what was chosen and why)."""
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    if name == "eager":
-        return eager_step, PLAIN, f"eager on {where}, asked for"
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    why = "asked for" if name else "the default"
+    if device.type == "cpu" and name != "eager" and not has_compiler():
         if name:
             raise ValueError(f"--backend {name} needs a C++ compiler on a CPU: install g++ or set "
                              "CXX, or pass --backend eager")
-        return eager_step, PLAIN, f"eager on {where}: there is no C++ compiler"
-    hot = PLAIN if is_plain else choose_hot(name, device)
-    hows = {"retroinfer": "torch.compile", "native.step": "native/step.cpp and torch.compile",
+        name, why = "eager", "there is no C++ compiler"
+    if device.type == "cpu" and is_offloaded:
+        name = name or "compile"
+    try:
+        hot = hot_functions(device, name)
+    except ValueError as e:
+        raise ValueError(f"--{e}") from None
+    except ModuleNotFoundError as e:
+        if name:
+            raise ValueError(f"--backend {name} needs {e.name}, which is not here") from None
+        hot, why = hot_functions(device, "compile"), f"{e.name} is not here"
+    if name == "eager":
+        return eager_step, hot, f"eager on {where}, {why}"
+    hows = {"generate": "torch.compile", "native.step": "native/step.cpp and torch.compile",
             "kernels": "Triton and torch.compile"}
-    return compiled_step, hot, (f"{hows[hot.attend.__module__]} on {where}, "
-                                + ("asked for" if name else "the default"))
-
-
-def choose_hot(name, device):
-    """The hot functions where a compiler is: Triton's, step.cpp's, or PyTorch's if asked for."""
-    if (name, device.type == "cpu") in (("triton", True), ("native", False)):
-        raise ValueError(f"--backend {name} needs a {'GPU' if name == 'triton' else 'CPU'}, the "
-                         f"device is {device}: leave it out")
-    if name == "compile":
-        return PLAIN
-    if device.type != "cpu":
-        return hot_functions(device)
-    from native import step as native
-    return PLAIN._replace(attend=native.attend)
+    return compiled_step, hot, f"{hows[hot.attend.__module__]} on {where}, {why}"
 
 
 def room_for(args, context, n_prompt):
@@ -217,13 +192,13 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     settle(args, False)                                     # refused before a model is loaded
     device = choose_device(args.device)
-    if args.plan is not None:
-        return show(args, functools.partial(settle, args), device)
-    is_plain = args.check or (args.offload and device.type == "cpu")    # then those attend
-    step, hot, backend = choose_backend(args.backend, device, is_plain)
+    step, hot, backend = choose_backend(args.backend, device, args.offload)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
     config = settle(args, model.config.qkv_bias)
-    snapshot = Snapshot(args.load_index, model, tokenizer, config) if args.load_index else None
+    snapshot = None
+    if args.load_index:
+        from app.snapshot import Snapshot
+        snapshot = Snapshot(args.load_index, model, tokenizer, config)
     writer = Writer(tokenizer, args.raw, device)
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
@@ -232,11 +207,7 @@ def answer(args):
     session = Session(model, make_cache, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
     logits = session.record() if args.compare else None
-    said = session.answer(n_tokens, stream(tokenizer) if len(prompts) == 1 else lambda _: None)
-    if len(prompts) > 1:
-        for path, tokens in zip(args.prompt_file, said, strict=True):
-            print(f"== {path}\n{tokenizer.decode(tokens)}")
-    print(flush=True)
+    said = say(args, session, n_tokens, tokenizer)
     if args.chat:
         said += chat(session, writer, said[0], lines, args.max_new_tokens)
     facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
@@ -249,23 +220,38 @@ def answer(args):
     return status
 
 
-def settle(args, has_biases):
-    """The RetroConfig asked for; else 16 bits for keys that have biases, and fewer clusters and all
-    their values where blocks come from the host.
+def say(args, session, n_tokens, tokenizer):
+    """Answer and print: one prompt as its tokens come, a batch when all is said."""
+    is_batch = len(session.n_read) > 1
+    said = session.answer(n_tokens, (lambda _: None) if is_batch else stream(tokenizer))
+    if is_batch:
+        for path, tokens in zip(args.prompt_file, said, strict=True):
+            print(f"== {path}\n{tokenizer.decode(tokens)}")
+    print(flush=True)
+    return said
 
-    A channel that is large in every key would take all that 4 bits can tell apart.
+
+def settle(args, has_biases):
+    """The RetroConfig asked for.
+
+    Keys that have biases get 16 bits: a channel that is large in every key would take all that 4
+    bits can tell apart. Behind --offload fewer clusters are retrieved, with all their values.
     """
-    usual = ({"bits": 16} if has_biases else {}) | (WHOLE if args.offload else {})
-    return RetroConfig(**usual | given_config(args))
+    usual = {"bits": 16} if has_biases else {}
+    if args.offload:
+        from buffer import WHOLE
+        usual |= WHOLE
+    return RetroConfig(**usual | args.set)
 
 
 def cache_maker(args, model, config, hot, capacity, batch):
     """A function that makes the cache of a layer."""
-    if args.check:
-        return lambda: CheckedIndex(config, capacity, batch, args.max_err, args.max_retrieve)
-    ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
-    buffer = offload(model, capacity, batch, args.store, **ratio) if args.offload else None
-    return lambda: WaveIndex(config, capacity, batch, hot, buffer)
+    how = {}
+    if args.offload:
+        from buffer import offload
+        ratio = {} if args.cache_ratio is None else {"cache_ratio": args.cache_ratio}
+        how["make_store"] = offload(model, capacity, batch, args.store, **ratio)
+    return lambda: WaveIndex(config, capacity, batch, hot, **how)
 
 
 def write_prompts(args, texts, writer, snapshot, lines):
@@ -297,6 +283,7 @@ def read(args, session, prompts, tokenizer, snapshot):
         if len(new):
             session.read([new])
         try:
+            from app.snapshot import save
             save(args.save_index, session.model, tokenizer, session.caches, heads[0])
         except ValueError as e:
             print(f"retroinfer: {e}", file=sys.stderr)

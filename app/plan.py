@@ -3,7 +3,7 @@
 The model, its caches and one layer's work are made on PyTorch's meta device, where tensors have
 shapes and no memory: what is counted is what the library itself would allocate.
 
-    python retroinfer.py --plan Llama-3.1-8B --capacity 131072 --memory 24
+    python -m app.plan Llama-3.1-8B --capacity 131072 --memory 24
 
     table = plan(Run(shape("Llama-3.1-8B"), capacity=131072, cache_ratio=0.05, chunk=2048))
     print(table)                            # GiB by part; table.device, table.host in bytes
@@ -20,6 +20,7 @@ instructions for the model's.
 import functools
 import math
 import os
+import sys
 import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +29,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from buffer import RATIO, WaveBuffer
+from app.cli import Parser, choose_device, settle
+from app.settings import parse_settings
+from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import eager_step
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
-from retroinfer import RetroConfig, WaveIndex, cluster_segment, round_up
+from retroinfer import PLAIN, RetroConfig, Store, WaveIndex, cluster_segment, round_up
 
 GIB = 2**30
 REMEDIES = {    # what is tried where a run does not fit
@@ -173,9 +176,9 @@ def cache_on_meta(run):
     k = torch.empty(1, run.model.num_key_value_heads, 0, run.model.head_dim, dtype=run.dtype,
                     device="meta")
     shape = run.batch, k.shape[1], round_up(run.capacity), k.shape[3]
-    buffer = None if run.cache_ratio is None else functools.partial(
+    store = Store if run.cache_ratio is None else functools.partial(
         WaveBuffer, memory=(k.new_empty(shape) for _ in range(2)), cache_ratio=run.cache_ratio)
-    cache = WaveIndex(run.retro, run.capacity, run.batch, offload=buffer)
+    cache = WaveIndex(run.retro, run.capacity, run.batch, make_store=store)
     cache.allocate(k)
     return cache
 
@@ -183,13 +186,8 @@ def cache_on_meta(run):
 def plan(run):
     """The Plan of a Run."""
     model, cache = on_meta(run.model, run.dtype), cache_on_meta(run)
-    device = {"index": nbytes(cache.index), "steady zone": nbytes([cache.k_steady, cache.v_steady])}
-    store = {"store": nbytes([cache.k_store, cache.v_store])}
-    if cache.buffer:
-        held = cache.buffer.nbytes()
-        device |= {"block cache": held["slots"], "its tables": held["table"]}
-    device, host = ({name: n * run.model.num_hidden_layers for name, n in parts.items()}
-                    for parts in ((device, store) if cache.buffer else (device | store, {})))
+    device = {name: n * run.model.num_hidden_layers for name, n in cache.nbytes().items()}
+    host = {} if run.cache_ratio is None else {"store": device.pop("store")}
     return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
                 prefill_bytes(model, cache, run), step_bytes(model, cache))
 
@@ -199,19 +197,20 @@ def prefill_bytes(model, cache, run):
     ids = torch.empty(1, min(run.chunk or run.capacity, run.capacity), dtype=torch.int64,
                       device="meta")
     n = min(run.retro.segment, run.capacity) // run.retro.cluster * run.retro.cluster
-    segment = cache.k_store[:1, :, :n]                                      # (1, H, L, D)
+    segment = cache.store.k[:1, :, :n]                                      # (1, H, L, D)
 
     def attend(q, k, v):
         o = torch.empty_like(q)
-        if run.is_cpu:      # 8 bytes by causal_lower_right's constructor, a bool, one as the keys
-            mask = ids.new_empty(q.shape[2], run.capacity, 9 + k.element_size(), dtype=torch.uint8)
+        if run.is_cpu and q.shape[2] < run.capacity:    # the mask: 8 bytes while it is made, a
+            size = 9 + k.element_size()                 # bool, and one as the keys
+            mask = ids.new_empty(q.shape[2], run.capacity, size, dtype=torch.uint8)
             del mask
-        cluster_segment(segment, segment, run.retro)
+        cluster_segment(segment, segment, 1, run.retro, PLAIN)
         return o
 
     def work():         # K and V of a layer are brought, while those of the one before go back
-        past = [torch.empty_like(x[:1]) for x in 2 * (cache.k_store, cache.v_store)
-                if cache.buffer and not run.is_cpu]
+        past = [torch.empty_like(x[:1]) for x in 2 * (cache.store.k, cache.store.v)
+                if run.cache_ratio is not None and not run.is_cpu]
         model.logits(model(ids, ids, [attend])[:, -1])
         del past
 
@@ -221,8 +220,8 @@ def prefill_bytes(model, cache, run):
 
 def step_bytes(model, cache):
     """Activations of an eager step in one layer."""
-    cache.is_reading = [False] * len(cache.is_reading)
-    token = torch.empty(len(cache.is_reading), dtype=torch.int64, device="meta")
+    cache.is_in_store = [False] * len(cache.is_in_store)
+    token = torch.empty(len(cache.is_in_store), dtype=torch.int64, device="meta")
     with Live() as live:
         return live.peak(lambda: eager_step(model, [cache], token))
 
@@ -256,25 +255,70 @@ def largest_capacity(run, memory, host=math.inf):
     return 1024 * low
 
 
-def show(args, settle, device):
-    """Print the plan of a run whose RetroConfig is settle(has_biases). The exit status, or
-    ValueError if it cannot fit."""
-    config, is_here = shape(args.plan or args.model), not (args.plan or args.memory)
-    is_cpu = is_here and device.type == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
-    ratio = args.cache_ratio if args.cache_ratio is not None else RATIO
-    run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
-              ratio if args.offload else None, bool(args.store), is_cpu, settle(config.qkv_bias))
-    print(f"{args.plan or args.model}, {run.capacity:,} tokens x {run.batch}, "
-          f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
-    memory = args.memory * GIB if args.memory else installed(device)
-    table = fit(run, memory, installed(torch.device("cpu")) if is_here else math.inf)
-    print(f"fits: {(memory - table.peak) / GIB:.1f} GiB of {memory / GIB:.1f} left")
-    return 0
-
-
 def installed(device):
     """Bytes of memory of this machine's device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(argv):
+    parser = Parser(prog="python -m app.plan", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("shape", nargs="?", default=DEFAULT_NAME, metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, a directory or a .gguf file (default {DEFAULT_NAME})")
+    add("--capacity", metavar="N", type=int, help="tokens of a sequence; default: the context")
+    add("--batch", metavar="N", type=int, default=1, help="sequences")
+    add("--memory", metavar="GIB", type=float, help="of the device; default: this machine's")
+    add("--dtype", choices=["float32", "bfloat16", "float16"])
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
+    add("--prefill-chunk", metavar="N", type=int, help="tokens read at a time")
+    add("--offload", action="store_true", help="keep K and V in host memory")
+    add("--cache-ratio", metavar="X", type=float, default=RATIO,
+        help="share of them on the device (default %(default)s)")
+    add("--store", action="store_true", help="keep K and V in a file")
+    add("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
+        help="numbers of the method, as in retroinfer.py")
+    args = parser.parse_args(argv)
+    for name in ("prefill_chunk", "capacity", "batch"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
+    if args.store and not args.offload:
+        raise ValueError("--store goes with --offload")
+    check_ratio(args.cache_ratio)
+    args.set = parse_settings(args.set)
+    return args
+
+
+def show(args):
+    """Print the plan of a run; ValueError if it cannot fit."""
+    device, is_here = choose_device(args.device), not (args.shape in SHAPES or args.memory)
+    is_cpu = is_here and device.type == "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
+    config = shape(args.shape)
+    run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
+              args.cache_ratio if args.offload else None, args.store, is_cpu,
+              settle(args, config.qkv_bias))
+    print(f"{args.shape}, {run.capacity:,} tokens x {run.batch}, "
+          f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
+    memory = args.memory * GIB if args.memory else installed(device)
+    table = fit(run, memory, installed(torch.device("cpu")) if is_here else math.inf)
+    print(f"fits: {(memory - table.peak) / GIB:.1f} GiB of {memory / GIB:.1f} left")
+
+
+def main(argv=None):
+    """Exit status: 0, or 2 behind one line that says what was given and what to do."""
+    try:
+        show(parse_args(argv))
+    except (ValueError, ImportError) as e:
+        print(f"plan: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,41 +5,39 @@
 """
 import math
 
-import torch
-
-from evaluation.bounds import CheckedIndex, check_lines, summary
-
 
 def measure(session):
-    """What a run took, as numbers, a list where sequences differ: the card is made of these."""
-    wave, n_layers = session.caches[0], len(session.caches)
-    _, H, _, D = wave.k_store.shape
-    key = H * D * wave.k_store.element_size() * n_layers                        # bytes of one key
-    shares = zip(*(cache.budget()[3:5] for cache in session.caches), strict=True)   # (B, H) each
-    n_retrieve, n_ranked = (torch.cat(n, -1).double().mean(-1).round().long() for n in shares)
-    return {
-        "context_tokens": wave.n_tokens.tolist(), "read_tokens": session.n_read,
-        "generated_tokens": session.n_said, "indexed_tokens": wave.n_indexed.tolist(),
-        "clusters": (wave.index.sizes[:, 0] > 0).sum(-1).tolist(),
-        "retrieved_clusters": n_retrieve.tolist(),
-        "estimated_clusters": (n_ranked - n_retrieve).tolist(),
-        "bits": wave.config.bits,
-        "bytes_a_step": sum(cache.bytes_read() for cache in session.caches),
-        "dense_bytes_a_step": 2 * key * int(wave.n_tokens.sum()),
+    """What a run took, as numbers, and lists where sequences differ. The card is made of these."""
+    layers = [cache.facts() for cache in session.caches]
+    first = layers[0]
+    found = {
+        "context_tokens": first["tokens"], "read_tokens": session.n_read,
+        "generated_tokens": session.n_said, "indexed_tokens": first["indexed_tokens"],
+        "clusters": first["clusters"],
+        "retrieved_clusters": mean_of_layers(layers, "retrieved_clusters"),
+        "estimated_clusters": mean_of_layers(layers, "estimated_clusters"),
+        "bits": first["bits"],
+        "bytes_a_step": sum(facts["bytes_read"] for facts in layers),
+        "dense_bytes_a_step": sum(facts["dense_bytes"] for facts in layers),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
-        "first_step_s": session.steps[0][1] if session.steps else 0.0,
-        **(measure_offload(session) if wave.buffer else {}),
-        **({"check": summary(session.caches)} if isinstance(wave, CheckedIndex) else {})}
+        "first_step_s": session.steps[0][1] if session.steps else 0.0}
+    return found | (measure_offload(session, layers) if "hits" in first else {})
 
 
-def measure_offload(session):
+def mean_of_layers(layers, name):
+    """Of each sequence a whole number: the mean over layers."""
+    columns = zip(*(facts[name] for facts in layers), strict=True)
+    return [round(sum(column) / len(layers)) for column in columns]
+
+
+def measure_offload(session, layers):
     """What lies where, in bytes, and how much of what steps asked for was on the device."""
-    parts = [cache.buffer.nbytes() for cache in session.caches]
-    hits, asked, rows = sum(cache.buffer.counts for cache in session.caches).tolist()
-    *_, D = session.caches[0].k_store.shape
-    nbytes = 2 * rows * D * session.caches[0].k_store.element_size()
-    return {f"{name}_bytes": sum(part[name] for part in parts) for name in parts[0]} | {
-        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": nbytes / max(len(session.steps), 1)}
+    parts = [cache.nbytes() for cache in session.caches]
+    hits, asked, read = (sum(facts[name] for facts in layers)
+                         for name in ("hits", "asked", "host_bytes"))
+    held = {"store_bytes": "store", "slots_bytes": "block cache", "table_bytes": "its tables"}
+    return {name: sum(part[of] for part in parts) for name, of in held.items()} | {
+        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": read / max(len(session.steps), 1)}
 
 
 def card(f, context):
@@ -69,8 +67,6 @@ def card(f, context):
             ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
         lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
                      f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
-    if "check" in f:
-        lines += check_lines(f["check"])
     if "kl" in f:
         ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
         lines += [

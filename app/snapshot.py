@@ -9,9 +9,9 @@
 One safetensors file. Its header holds a version, a fingerprint of all that shaped the index (model,
 weights, dtype, RoPE, tokenizer, settings), and a CRC-32 of each tensor:
 
-    token_ids (T,)   counters (2,): n_indexed, n_clusters
-    N.k_store, N.v_store (H, T, D)   N.centroids, N.means (H, C, D)
-    N.sizes, N.offsets, N.spreads (H, C)   N.scales (H, C, 2)   N.q_squares (H, D)
+    token_ids (T,)   N.counters (2,): indexed tokens, clusters   N.q_energy (H, D)
+    N.k, N.v (H, T, D)   N.centroids, N.means (H, C, D)
+    N.sizes, N.offsets, N.spreads (H, C)   N.scales (H, C, 2)
 
 Does not include: batches, compression (the file is as large as the cache). Of each weight matrix
 the fingerprint reads a sample: models that differ only between the samples are not told apart.
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 4"
+FORMAT = "retroinfer index 5"
 SHAPES = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
-          "outliers", "query_power")
+          "outliers", "channel_power")
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 
@@ -36,13 +36,11 @@ def save(path, model, tokenizer, caches, ids):
     A file of this name is replaced in the last moment. ValueError, with the old file as it was, if
     it cannot be written.
     """
-    first = caches[0]
-    tensors = {"token_ids": ids.cpu(),
-               "counters": torch.stack([first.n_indexed[0], first.n_clusters[0]]).cpu()}
+    tensors = {"token_ids": ids.cpu()}
     for n, cache in enumerate(caches):
-        tensors |= {f"{n}.{name}": x.contiguous().cpu() for name, x in cache.live(0).items()}
+        tensors |= {f"{n}.{name}": x.contiguous().cpu() for name, x in cache.state(0).items()}
     header = {"format": FORMAT,
-              "fingerprint": json.dumps(fingerprint(model, tokenizer, first.config)),
+              "fingerprint": json.dumps(fingerprint(model, tokenizer, caches[0].config)),
               "crc32": json.dumps({name: crc32(x) for name, x in tensors.items()})}
     write(Path(path), tensors, header)
 
@@ -118,18 +116,13 @@ class Snapshot:
 
     def restore(self, caches):
         """Fill one fresh cache of one sequence a layer; ValueError if the text does not fit."""
-        n_indexed, n_clusters = self.tensor("counters").tolist()
         if len(self.ids) > caches[0].capacity:
             raise ValueError(f"the {len(self.ids):,} tokens of {self.path} do not fit caches of "
                              f"{caches[0].capacity:,}")
-        weight = self.model.lm_head.weight
+        device = self.model.lm_head.weight.device
         for n, cache in enumerate(caches):
-            H, _, D = self.file.get_slice(f"{n}.k_store").get_shape()
-            cache.allocate(weight.new_empty(1, H, 0, D))
-            cache.n_tokens.fill_(len(self.ids))
-            cache.n_indexed.fill_(n_indexed), cache.n_clusters.fill_(n_clusters)
-            for name, x in cache.live(0).items():
-                x.copy_(self.tensor(f"{n}.{name}"))
+            parts = [name for name in self.names if name.startswith(f"{n}.")]
+            cache.restore({name.partition(".")[2]: self.tensor(name) for name in parts}, device)
 
 
 def fingerprint(model, tokenizer, config):
@@ -142,7 +135,7 @@ def fingerprint(model, tokenizer, config):
              **{f"RoPE {name}": x for name, x in sizes.pop("rope").items()}, **sizes,
              "weights of CRC-32": weights,
              "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition()),
-             **{f"--{name.replace('_', '-')}": getattr(config, name) for name in SHAPES}}
+             **{f"--set {name}": getattr(config, name) for name in SHAPES}}
     return json.loads(json.dumps(facts))                                    # as a file holds it
 
 

@@ -1,174 +1,183 @@
-"""Speed beside what a user would run instead: the same weights and threads, in one run.
+"""Speed on a CPU beside what a user would run instead: the same weights, threads, and run.
 
     python -m bench.cpu attention       # one layer of Llama-3-8B's shape, 8K to 1M tokens
     python -m bench.cpu model           # whole steps of the default model beside its peers
     python -m bench.cpu prefill         # what building the index costs in time and memory
-    python -m bench.cpu reload          # the second question: an index loaded, or its text read again
+    python -m bench.cpu reload          # a second question: load the index, or read the text again
 
-`make bench` runs all four. Runners take turns, so that a machine whose speed drifts is unfair to
-none: a row is the median over repeats, a ratio the median of the repeats' own ratios. --save FILE
-writes the numbers as JSON, and those of attention as a plot beside it.
+`make bench` runs all four. --save FILE writes the numbers as JSON, and those of attention as a plot
+beside it. bench/timing.py says how times are taken.
+
+    T tokens   H kv heads   G query heads per kv head   D head dim
 """
-import argparse
 import functools
-import json
 import multiprocessing
-import platform
-import re
 import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from app.cli import choose_backend
 from app.session import Writer
 from app.snapshot import Snapshot, save
-from generate import COMPILE, compiled_step, decode, eager_step, prefill, region, sampler
+from bench.timing import (
+    BOOST,
+    Parser,
+    clock,
+    exit_status,
+    figure,
+    memory_bandwidth,
+    new_file,
+    positive,
+    speed_up,
+    table,
+    take_turns,
+    where,
+    write_json,
+)
+from generate import (
+    COMPILE,
+    compiled_step,
+    decode,
+    eager_step,
+    hot_functions,
+    prefill,
+    region,
+    sampler,
+    stream_mix,
+    stream_scores,
+)
 from model import DEFAULT_NAME, DenseCache, default_model, load
-from retroinfer import PLAIN, RetroConfig, WaveIndex, keep, mix, scores
+from retroinfer import RetroConfig, WaveIndex
 
-REAL = 8192                                 # more tokens than these are keys of these, repeated
-H, G, D = 8, 4, 128                         # Llama-3-8B's heads
+REAL = 8192                         # tokens that are read; longer caches hold copies of their keys
+H, G, D = 8, 4, 128                 # Llama-3-8B's heads
+CPU = torch.device("cpu")
+STYLES = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
+          "wave index, native": "o-"}
+LIBRARIES = "SDPA", "FlexAttention"
 BEST = "wave index, native"
-BOOST = 1.2                                 # of a head of the default model, on average
-
-
-def take_turns(runners, repeats):
-    """{name: seconds of each repeat} of functions; the first call of each compiles."""
-    for run in runners.values():
-        run()
-    seconds = {name: [] for name in runners}
-    for _ in range(repeats):
-        for name, run in runners.items():
-            seconds[name].append(clock(run))
-    return seconds
-
-
-def clock(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def speed_up(ours, theirs):
-    """How many times as fast we are: the median over repeats that were run side by side."""
-    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- one layer
 
+class Layer(NamedTuple):
+    """A wave index, and views of all its keys and values (1, H, T, D), in the index's order."""
+    cache: WaveIndex
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 def attention(args):
-    """Step time of a layer's attention, one of a model's, against context, in bf16."""
+    """Time of a step through the attention of a few layers, against context, in bfloat16."""
     bandwidth, found = memory_bandwidth(), {}
     for T in args.tokens or (8192, 32768, 131072, 524288, 1048576):
-        layers = [clumped_index(T, seed) for seed in range(min(max(2, 524288 // T), 16))]
+        n_layers = min(max(2, 524288 // T), 16)     # together too large for the processor's caches
+        layers = [clumped_layer(T, seed) for seed in range(n_layers)]
         seconds = take_turns(attention_runners(layers, T), args.repeats)
-        found[T] = {"seconds": {name: [s / len(layers) for s in x] for name, x in seconds.items()},
-                    "bytes": layers[0].bytes_read()}
+        found[T] = {"seconds": {name: [s / n_layers for s in x] for name, x in seconds.items()},
+                    "bytes": layers[0].cache.bytes_read()}
         print(f"{T:,} tokens are done", flush=True)
-        torch._dynamo.reset()                       # or one process would keep a graph a context
+        torch._dynamo.reset()                       # else a graph for each context is kept
+    print(f"\nmemory bandwidth {bandwidth / 1e9:.1f} GB/s\n\n{attention_table(found, bandwidth)}")
+    if args.save:
+        plot_attention(found, args.save.with_suffix(".png"))
+    return {"bandwidth": bandwidth, "contexts": found}
+
+
+def clumped_layer(T, seed):
+    """The Layer of T tokens whose keys lie in clumps along the text, as real keys do."""
+    g = torch.Generator().manual_seed(seed)
+    cache = WaveIndex(RetroConfig(), T + RetroConfig().update)
+    for start in range(0, T, REAL):
+        n = min(REAL, T - start)
+        clumps = torch.randn(1, H, max(n // 24, 1), D, generator=g)
+        which = torch.randint(clumps.shape[2], (n,), generator=g)
+        k = clumps[:, :, which] + torch.randn(1, H, n, D, generator=g)
+        v = torch.randn(k.shape, generator=g)
+        k, v = cache.append(k.bfloat16(), v.bfloat16())                     # all so far
+    cache.update()
+    cache.boosts.fill_(BOOST)
+    return Layer(cache, k, v)
+
+
+def attention_runners(layers, T):
+    """{name: function} that attends in every layer. Dense attention has the index's own keys."""
+    from torch.nn.attention.flex_attention import flex_attention
+    g = torch.Generator().manual_seed(9)
+    q, k, v = (torch.randn(1, n, 1, D, generator=g).bfloat16() for n in (H * G, H, H))
+    run = region()
+    step = torch.compile(lambda: [run(layer.cache, q, k, v) for layer in layers], **COMPILE)
+    flex, dense = (torch.compile(f, **COMPILE) for f in (flex_attention, our_dense))
+
+    def whole(attend):
+        return lambda: [attend(q.view(1, H, G, D), layer.k, layer.v) for layer in layers]
+
+    def wave(name):
+        hot = hot_functions(CPU, name)
+
+        def step_again():
+            for layer in layers:
+                layer.cache.n_tokens.fill_(T)       # every run is the same step
+                layer.cache.hot = hot
+            step()
+        return step_again
+
+    return {"SDPA": whole(F.scaled_dot_product_attention), "FlexAttention": whole(flex),
+            "dense, ours": whole(dense), "wave index": wave("compile"), BEST: wave("native")}
+
+
+def our_dense(q, k, v):
+    """Full attention written as our own compiled steps are: sums over keys as they stream by."""
+    return stream_mix(stream_scores(q.float() * D ** -0.5, k).softmax(-1), v).to(v.dtype)
+
+
+def attention_table(found, bandwidth):
+    """Milliseconds of each runner, and what the best of ours gains."""
     rows = []
     for T, one in found.items():
         times = {name: statistics.median(x) for name, x in one["seconds"].items()}
         ours = one["seconds"][BEST]
-        library = min(("SDPA", "FlexAttention"), key=times.get)
+        library = min(LIBRARIES, key=times.get)
         rows.append([f"{T:,}", *(f"{t * 1e3:.2f}" for t in times.values()),
                      f"{speed_up(ours, one['seconds'][library]):.1f}",
                      f"{speed_up(ours, one['seconds']['dense, ours']):.1f}",
                      f"{one['bytes'] / times[BEST] / bandwidth:.0%}"])
-    head = ["tokens", *(f"{name} ms" for name in times), "over the best library",
+    head = ["tokens", *(f"{name} ms" for name in STYLES), "over the best library",
             "over our dense", "of the bandwidth"]
-    print(f"\nmemory bandwidth {bandwidth / 1e9:.1f} GB/s\n\n{table(head, rows)}")
-    if args.save:
-        plot_attention(found, Path(args.save).with_suffix(".png"))
-    return {"bandwidth": bandwidth, "contexts": found}
-
-
-def memory_bandwidth():
-    """Bytes a second of one compiled sum over 1 GiB, read in four streams."""
-    x = torch.ones(4, 2**26)
-    total = torch.compile(lambda x: (x[0] + x[1] + x[2] + x[3]).sum())
-    return x.nbytes / min(take_turns({"sum": lambda: total(x)}, 7)["sum"])
-
-
-def clumped_index(T, seed):
-    """A WaveIndex of T tokens whose keys lie in clumps along the text, as real keys do."""
-    g = torch.Generator().manual_seed(seed)
-    wave = WaveIndex(RetroConfig(), T + RetroConfig().update)
-    wave.allocate(torch.empty(1, H, 0, D, dtype=torch.bfloat16))
-    for part in torch.arange(T).split(REAL):
-        clumps = torch.randn(1, H, len(part) // 24, D, generator=g)
-        which = torch.randint(clumps.shape[2], (len(part),), generator=g)
-        noise = torch.randn(1, H, len(part), D, generator=g)
-        wave.k_store[:, :, part] = (clumps[:, :, which] + noise).bfloat16()
-        wave.v_store[:, :, part] = torch.randn(noise.shape, generator=g).bfloat16()
-    wave.n_tokens.fill_(T)
-    wave.update()
-    wave.boosts.fill_(BOOST)
-    return wave
-
-
-def attention_runners(layers, T):
-    """{name: function} that attends in every layer; dense ones to the keys as clustered."""
-    from torch.nn.attention.flex_attention import flex_attention
-    g = torch.Generator().manual_seed(9)
-    q, k, v = (torch.randn(1, n, 1, D, generator=g).bfloat16() for n in (H * G, H, H))
-    native, run = choose_backend("native", q.device)[1], region()
-    step = torch.compile(lambda: [run(cache, q, k, v) for cache in layers], **COMPILE)
-    flex, dense = (torch.compile(f, **COMPILE) for f in (flex_attention, our_dense))
-
-    def whole(attend):
-        return lambda: [attend(q.view(1, H, G, D), cache.k_store[:, :, :T],
-                               cache.v_store[:, :, :T]) for cache in layers]
-
-    def wave(hot):
-        for cache in layers:
-            cache.n_tokens.fill_(T)
-            cache.hot = hot
-        step()
-
-    return {"SDPA": whole(F.scaled_dot_product_attention), "FlexAttention": whole(flex),
-            "dense, ours": whole(dense), "wave index": lambda: wave(PLAIN),
-            BEST: lambda: wave(native)}
-
-
-def our_dense(q, k, v):
-    """Full attention written as our own steps are: sums over keys as they stream by."""
-    return mix(scores(keep(q.float() * D ** -0.5), k).softmax(-1), v).to(v.dtype)
+    return table(head, rows)
 
 
 def plot_attention(found, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    styles = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave index": "v-.",
-              BEST: "o-"}
-    last = {name: statistics.median(found[max(found)]["seconds"][name]) for name in styles}
-    for name, style in styles.items():
+    """Milliseconds of each runner against context."""
+    page, (axes,) = figure((6.4, 4.2))
+    longest = max(found)
+    times = found[longest]["seconds"]
+    last = {name: statistics.median(times[name]) for name in STYLES}
+    for name, style in STYLES.items():
         ms = [statistics.median(one["seconds"][name]) * 1e3 for one in found.values()]
         axes.plot(list(found), ms, style, color="black" if name == BEST else "0.5")
-        ratios = [last[name] / x for other, x in last.items() if other != name]
-        up = 6 * (any(1 <= x < 1.5 for x in ratios) - any(2 / 3 < x < 1 for x in ratios))
-        axes.annotate(name, (max(found), ms[-1]), (8, up), textcoords="offset points", va="center")
-    times = found[max(found)]["seconds"]
+        axes.annotate(name, (longest, ms[-1]), (8, label_offset(name, last)),
+                      textcoords="offset points", va="center")
+    gain = speed_up(times[BEST], times["SDPA"])
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="one step of a layer, ms",
-             title=f"At {max(found) // 1024}K tokens a step is "
-                   f"{speed_up(times[BEST], times['SDPA']):.0f} times as fast as SDPA's",
-             xlim=(min(found) / 1.3, max(found) * 6))
+             title=f"At {longest // 1024}K tokens a step is {gain:.0f} times as fast as SDPA's",
+             xlim=(min(found) / 1.3, longest * 6))
     axes.set_xticks(list(found), [f"{T // 1024}K" for T in found], minor=False)
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    page.savefig(path, dpi=150)
+
+
+def label_offset(name, last):
+    """Points by which a line's label moves away from another line that ends close to it."""
+    ratios = [last[name] / x for other, x in last.items() if other != name]
+    is_just_above = any(1 <= x < 1.5 for x in ratios)
+    is_just_below = any(2 / 3 < x < 1 for x in ratios)
+    return 6 * (is_just_above - is_just_below)
 
 
 # ---------------------------------------------------------------- a whole model
@@ -181,31 +190,35 @@ def sample_ids(tokenizer, n):
 
 
 class Ours:
-    """This repository with one kind of cache: Ours(...)(ids, n_steps) as its peers below."""
+    """This repository with one kind of cache. Called as the peers below are."""
 
     def __init__(self, model, make_cache, step=compiled_step):
         self.model, self.make_cache, self.step = model, make_cache, step
 
     def __call__(self, ids, n_steps):
-        """(seconds of the prefill, [seconds of each step]); keys behind REAL tokens are copies."""
+        """(seconds of the prefill, [seconds of each step]). The first two steps are left out.
+
+        Only REAL tokens are read. The keys of all others are copies of theirs.
+        """
         caches = [self.make_cache(len(ids) + n_steps) for _ in self.model.layers]
         start = time.perf_counter()
         logits = prefill(self.model, caches, [ids[:REAL]])
         seconds = time.perf_counter() - start
         for cache in caches:
-            repeat_keys(cache, len(ids))
+            repeat_keys(cache, self.model, len(ids))
         tokens = decode(self.model, caches, logits, n_steps, sampler(), self.step)
         return seconds, [clock(lambda: next(tokens)) for _ in range(n_steps)][2:]
 
 
-def repeat_keys(cache, T):
-    """Fill a cache to T tokens with copies of what it holds: for speed, not for sense."""
-    known = int(cache.n_tokens[0])
-    stores = (cache.k_store, cache.v_store) if isinstance(cache, WaveIndex) else (cache.k, cache.v)
+def repeat_keys(cache, model, T):
+    """Fill a cache to T tokens with copies of those it holds: for speed, not for sense."""
+    c = model.config
+    nothing = model.lm_head.weight.new_empty(1, c.num_key_value_heads, 0, c.head_dim)
+    k, v = cache.append(nothing, nothing)                                   # (1, H, T, D)
+    known = k.shape[2]
     for start in range(known, T, known):
-        for x in stores:
-            x[:, :, start:min(start + known, T)] = x[:, :, :min(known, T - start)]
-    cache.n_tokens.fill_(T)
+        n = min(known, T - start)
+        cache.append(k[:, :, :n], v[:, :, :n])
 
 
 class Transformers:
@@ -233,7 +246,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp on the same GGUF file, its weights in 4 bits as they are, flash attention on."""
+    """llama.cpp on the same GGUF file, with its weights in 4 bits and flash attention on."""
 
     def __init__(self, n_ctx):
         from llama_cpp import Llama
@@ -244,22 +257,20 @@ class LlamaCpp:
     def __call__(self, ids, n_steps):
         self.model.reset()
         seconds = clock(lambda: self.model.eval(ids.tolist()))
-        step = lambda: self.model.eval([self.model.sample(temp=0.0)])  # noqa: E731
+
+        def step():
+            self.model.eval([self.model.sample(temp=0.0)])
         return seconds, [clock(step) for _ in range(n_steps)][2:]
 
 
 def model(args):
-    """Prefill and decode of the default model, beside its peers as far as it was trained."""
+    """Prefill and decode of the default model; beside its peers up to REAL tokens."""
+    if args.steps < 3:
+        raise ValueError(f"--steps is {args.steps}: at least 3 are needed, two are not timed")
     dtype, found = getattr(torch, args.dtype), {}
-    ours, tokenizer = load(dtype=dtype, device="cpu")
-    _, hot, backend = choose_backend(None, ours.lm_head.weight.device)
-    print(f"wave index: {backend}")
+    ours, tokenizer = load(dtype=dtype, device=CPU)
     for T in args.tokens or (4096, REAL - args.steps, 32768, 131072):
-        runners = {"dense, compiled": Ours(ours, DenseCache),
-                   "wave index": Ours(ours, functools.partial(WaveIndex, RetroConfig(), hot=hot))}
-        if T <= REAL:
-            runners = {"transformers": Transformers(dtype), **llama_cpp(T + args.steps),
-                       "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
+        runners = model_runners(ours, dtype, T, args.steps)
         ids, found[T] = sample_ids(tokenizer, T), {name: [] for name in runners}
         for _ in range(args.repeats):
             for name, run in runners.items():
@@ -269,8 +280,18 @@ def model(args):
     return found
 
 
+def model_runners(ours, dtype, T, n_steps):
+    """{name: runner} of T tokens. Peers, which must read every token, up to REAL tokens only."""
+    wave = functools.partial(WaveIndex, RetroConfig(), hot=hot_functions(CPU))
+    runners = {"dense, compiled": Ours(ours, DenseCache), "wave index": Ours(ours, wave)}
+    if T > REAL:
+        return runners
+    return {"transformers": Transformers(dtype), **llama_cpp(T + n_steps),
+            "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
+
+
 def llama_cpp(n_ctx):
-    """{"llama.cpp": its runner} where its package is installed: it takes minutes to build."""
+    """{"llama.cpp": its runner} if its package is installed, which takes minutes to build."""
     try:
         return {"llama.cpp, Q4_1": LlamaCpp(n_ctx)}
     except ImportError as e:
@@ -284,9 +305,11 @@ def model_table(T, results):
     steps = {name: [statistics.median(run[1]) for run in runs] for name, runs in results.items()}
     ours, rows = "wave index", []
     for name in results:
-        pre = [f"{statistics.median(prefills[name]):.2f}",
-               f"{speed_up(prefills[ours], prefills[name]):.2f}"] if T <= REAL else ["", ""]
-        rows.append([name, pre[0], f"{statistics.median(steps[name]) * 1e3:.1f}", pre[1],
+        seconds, gain = "", ""
+        if T <= REAL:
+            seconds = f"{statistics.median(prefills[name]):.2f}"
+            gain = f"{speed_up(prefills[ours], prefills[name]):.2f}"
+        rows.append([name, seconds, f"{statistics.median(steps[name]) * 1e3:.1f}", gain,
                      f"{speed_up(steps[ours], steps[name]):.2f}"])
     copies = "" if T <= REAL else f" (keys of {REAL:,}, repeated: for speed only)"
     head = ["runner", "prefill s", "decode ms", "wave prefills x", "wave decodes x"]
@@ -310,42 +333,50 @@ def prefill_cost(args):
 
 
 def one_prefill(name, T, dtype):
-    net, tokenizer = load(dtype=getattr(torch, dtype), device="cpu")
+    """Seconds of a prefill, seconds in it that the index took, and this process's peak bytes."""
+    net, tokenizer = load(dtype=getattr(torch, dtype), device=CPU)
     kind = {"dense": DenseCache, "wave index": functools.partial(WaveIndex, RetroConfig())}[name]
     caches, indexing = [kind(T) for _ in net.layers], []
     for cache in caches if name != "dense" else []:
-        build = cache.append            # what runs when a segment is full, and behind the last one
-        cache.append = lambda *args, build=build: indexing.append(clock(lambda: build(*args)))
+        absorb = cache.absorb           # clusters a segment: all that an index adds to a prefill
+        cache.absorb = lambda *args, run=absorb: indexing.append(clock(lambda: run(*args)))
     ids = sample_ids(tokenizer, T)
-    seconds = clock(lambda: [prefill(net, caches, [ids], 2048),
-                             *(cache.update() for cache in caches)])
+    seconds = clock(lambda: read(net, caches, ids, 2048))
     return {"seconds": seconds, "indexing": sum(indexing),
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def read(net, caches, ids, chunk=None):
+    """Logits behind ids (T,); the caches are ready to decode."""
+    logits = prefill(net, caches, [ids], chunk)
+    for cache in caches:
+        cache.update()
+    return logits
+
+
 def reload(args):
     """Seconds to the first token of an answer: by reading the text, and by loading its index."""
-    net, tokenizer = load(dtype=getattr(torch, args.dtype), device="cpu")
-    config, writer, T = RetroConfig(), Writer(tokenizer, True, "cpu"), (args.tokens or [7000])[0]
+    net, tokenizer = load(dtype=getattr(torch, args.dtype), device=CPU)
+    config, T = RetroConfig(), (args.tokens or [7000])[0]
     ids = sample_ids(tokenizer, T)
-    _, question = writer.prompt("", "Who wrote this, and when was it written?")
+    _, question = Writer(tokenizer, True, CPU).prompt("", "Who wrote this, and when?")
 
-    def read():
-        nonlocal caches
-        caches = [WaveIndex(config, T + 100) for _ in net.layers]
-        prefill(net, caches, [torch.cat([ids, question])]).argmax(-1)
+    def caches():
+        return [WaveIndex(config, T + 100) for _ in net.layers]
+
+    def read_text():
+        prefill(net, caches(), [torch.cat([ids, question])]).argmax(-1)
+
+    def load_index():
+        fresh = caches()
+        Snapshot(path, net, tokenizer, config).restore(fresh)
+        prefill(net, fresh, [question]).argmax(-1)
 
     with tempfile.TemporaryDirectory() as folder:
-        path, caches = Path(folder) / "text.safetensors", [WaveIndex(config, T) for _ in net.layers]
-        prefill(net, caches, [ids])
-        writing = clock(lambda: save(path, net, tokenizer, caches, ids))
-
-        def load_index():
-            fresh = [WaveIndex(config, T + 100) for _ in net.layers]
-            Snapshot(path, net, tokenizer, config).restore(fresh)
-            prefill(net, fresh, [question]).argmax(-1)
-
-        seconds = take_turns({"text read": read, "index loaded": load_index}, args.repeats)
+        path, filled = Path(folder) / "text.safetensors", caches()
+        prefill(net, filled, [ids])
+        writing = clock(lambda: save(path, net, tokenizer, filled, ids))
+        seconds = take_turns({"text read": read_text, "index loaded": load_index}, args.repeats)
         size = path.stat().st_size
     rows = [[name, f"{statistics.median(x):.2f}", f"{speed_up(x, seconds['text read']):.1f}"]
             for name, x in seconds.items()]
@@ -354,32 +385,25 @@ def reload(args):
     return {"tokens": T, "bytes": size, "save": writing, **seconds}
 
 
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{found[1]} ({torch.backends.cpu.get_cpu_capability()})" if found else \
-        platform.processor() or platform.machine()
-
-
 SECTIONS = {"attention": attention, "model": model, "prefill": prefill_cost, "reload": reload}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--tokens", type=int, nargs="+", help="context lengths")
-    parser.add_argument("--steps", type=int, default=34, help="tokens to decode (model)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=positive, nargs="+", help="context lengths")
+    parser.add_argument("--steps", type=positive, default=34, help="tokens to decode (model)")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--save", metavar="FILE", help="write the numbers to this JSON file")
+    parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
     what = "a layer in bfloat16" if args.section == "attention" else f"{DEFAULT_NAME}, {args.dtype}"
-    where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: {what}")
-    print(where, flush=True)
+    place = where(what)
+    print(place, flush=True)
     found = SECTIONS[args.section](args)
     if args.save:
-        Path(args.save).write_text(json.dumps({"where": where, **found}, indent=1) + "\n")
+        write_json(args.save, {"where": place, **found})
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status("bench.cpu", main))

@@ -1,23 +1,34 @@
-"""The kernels on a GPU, beside dense attention and the same step in PyTorch: times and bytes.
+"""Speed on a GPU: one layer on the kernels beside dense attention, then a whole model.
 
     python -m bench.gpu                                  # or: make bench-gpu; under ten minutes
     TRITON_INTERPRET=1 python -m bench.gpu --dry-run     # tiny, each timed once; also on a CPU
 
-First one layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself;
-dense attention reads the same store. A head is compared with float64, then each runner is captured
-in a CUDA graph and replayed with a cold L2 cache; a number is the median. Cells left out for want
-of time or memory are named. Then the whole model (bench_gpu_model.py). Writes gpu.json, gpu.md and
-gpu.png to results/. Needs matplotlib and einops.
+Writes gpu.json, gpu.md and gpu.png to results/. Needs matplotlib and einops.
+
+One layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself. Dense
+attention reads the same store. One head is compared with float64. Then each runner is captured in a
+CUDA graph and replayed with a cold L2 cache: a number is the median. Cells that time or memory do
+not allow are named.
+
+The whole model has Llama-3-8B's shape and random weights. As many sequences decode together as
+leave their dense caches room beside the weights. One kind of cache at a time is there, under the
+same weights. A step is compiled_step, captured in a CUDA graph. The wave index is compared with the
+faster of two dense caches: model.py's, whose mask lets sequences differ in length, and one without
+a mask, for which SDPA has its best kernels. What the index costs is measured by prefills of four
+layers, with it and without, by the host's clock, as far as the GPU's memory allows.
+
+    B batch   H kv heads   G query heads per kv head   T tokens   D head dim
 """
-import argparse
 import functools
+import gc
 import itertools
 import json
 import math
-import sys
+import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -28,35 +39,170 @@ from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
 import kernels
-from bench import gpu_model as bench_gpu_model
-from bench.gpu_model import DEVICE, DTYPE, clumps, fill, once_ms
-from retroinfer import PLAIN, RetroConfig, WaveIndex, attend, cluster_segment, halves, hope
+from app import plan
+from bench.timing import BOOST, Parser, clock, exit_status, figure, table, write_json
+from generate import attend, compiled_step, prefill
+from model import DenseCache, Llama, ModelConfig
+from retroinfer import (
+    PLAIN,
+    Budget,
+    Hot,
+    Index,
+    RetroConfig,
+    Shares,
+    WaveIndex,
+    cluster_segment,
+    gather_clusters,
+    tripartite_attention,
+)
 
-MODELS = {"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)}         # H, G, D
-CELLS = [(tokens, batch) for tokens in (131072, 8192, 32768, 524288, 1048576)
-         for batch in (1, 8, 32)]
-COMPILED = {(131072, 1), (131072, 8), (8192, 1)}    # where also what takes long to compile is timed
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IS_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if IS_GPU else torch.float32     # interpreted, bfloat16 fails
+TRITON = Hot(kernels.attend, kernels.nearest, kernels.segment_sum)
+COMPILED = {(131072, 1), (131072, 8), (8192, 1)}    # cells where slow compilers are timed too
+SPARE = 128     # slots that are free for steps of a whole model: masks like a multiple of 8
 
+
+# ---------------------------------------------------------------- clocks
+
+def median_ms(run, rep=60):
+    """Median milliseconds of a CUDA-graph replay of run() over `rep` ms, each with a cold L2."""
+    run()
+    run()                                       # compiles, and allocates what graphs may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return do_bench(graph.replay, warmup=10, rep=rep, return_mode="median")
+
+
+def once_ms(run, rep=None):
+    """Milliseconds of one run() by the host's clock."""
+    wait = torch.cuda.synchronize if IS_GPU else lambda: None
+    wait()
+    return 1e3 * clock(lambda: (run(), wait()))
+
+
+def host_ms(run, repeats=3):
+    """Median milliseconds of run() by the host's clock: what it launches is part of it."""
+    run()                                       # compiles
+    return statistics.median(once_ms(run) for _ in range(repeats))
+
+
+# ---------------------------------------------------------------- what is measured
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured, and how."""
+    shapes: dict            # {model: (H, G, D)} of a layer
+    cells: list             # (tokens, batch) of a layer
+    segment: int            # tokens that are clustered together
+    config: ModelConfig     # of the whole model
+    tokens: int             # in its caches before a step
+    prefills: tuple         # tokens
+    n_layers: int           # of a model that is prefilled
+    step_ms: Callable       # clock of a layer and of a step
+    prefill_ms: Callable    # clock of a prefill
+
+
+LLAMA = plan.shape("Llama-3.1-8B")
+FULL = Scope(
+    shapes={"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)},
+    cells=[(tokens, batch) for tokens in (131072, 8192, 32768, 524288, 1048576)
+           for batch in (1, 8, 32)],
+    segment=8192, config=LLAMA, tokens=122880, prefills=(32768, 122880), n_layers=4,
+    step_ms=median_ms, prefill_ms=host_ms)
+TINY = Scope(
+    shapes=dict.fromkeys(FULL.shapes, (1, 3, 16)), cells=[(410, 1)], segment=64,
+    config=replace(LLAMA, vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                   num_attention_heads=3, num_key_value_heads=1, head_dim=16),
+    tokens=410, prefills=(300,), n_layers=2, step_ms=once_ms, prefill_ms=once_ms)
+
+
+class MasklessCache(DenseCache):
+    """Full attention to all slots, filled or free: right for sequences that fill their cache."""
+
+    def decode(self, q, k, v):
+        batch = torch.arange(len(q), device=q.device)
+        self.k[batch, :, self.n_tokens] = k[:, :, 0]
+        self.v[batch, :, self.n_tokens] = v[:, :, 0]
+        self.n_tokens.add_(1)
+        return F.scaled_dot_product_attention(q, self.k, self.v, enable_gqa=True)
+
+    forward = decode
+
+
+def wave_index(capacity, batch=1):
+    return WaveIndex(RetroConfig(), capacity, batch, TRITON)
+
+
+CACHES = {"dense": DenseCache, "dense, no mask": MasklessCache, "wave index": wave_index}
+
+
+def clumps(H, T, D):
+    """Keys (1, H, T, D) of a text that dwells on a topic for a while and returns to it."""
+    topics = torch.randn(H, max(T // 256, 4), D, device=DEVICE)
+    which = torch.randint(topics.shape[1], (T // 16 + 1,), device=DEVICE)
+    k = topics[:, which.repeat_interleave(16)[:T]][None]                    # (1, H, T, D)
+    return (k + 0.7 * torch.randn_like(k)).to(DTYPE)
+
+
+def fill(cache, tokens, H, D):
+    """Give each sequence of a cache so many tokens, without a prefill: its k, v (1, H, T, D) each.
+
+    They are views of what the cache holds.
+    """
+    held = []
+    for row in range(len(cache.n_tokens)):
+        k = clumps(H, tokens, D)
+        held.append(cache.append(k, torch.randn_like(k), row))
+    cache.update()
+    if isinstance(cache, WaveIndex):
+        cache.boosts.fill_(BOOST)
+    return held
+
+
+def free_memory():
+    """Bytes left on the GPU. A CPU stands for a GPU with room for a few tiny sequences."""
+    return torch.cuda.mem_get_info()[0] if IS_GPU else 400_000
+
+
+def make_room():
+    """Drop what compiled steps hold, and give all that is unused back to the GPU."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- one layer
 
 class Cell:
-    """A layer's cache for one model, context and batch, and a step on it.
+    """A layer's cache for one shape, context and batch, and a step on it.
 
-    `args` are those of kernels.attend, caught where WaveIndex calls it.
+    args: what WaveIndex gives to kernels.attend.
     """
 
-    def __init__(self, model, tokens, batch):
-        H, G, D = MODELS[model]
+    def __init__(self, model, shape, tokens, batch):
+        H, G, D = shape
         self.name, self.tokens = {"model": model, "tokens": tokens, "batch": batch}, tokens
-        self.wave = wave = WaveIndex(RetroConfig(), tokens + 1, batch, hot=kernels)
-        fill(wave, H, G, D, tokens)
-        k, v = (x[:, :, tokens // 3, None].clone() for x in (wave.k_store, wave.v_store))
-        q = k + torch.randn(batch, H, G, D, device=DEVICE).to(DTYPE)        # (B, H, G, D)
-        wave.hot = SimpleNamespace(attend=lambda *args: setattr(self, "args", args) or args[0])
+        wave = wave_index(tokens + 1, batch)
+        held = fill(wave, tokens, H, D)
+        wave.hot = TRITON._replace(attend=self.catch)
+        k, v = (torch.cat([x[:, :, tokens // 3, None] for x in every])      # (B, H, 1, D)
+                for every in zip(*held, strict=True))
+        q = k + torch.randn(batch, H, G, D, device=DEVICE).to(DTYPE)
         wave.decode(q.view(batch, H * G, 1, D), k, v)
 
+    def catch(self, *args):
+        """Keep the arguments of a step's attention."""
+        self.args = args
+        return args[0]
+
     def runners(self):
-        """{name: function of nothing}. Grouped: the G queries of a KV head as G tokens."""
-        q, k, v = self.args[0], *(x[:, :, :self.tokens] for x in self.args[4])
+        """{name: function}. Grouped: the G queries of a kv head as G tokens."""
+        q, _, _, stores, _, _ = self.args
+        k, v = (x[:, :, :self.tokens] for x in stores)
         flat = q.flatten(1, 2)[:, :, None]                                  # (B, H*G, 1, D)
         found = {"kernels": lambda: kernels.attend(*self.args),
                  "SDPA, grouped": lambda: F.scaled_dot_product_attention(q, k, v),
@@ -69,39 +215,22 @@ class Cell:
         return found
 
     def check(self):
-        """ValueError unless a head's error to float64 is at most twice that of PyTorch, eager."""
-        mine = kernels.attend(*self.args)[-1, -1]
-        eager, truth = attend(*self.args)[-1, -1], self.truth()
-        mine, eager = ((x.double() - truth).abs().max().item() for x in (mine, eager))
+        """ValueError unless a head's error to float64 is at most twice that of eager PyTorch."""
+        head = self.last_head()
+        truth = exact(*head)
+        mine = error(kernels.attend(*self.args)[-1:, -1:], truth)
+        eager = error(attend(*head), truth)
         if not mine <= 2 * eager + 1e-4:        # near ties of rank may fall otherwise in float64
             raise ValueError(f"{self.name}: the kernels are {mine:.2e} off, PyTorch {eager:.2e}")
         return {"error": mine, "error_pytorch": eager}
 
-    def truth(self):
-        """Tripartite attention of the last head in float64: (G, D)."""
-        q, budget = self.args[0][-1, -1].double() * self.args[0].shape[-1] ** -0.5, self.args[3]
-        (k_s, v_s, bias), (*vectors, sizes, offsets, spreads, scales), (k_all, v_all) = (
-            [x[-1, -1] for x in self.args[i]] for i in (1, 2, 4))
-        centroids, means = (torch.cat(halves(x), -1).double() * scales[:, i, None]
-                            for i, x in enumerate(vectors))
-        near = q @ k_s.double().mT + bias                                           # (G, W)
-        fine = 127 / q.abs().amax(-1, keepdim=True)                                 # (G, 1)
-        logits = (q * fine).round() / fine @ centroids.mT                           # (G, C)
-        half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
-        mass = logits + (sizes * (1 + half * spreads)).log()
-        one = SimpleNamespace(sizes=sizes[None, None], spreads=spreads[None, None])
-        share = torch.cat([logits + hope(q[None, None], one)[0, 0], near], -1).softmax(-1)
-        order = share.sum(0)[:len(sizes)].argsort(descending=True)[:budget.ranked]
-        rank, size = torch.arange(len(order), device=q.device), sizes[order].long()
-        fits = (rank < budget.n_retrieve[-1, -1]) & (size.cumsum(0) <= budget.n_tokens[-1, -1])
-        rest = order[~fits & (rank < budget.n_ranked[-1, -1]) & (size > 0)]
-        spans = zip(offsets[order[fits]].tolist(), size[fits].tolist(), strict=True)
-        rows = torch.cat([torch.arange(o, o + n, device=q.device) for o, n in spans])
-        x = torch.cat([near, q @ k_all[rows].double().mT, mass[:, rest]], -1).softmax(-1)
-        v, weights = means[order[fits]].repeat_interleave(size[fits], 0), x[:, len(k_s):].sum(0)
-        best = weights[:len(rows)].argsort(descending=True)[:budget.part(budget.room)[-1, -1]]
-        v[best] = v_all[rows[best]].double()
-        return x @ torch.cat([v_s.double(), v, means[rest]])
+    def last_head(self):
+        """`args` of the last head of the last sequence alone."""
+        q, steady, index, stores, budget, method = self.args
+        q, *others = (x[-1:, -1:] for x in (q, *steady, *index, *stores))
+        shares = Shares(*(x.expand(self.args[0].shape[:2])[-1:, -1:] for x in budget.shares))
+        return (q, others[:3], Index(*others[3:-2]), others[-2:], Budget(budget.caps, shares),
+                method)
 
     def launches(self):
         """{kernel: (function that runs it alone, its last arguments by name)} of a step."""
@@ -110,151 +239,279 @@ class Cell:
         def note(kernel, grid, *args, **tile):
             launch(kernel, grid, *args, **tile)
             name = kernel.__name__.removesuffix("_kernel")
-            run, before = functools.partial(launch, kernel, grid, *args, **tile), found.get(name)
-            found[name] = ((lambda: (before[0](), run())) if before else run,
-                           dict(zip(kernel.arg_names, args, strict=False)))
+            runs = found[name][0] if name in found else []
+            runs.append(functools.partial(launch, kernel, grid, *args, **tile))
+            found[name] = runs, dict(zip(kernel.arg_names, args, strict=False))
 
         with mock.patch.object(kernels, "launch", note):
             kernels.attend(*self.args)
-        return found
+        return {name: (functools.partial(run_all, runs), args)
+                for name, (runs, args) in found.items()}
 
     def traffic(self, launches):
-        """{kernel: bytes it must read and write}, by the count in its docstring."""
-        q, steady, index, budget, _ = self.args
+        """{kernel: bytes it must read and write}, by the count in the docstring of kernels.py."""
+        q, steady, index, _, budget, _ = self.args
         (B, H, G, D), e, C = q.shape, q.element_size(), index.sizes.numel()
         live, n_steady = int((index.sizes > 0).sum()), int((steady[2] > -math.inf).sum())
-        fits, N = launches["pack"][1]["fits"], B * H * budget.tokens
-        clusters, tokens = fits.sum((0, 1)).tolist()
-        given = int(fits[..., 1].minimum(budget.part(budget.room)).sum())
+        fits, N = launches["pack"][1]["fits"], B * H * budget.caps.tokens
+        clusters, tokens = fits.sum((0, 1)).tolist()            # retrieved, in all heads together
+        given = int(fits[..., 1].minimum(budget.shares.values).sum())       # tokens with values
+        guessed = int(budget.shares.ranked.expand(B, H).sum()) - clusters   # clusters estimated
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
-        guessed = int(budget.n_ranked.expand(B, H).sum()) - clusters
         return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
-                "weigh": C * (4 * G + 4) + 4 * (tokens * G + N), "pack": 24 * clusters + 4 * tokens,
-                "look": (n_steady + tokens) * (D * e + 4) + 4 * G * (n_steady + tokens)
-                + guessed * (4 * G + 8), "mark": 12 * given, "combine": parts + q.numel() * e,
+                "weigh": C * (4 * G + 4) + 4 * (tokens * G + N),
+                "pack": 24 * clusters + 4 * tokens,
+                "look": (n_steady + tokens) * (D * e + 4 + 4 * G) + guessed * (4 * G + 8),
+                "mark": 12 * given,
                 "attend": n_steady * (D * e + 4 * G + 4) + given * (D * e + 12) + parts
-                + tokens * (4 * G + 4) + clusters * (D // 2 + 22) + guessed * (D // 2 + 14 + 4 * G)}
+                + tokens * (4 * G + 4) + clusters * (D // 2 + 22) + guessed * (D // 2 + 14 + 4 * G),
+                "combine": parts + q.numel() * e}
 
 
 def flash(q, k, v):
-    """FlashAttention, as a user of SDPA calls it: every query head a head of its own."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if q.is_cuda else SDPBackend.MATH):
+    """FlashAttention as a user of SDPA calls it: each query head is a head of its own."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if IS_GPU else SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def median_ms(run, rep=60):
-    """Median milliseconds of a CUDA-graph replay of run() over `rep` ms, each with a cold L2."""
-    run(), run(), torch.cuda.synchronize()      # compiles, and allocates what graphs may not
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return do_bench(graph.replay, warmup=10, rep=rep, return_mode="median")
+def exact(q, steady, index, stores, budget, method):
+    """retroinfer.attend with all products in float64: (1, 1, G, D) of one head."""
+    k, v, bias = steady
+    method = method._replace(scores=lambda q, k: q.double() @ k.double().mT,
+                             mix=lambda weights, v: weights @ v.double())
+    fetch = functools.partial(gather_clusters, index, stores, budget.caps.tokens)
+    return tripartite_attention(q, (k, v.double(), bias), index, budget, fetch, method)
 
 
-def measure(cell, clock, bandwidth):
-    """The facts of a cell: errors, milliseconds of each runner, bytes and share of each kernel."""
+def error(x, truth):
+    """The largest difference."""
+    return (x.double() - truth).abs().max().item()
+
+
+def run_all(functions):
+    for function in functions:
+        function()
+
+
+def layer_facts(cell, step_ms, bandwidth):
+    """Errors of a Cell, milliseconds of each runner, bytes and share of each kernel."""
     facts = cell.name | cell.check()
-    facts["ms"] = {name: clock(run) for name, run in cell.runners().items()}
+    facts["ms"] = {name: step_ms(run) for name, run in cell.runners().items()}
     launches, facts["kernels"] = cell.launches(), {}
     traffic = cell.traffic(launches)
     for name, (run, _) in launches.items():
-        facts["kernels"][name] = {"ms": (ms := clock(run)), "bytes": traffic[name],
+        ms = step_ms(run)
+        facts["kernels"][name] = {"ms": ms, "bytes": traffic[name],
                                   "of_bandwidth": traffic[name] / ms * 1e3 / bandwidth}
     need = traffic["rank"] + traffic["look"] + traffic["attend"]
     return facts | {"of_bandwidth": need / facts["ms"]["kernels"] * 1e3 / bandwidth}
 
 
-def index_build(model, L, clock):
-    """Milliseconds to cluster a segment of L tokens, all heads, with the kernels and without."""
-    k = clumps(1, MODELS[model][0], L, MODELS[model][2])
-    return {"model": model, "tokens": L, "ms": {
-        name: clock(functools.partial(cluster_segment, k, k, RetroConfig(), hot))
-        for name, hot in (("kernels", kernels), ("PyTorch, eager", PLAIN))}}
+def index_facts(model, scope):
+    """Milliseconds to cluster one segment, all heads, with the kernels and without."""
+    H, _, D = scope.shapes[model]
+    k, ms = clumps(H, scope.segment, D), {}
+    for name, hot in (("kernels", TRITON), ("PyTorch, eager", PLAIN)):
+        ms[name] = scope.step_ms(functools.partial(cluster_segment, k, k, 1, RetroConfig(), hot))
+    return {"model": model, "tokens": scope.segment, "ms": ms}
 
 
-def markdown(facts):
-    """The tables for a person."""
-    lines = [facts["where"], "", "| model | tokens | batch | runner | ms | of copy bandwidth |",
-             "|---|---|---|---|---|---|"]
-    for cell in facts["cells"]:
-        rows = [(name, ms, "") for name, ms in cell["ms"].items()]
-        rows[0] = *rows[0][:2], f"{cell['of_bandwidth']:.0%}"           # that of the kernels
-        rows += [(f"({k})", x["ms"], f"{x['of_bandwidth']:.0%}")
-                 for k, x in cell["kernels"].items()]
-        lines += [f"| {cell['model']} | {cell['tokens']:,} | {cell['batch']} | {name} | {ms:.3f} "
-                  f"| {share} |" for name, ms, share in rows]
-    lines += ["", "| model | tokens indexed | hot functions | ms |", "|---|---|---|---|"]
-    lines += [f"| {x['model']} | {x['tokens']:,} | {name} | {ms:.2f} |"
-              for x in facts["index"] for name, ms in x["ms"].items()]
-    if "decode" in facts:
-        lines += ["", *bench_gpu_model.markdown(facts, facts["copy_bytes_per_s"])]
-    return "\n".join([*lines, "", *(f"Left out: {x}." for x in facts["left_out"]), ""])
-
-
-def plot(facts, path):
-    """Milliseconds of a step over the context, one line a runner, one panel a model: batch 1."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    _, axes = plt.subplots(1, len(MODELS), figsize=(10, 4), sharey=True)
-    for ax, model in zip(axes, MODELS, strict=True):
-        points = sorted((name, c["tokens"], ms) for c in facts["cells"] if c["batch"] == 1
-                        and c["model"] == model for name, ms in c["ms"].items())
-        for name, group in itertools.groupby(points, lambda point: point[0]):
-            ax.loglog(*list(zip(*group, strict=True))[1:], marker="o", label=name)
-        ax.set(title=f"{model}, batch 1", xlabel="tokens", ylabel="ms a layer")
-    axes[0].legend()
-    plt.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def collect(cells, L, clock, end):
-    """All facts, as many cells as memory allows, none begun after `end`."""
-    x = torch.empty(2, 2**29 if DEVICE.type == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
-    bandwidth = x.numel() / clock(lambda: x[0].copy_(x[1])) * 1e3           # read and written
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "a dry run on a CPU"
+def layers_facts(scope, end):
+    """All facts of layers, for as many cells as memory allows, none begun after `end`."""
+    x = torch.empty(2, 2**29 if IS_GPU else 2**20, dtype=torch.uint8, device=DEVICE)
+    bandwidth = x.numel() / scope.step_ms(lambda: x[0].copy_(x[1])) * 1e3   # read and written
+    name = torch.cuda.get_device_name() if IS_GPU else "a dry run on a CPU"
     facts = {"where": f"{name}, torch {torch.__version__}, Triton {triton.__version__}, copy "
              f"{bandwidth / 1e9:.0f} GB/s", "copy_bytes_per_s": bandwidth, "cells": [],
-             "index": [index_build(model, L, clock) for model in MODELS], "left_out": []}
-    for (tokens, batch), (model, (H, _, D)) in itertools.product(cells, MODELS.items()):
+             "index": [index_facts(model, scope) for model in scope.shapes], "left_out": []}
+    for (tokens, batch), (model, shape) in itertools.product(scope.cells, scope.shapes.items()):
+        H, _, D = shape
         need = 3.5 * batch * tokens * H * D * 2     # K and V, the index, and what its build takes
-        free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else math.inf
+        free = free_memory() if IS_GPU else math.inf
         if time.monotonic() > end or need > 0.9 * free:
             facts["left_out"].append(f"{model}, {tokens:,} tokens, batch {batch}: it needs "
                                      f"{need / 2**30:.0f} GiB, or the time was over")
             continue
-        facts["cells"].append(measure(Cell(model, tokens, batch), clock, bandwidth))
+        cell = Cell(model, shape, tokens, batch)
+        facts["cells"].append(layer_facts(cell, scope.step_ms, bandwidth))
         print(json.dumps(facts["cells"][-1]), flush=True)
+        del cell
         torch.cuda.empty_cache()
     return facts
 
 
+# ---------------------------------------------------------------- a whole model
+
+def random_model(config):
+    """A model of random weights that keep its hidden states finite."""
+    with torch.device("meta"):
+        model = Llama(config)
+    kind = {"dtype": DTYPE, "device": DEVICE}
+    state = {name: torch.ones(x.shape, **kind) if x.ndim == 1 else
+             0.02 * torch.randn(x.shape, **kind) for name, x in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.rope.to(DEVICE)
+    return model.eval().requires_grad_(False)
+
+
+def largest_batch(config, capacity, free):
+    """Sequences whose dense cache fits nine tenths of `free` bytes: a step needs memory too."""
+    numbers = config.num_hidden_layers * config.num_key_value_heads * capacity * config.head_dim
+    return int(0.9 * free) // (2 * numbers * DTYPE.itemsize)
+
+
+def step_facts(model, caches, tokens, step_ms):
+    """Milliseconds, tokens a second and bytes to read of a step behind so many tokens."""
+    batch = len(caches[0].n_tokens)
+    for cache in caches:
+        fill(cache, tokens, model.config.num_key_value_heads, model.config.head_dim)
+    token = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+
+    def run():
+        for cache in caches:
+            cache.n_tokens.fill_(tokens)            # every run is the same step
+        return compiled_step(model, caches, token)
+
+    if not run().isfinite().all():
+        raise ValueError(f"the logits behind {tokens} tokens are not finite")
+    ms, cached = step_ms(run, 1000), sum(cache.bytes_read() for cache in caches)
+    weights = sum(x.nbytes for x in model.parameters()) - model.embed_tokens.weight.nbytes
+    return {"ms": ms, "tokens_per_s": batch / ms * 1e3, "cache_bytes": cached,
+            "bytes": weights + cached}
+
+
+def decode_facts(scope):
+    """A step on each kind of cache, at the largest batch, or {} if not one sequence fits."""
+    config, tokens, found = scope.config, scope.tokens, {}
+    capacity = tokens + SPARE
+    make_room()
+    if largest_batch(config, capacity, free_memory() - plan.weights(config, DTYPE)) < 1:
+        return {}
+    model = random_model(config)
+    free = free_memory()
+    batch = largest_batch(config, capacity, free)
+    print(f"{tokens:,} tokens: {batch} dense caches fit {free / 2**30:.1f} GiB", flush=True)
+    for name, make in CACHES.items():
+        caches = [make(capacity, batch) for _ in model.layers]
+        found[name] = step_facts(model, caches, tokens, scope.step_ms)
+        print(name, found[name], flush=True)
+        del caches                                  # before the next kind comes
+        make_room()
+    dense = max(found[name]["tokens_per_s"] for name in ("dense", "dense, no mask"))
+    return {"tokens": tokens, "batch": batch, "free_bytes": free, "steps": found,
+            "speed_up": found["wave index"]["tokens_per_s"] / dense}
+
+
+def prefill_facts(config, tokens, prefill_ms):
+    """Milliseconds of a prefill of one text with and without the index, and the index's share."""
+    model = random_model(config)
+    ids, ms = torch.randint(config.vocab_size, (tokens,), device=DEVICE), {}
+
+    def run(make):
+        caches = [make(tokens + SPARE) for _ in model.layers]
+        prefill(model, caches, [ids])
+        for cache in caches:
+            cache.update()
+
+    for name in ("dense", "wave index"):
+        ms[name] = prefill_ms(functools.partial(run, CACHES[name]))
+        torch.cuda.empty_cache()
+    return {"tokens": tokens, "layers": config.num_hidden_layers, "ms": ms,
+            "index_share": ms["wave index"] / ms["dense"] - 1}
+
+
+def model_facts(scope):
+    """All facts of the whole model."""
+    decode = decode_facts(scope)
+    make_room()
+    few = replace(scope.config, num_hidden_layers=scope.n_layers)
+    fitting = [n for n in scope.prefills if not IS_GPU
+               or plan.plan(plan.Run(few, n + SPARE)).fits(0.9 * free_memory())]
+    return {"decode": decode,
+            "prefill": [prefill_facts(few, n, scope.prefill_ms) for n in fitting]}
+
+
+# ---------------------------------------------------------------- results
+
+def layers_page(facts):
+    """The tables of layers, for a person."""
+    rows = []
+    for cell in facts["cells"]:
+        place = cell["model"], f"{cell['tokens']:,}", cell["batch"]
+        for name, ms in cell["ms"].items():
+            share = f"{cell['of_bandwidth']:.0%}" if name == "kernels" else ""
+            rows.append([*place, name, f"{ms:.3f}", share])
+        rows += [[*place, f"({name})", f"{x['ms']:.3f}", f"{x['of_bandwidth']:.0%}"]
+                 for name, x in cell["kernels"].items()]
+    indexed = [[x["model"], f"{x['tokens']:,}", name, f"{ms:.2f}"]
+               for x in facts["index"] for name, ms in x["ms"].items()]
+    return [facts["where"],
+            table(["model", "tokens", "batch", "runner", "ms", "of copy bandwidth"], rows),
+            table(["model", "tokens indexed", "hot functions", "ms"], indexed)]
+
+
+def model_page(facts):
+    """The tables of the whole model, for a person."""
+    decode, bandwidth = facts["decode"], facts["copy_bytes_per_s"]
+    page = ["The whole of Llama-3-8B: not one sequence fits."]
+    if decode:
+        rows = [[name, f"{x['tokens_per_s']:.1f}", f"{x['ms']:.2f}",
+                 f"{x['bytes'] / x['ms'] * 1e3 / bandwidth:.0%}"]
+                for name, x in decode["steps"].items()]
+        page = [f"The whole of Llama-3-8B, {decode['batch']} sequences of {decode['tokens']:,} "
+                "tokens (the most whose dense cache fits): the wave index decodes "
+                f"{decode['speed_up']:.2f} times as fast as the faster dense cache.",
+                table(["cache", "tokens/s", "ms a step", "of copy bandwidth"], rows)]
+    rows = [[f"{x['tokens']:,}", x["layers"], f"{x['ms']['dense']:.0f}",
+             f"{x['ms']['wave index']:.0f}", f"{x['index_share']:+.1%}"] for x in facts["prefill"]]
+    return [*page, table(["tokens prefilled", "layers", "dense ms", "wave index ms", "index"], rows)]
+
+
+def markdown(facts):
+    """The page of all facts there are."""
+    page = layers_page(facts) + (model_page(facts) if "decode" in facts else [])
+    return "\n\n".join([*page, *(f"Left out: {x}." for x in facts["left_out"])]) + "\n"
+
+
+def plot(facts, path):
+    """Milliseconds of a step against context, a line a runner, a panel a model: batch 1."""
+    models = list(dict.fromkeys(cell["model"] for cell in facts["index"]))
+    page, every = figure((10, 4), len(models))
+    for axes, model in zip(every, models, strict=True):
+        cells = [c for c in facts["cells"] if c["batch"] == 1 and c["model"] == model]
+        cells.sort(key=lambda cell: cell["tokens"])
+        for name in dict.fromkeys(name for cell in cells for name in cell["ms"]):
+            points = [(cell["tokens"], cell["ms"][name]) for cell in cells if name in cell["ms"]]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(title=f"{model}, batch 1", xlabel="tokens", ylabel="ms a layer")
+    every[0].legend()
+    page.savefig(path, dpi=110)
+
+
 def save(facts, folder):
     """Write gpu.json and gpu.md, and print the latter."""
-    (folder / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "gpu.json", facts)
     (folder / "gpu.md").write_text(markdown(facts))
     print(markdown(facts), flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5, help="begin no cell after so many")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where files go")
     parser.add_argument("--dry-run", action="store_true", help="tiny, each timed once")
     args = parser.parse_args()
-    if not args.dry_run and DEVICE.type == "cpu":
-        print("bench_gpu: a CUDA GPU is needed, and torch finds none", file=sys.stderr)
-        return 2
+    if not args.dry_run and not IS_GPU:
+        raise ValueError("a CUDA GPU is needed, and torch finds none")
+    if not args.out.is_dir():
+        raise ValueError(f"there is no folder {args.out}: make it, or give another with --out")
     torch.manual_seed(0)
-    plan = CELLS, 8192, median_ms
-    if args.dry_run:
-        plan = [(410, 1)], 64, once_ms
-        MODELS.update(dict.fromkeys(MODELS, (1, 3, 16)))
-    facts = collect(*plan, time.monotonic() + 60 * args.minutes)
+    scope = TINY if args.dry_run else FULL
+    facts = layers_facts(scope, time.monotonic() + 60 * args.minutes)
     plot(facts, args.out / "gpu.png")
     save(facts, args.out)
-    save(facts | bench_gpu_model.measure(args.dry_run, plan[-1]), args.out)
-    return 0
+    save(facts | model_facts(scope), args.out)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status("bench.gpu", main))

@@ -1,11 +1,14 @@
-"""How fast a step can be: its bytes over a machine's bandwidths, at a hit ratio of the cache.
+"""How fast a step can be: its bytes over a machine's bandwidths, at a hit ratio of the block cache.
 
     speed = predicted({0.005: 0.2, 0.025: 0.7, 0.05: 0.85, 0.1: 0.92}, RetroConfig())
 
-Bytes of device memory and of the bus are moved one after the other, each at its published peak:
-that bounds a step from below. What the host adds is zero for ours, whose step never waits for it;
-for the published code it is one time a layer, the only constant that is fitted (host_seconds), to
-one run of another batch than those it is judged by.
+`python -m bench.traces` calls this with the hit ratios that it measured.
+
+Bytes of device memory and bytes of the bus are moved one after the other, each at its published
+peak. That bounds a step from below. The host adds nothing to a step of ours, which never waits for
+the host. The published code does wait: one time a layer is added for it (host_seconds). That time
+is the only fitted constant. It is fitted to one run, of another batch than the runs that the
+prediction is judged by.
 
 Does not include: arithmetic (a step is bound by memory), peaks that are not reached, transfers
 hidden behind computation.
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from app import plan
+from bench.timing import figure
 from buffer import BLOCK
 from retroinfer import RetroConfig
 
@@ -32,8 +36,9 @@ MACHINES = {        # NVIDIA's data sheets; PCIe 4.0 and 5.0 x16 less their 128b
     "H200": Machine(4.8e12, 63.0e9, 140),
     "RTX 4090": Machine(1.008e12, 31.5e9, 24)}
 
-# Tokens a second of the published code on an A100-PCIe, Llama-3-8B: an independent run's, whose
-# blocks a head and step and whose hit ratio at 5 % are those of its log (River861, July 2026).
+# Tokens a second of the published code on an A100-PCIe with Llama-3-8B, by (tokens, batch) and cache
+# ratio, from an independent run (River861, July 2026). The blocks that a head asks for in a step, as
+# a share of the tokens, and the hit ratio at 5 % are from that run's log.
 PUBLISHED = {(120_000, 8): {0.005: 88.7, 0.025: 149.1, 0.05: 202.4, 0.1: 209.1},
              (120_000, 1): {0.005: 32.0, 0.05: 34.6, 0.1: 33.3},
              (240_000, 1): {0.005: 23.4, 0.05: 31.4, 0.1: 31.9},
@@ -57,8 +62,8 @@ class Work:
 def published_work(config, tokens, batch):
     """Work of the published code.
 
-    It reads all centroids, gathers and reads those estimated and their means, and copies steady
-    zone and clusters to the execution buffer, where it reads them.
+    It reads all centroids. It gathers the estimated centroids and means, then reads them. It copies
+    the steady zone and the retrieved clusters to the execution buffer, then reads them there.
     """
     paper, row = RetroConfig.paper(), 2 * config.head_dim
     heads = batch * config.num_key_value_heads * config.num_hidden_layers
@@ -72,11 +77,12 @@ def published_work(config, tokens, batch):
 
 def our_work(config, tokens, batch, retro):
     """Work of a step of ours: what is retrieved is written and read once more."""
-    run = plan.Run(config, tokens, batch, retro=retro)
-    cache, layers = plan.cache_on_meta(run), config.num_hidden_layers
+    heads, layers = (batch, config.num_key_value_heads), config.num_hidden_layers
+    cache = plan.cache_on_meta(plan.Run(config, tokens, batch, retro=retro))
     cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
-    cache.boosts = torch.ones(batch, config.num_key_value_heads)
-    exact = layers * int(cache.budget().room.sum()) * 4 * config.head_dim
+    cache.boosts = torch.ones(heads)
+    n_tokens = int(cache.budget().shares.tokens.expand(heads).sum())
+    exact = layers * n_tokens * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 
 
@@ -88,9 +94,9 @@ def largest_batch(config, tokens, machine, retro):
 
 
 def host_seconds(config):
-    """What the published code spends a layer beyond its bytes: the one constant that is fitted.
+    """Seconds that the published code spends a layer beyond its bytes: the fitted constant.
 
-    To 120K x 1 at 5 %; host read, launches and look-up on CPU threads are in it.
+    Fitted to 120K x 1 at 5 %. Reads by the host, launches and look-up on CPU threads are in it.
     """
     work = published_work(config, 120_000, 1)
     measured = 1 / PUBLISHED[120_000, 1][0.05]
@@ -98,31 +104,30 @@ def host_seconds(config):
 
 
 def predicted(hit, retro):
-    """Tokens a second of Llama-3-8B in 16 bits, given {ratio: hit ratio} of the paper's share of
-    clusters, which is also what `retro` retrieves of so long a text.
+    """Predicted tokens a second of Llama-3-8B in 16 bits, at hit ratios {cache ratio: hit ratio}.
 
-    Of the published code beside what was measured of it, and of ours at 5 % on three machines.
+    Of the published code, beside what was measured of it, and of ours at 5 % on three machines. The
+    hit ratios belong to the paper's share of clusters. At this length `retro` retrieves that share.
     """
-    config, a100, theirs = plan.shape("Llama-3.1-8B"), MACHINES["A100-PCIe"], []
-    host = host_seconds(config)
+    config, a100 = plan.shape("Llama-3.1-8B"), MACHINES["A100-PCIe"]
+    host, theirs, ours = host_seconds(config), [], {}
     for (tokens, batch), speeds in PUBLISHED.items():
         work = published_work(config, tokens, batch)
         for ratio, speed in speeds.items():
             theirs.append({"tokens": tokens, "batch": batch, "ratio": ratio, "measured": speed,
                            "predicted": batch / work.seconds(a100, hit[ratio], host),
                            "bytes only": batch / work.seconds(a100, hit[ratio])})
-    ours = {name: {batch: batch / our_work(config, 120_000, batch, retro).seconds(
-                gpu, hit[0.05]) for batch in (1, largest_batch(config, 120_000, gpu, retro))}
-            for name, gpu in MACHINES.items()}
+    for name, machine in MACHINES.items():
+        batches = 1, largest_batch(config, 120_000, machine, retro)
+        ours[name] = {batch: batch / our_work(config, 120_000, batch, retro).seconds(
+            machine, hit[0.05]) for batch in batches}
     own = 8 / published_work(config, 120_000, 8).seconds(a100, PUBLISHED_HIT, host)
     return {"host_seconds": host, "published": theirs, "at its own hit ratio": own, "ours": ours}
 
 
 def plot_speed(speed, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    """Tokens a second of the published code against the cache ratio, measured and predicted."""
+    page, (axes,) = figure((6.4, 4.2))
     rows = [row for row in speed["published"] if (row["tokens"], row["batch"]) == (120_000, 8)]
     ratios = [100 * row["ratio"] for row in rows]
     for name, style, color in (("measured", "o-", "black"), ("predicted", "s--", "0.4"),
@@ -138,5 +143,4 @@ def plot_speed(speed, path):
     axes.set_xticks(ratios, [f"{r:g}" for r in ratios])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    page.savefig(path, dpi=150)

@@ -1,21 +1,22 @@
-"""Which clusters real steps ask for, what each way of keeping some would have hit, and its speed.
+"""Which clusters real steps ask for, and how often each cache policy would have had them.
 
-    python -m bench.traces                    # record four texts, replay them: half an hour on two cores
-    python -m bench.traces --traces DIR --save FILE.json      # keep traces, numbers; plots beside them
+    python -m bench.traces              # record four texts, replay them: half an hour on two cores
+    python -m bench.traces --traces DIR --save FILE.json        # keep traces and numbers, and plots
 
-A generation of the default model is recorded: every step's retrieved clusters, by layer and head,
-best first. Replayed, as in buffer.py: a cluster is cut into blocks of 8 tokens, a head has S slots
-for blocks, S x 8 tokens being the cache ratio of its store; a step's blocks are all looked up, then
-those among the first S of the step that missed are admitted, in order of rank. Hits include the
-first step's, which are none.
+`make bench-cache` runs it. A generation of the default model is recorded: the clusters that every
+step retrieves, by layer and head, best first. The trace is replayed as buffer.py would run it. A
+cluster is cut into blocks of 8 tokens. A head has S slots for blocks: S x 8 tokens are the cache
+ratio of its store. All blocks of a step are looked up together. Then the missing ones among the
+first S blocks of the step are admitted, in order of rank. The first step counts, and has no hits.
 
-LRU and CLOCK are those of buffer.py; FIFO forgets what it admitted first; Belady's knows what will
-be asked for, keeps what is needed soonest, and may admit nothing: no other can hit more. Speeds are
-those of machine.py. T steps, R clusters retrieved, S slots a head, B batch, H kv heads.
+LRU and CLOCK are those of buffer.py. FIFO forgets what was admitted first. Belady's policy knows
+what will be asked for: it keeps what is needed soonest, and may admit nothing, so no other policy
+can hit more. Predicted speeds are those of bench/machine.py.
+
+    T steps   R clusters retrieved   S slots a head   B batch   H kv heads
 
 Does not include: caches shared by heads or layers, look-ahead, several devices.
 """
-import argparse
 import functools
 import itertools
 import json
@@ -28,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.cpu import cpu_name, table
 from bench.machine import plot_speed, predicted
+from bench.timing import Parser, exit_status, figure, new_file, positive, table, where, write_json
 from buffer import BLOCK, WHOLE
 from evaluation import texts
 from generate import decode, eager_step, prefill, sampler
@@ -41,11 +42,12 @@ from retroinfer import (
     before,
     gather_clusters,
     round_up,
+    shares,
     tripartite_attention,
 )
 
 RATIOS = 0.005, 0.025, 0.05, 0.1, 0.2, 0.4
-WORDS = {"paper": "1.8 %, as in the paper", "all": "as configured"}     # of what is retrieved
+WORDS = {"paper": "1.8 %, as in the paper", "all": "as configured"}     # how many are retrieved
 
 
 # ---------------------------------------------------------------- recording
@@ -54,8 +56,8 @@ WORDS = {"paper": "1.8 %, as in the paper", "all": "as configured"}     # of wha
 class Trace:
     """The clusters that the steps of a generation retrieved. A cluster keeps its number."""
     ids: np.ndarray             # (T, layers, B*H, R) best first
-    sizes: np.ndarray           # (T, layers, B*H, R) tokens; 0: not asked for
-    capacity: int               # tokens the store of a head has room for
+    sizes: np.ndarray           # (T, layers, B*H, R) tokens of each; 0: it was not retrieved
+    capacity: int               # tokens that fit the store of a head
     said: np.ndarray            # (T+1, B) the tokens generated
     config: RetroConfig
 
@@ -70,7 +72,7 @@ class Trace:
             return cls(file["ids"], file["sizes"], int(file["capacity"]), file["said"], config)
 
     def best(self, n):
-        """As if only the n best clusters of a step had been retrieved, on the same way."""
+        """The Trace of the n best clusters of each step. The tokens generated stay the same."""
         return replace(self, ids=self.ids[..., :n], sizes=self.sizes[..., :n])
 
     def slots(self, ratio):
@@ -84,33 +86,35 @@ class Trace:
 
     @functools.cached_property
     def streams(self):
-        """Of each layer and head what it asks for: step by step, numbers of blocks, best first."""
+        """{(layer, head): [blocks of each step]}, best first. A block is a number."""
         T, layers, heads, _ = self.ids.shape
-        largest, found = int(self.n_blocks.max(initial=1)), {}
+        largest = int(self.n_blocks.max(initial=1))
         ids, counts = self.ids.tolist(), self.n_blocks.tolist()
-        for layer, head in itertools.product(range(layers), range(heads)):
-            found[layer, head] = [
-                [i * largest + j for i, n in zip(ids[t][layer][head], counts[t][layer][head],
-                                                 strict=True) for j in range(n)]
-                for t in range(T)]
-        return found
+
+        def blocks(t, layer, head):
+            clusters = zip(ids[t][layer][head], counts[t][layer][head], strict=True)
+            return [i * largest + j for i, n in clusters for j in range(n)]
+
+        return {(layer, head): [blocks(t, layer, head) for t in range(T)]
+                for layer, head in itertools.product(range(layers), range(heads))}
 
 
 def record(model, prompts, n_steps, pick=None, config=None):
     """The Trace of n_steps eager steps behind prompts (T,), which a wave index has read."""
     asked, config = [], config or RetroConfig(**WHOLE)
 
-    def attend(q, steady, index, budget, stores):
+    def attend(q, steady, index, stores, budget, method):
         def fetch(ids, ends):
-            asked.append((ids.flatten(0, 1), (ends - before(ends)).flatten(0, 1)))      # (B*H, R)
-            return gather_clusters(index, stores, ids, ends, budget.tokens)
-        return tripartite_attention(q, steady, index, budget, fetch)
+            sizes = ends - before(ends)                                     # (B, H, R)
+            asked.append((ids.flatten(0, 1), sizes.flatten(0, 1)))
+            return gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+        return tripartite_attention(q, steady, index, budget, fetch, method)
 
     capacity, hot = max(map(len, prompts)) + n_steps, PLAIN._replace(attend=attend)
     caches = [WaveIndex(config, capacity, len(prompts), hot) for _ in model.layers]
     logits = prefill(model, caches, prompts, chunk=2048)
     said = list(decode(model, caches, logits, n_steps + 1, pick or sampler(), eager_step))
-    ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()
+    ids, sizes = (torch.stack(x).unflatten(0, (-1, len(caches))).numpy()    # (T, layers, B*H, R)
                   for x in zip(*asked, strict=True))
     return Trace(ids.astype(np.int32), sizes.astype(np.uint16), round_up(capacity),
                  torch.stack(said).numpy(), config)
@@ -119,7 +123,7 @@ def record(model, prompts, n_steps, pick=None, config=None):
 # ---------------------------------------------------------------- policies
 
 def lru(steps, S):
-    """Yield the hits of each step: what was not asked for longest goes first."""
+    """Yield the hits of each step: the block goes first that was not asked for longest."""
     kept = OrderedDict()                    # the next to go is first
     for blocks in steps:
         yield sum(b in kept for b in blocks)
@@ -131,7 +135,7 @@ def lru(steps, S):
 
 
 def fifo(steps, S):
-    """Yield the hits of each step: what was admitted first goes first."""
+    """Yield the hits of each step: the block goes first that was admitted first."""
     kept = OrderedDict()
     for blocks in steps:
         yield sum(b in kept for b in blocks)
@@ -142,7 +146,10 @@ def fifo(steps, S):
 
 
 def clock(steps, S):
-    """Yield the hits of each step: a hand goes round, and takes what was not asked for since."""
+    """Yield the hits of each step: a hand goes round, and takes unmarked blocks.
+
+    A block is marked when it is asked for. The hand takes the mark of a marked block.
+    """
     owner, is_marked, place, hand = [None] * S, [False] * S, {}, 0
     for blocks in steps:
         hits = [place[b] for b in blocks if b in place]
@@ -151,21 +158,26 @@ def clock(steps, S):
             is_marked[slot] = True
         for b in [b for b in blocks[:S] if b not in place]:
             while is_marked[hand]:
-                is_marked[hand], hand = False, (hand + 1) % S
+                is_marked[hand] = False
+                hand = (hand + 1) % S
             place.pop(owner[hand], None)
-            owner[hand], is_marked[hand], place[b], hand = b, True, hand, (hand + 1) % S
+            owner[hand], is_marked[hand], place[b] = b, True, hand
+            hand = (hand + 1) % S
 
 
 def belady(steps, S):
-    """Yield the hits of each step: what is needed soonest stays. Blocks due together are equal."""
-    due, next_use = {}, []                  # of each step, when its blocks are asked for again
+    """Yield the hits of each step: the blocks stay that are needed soonest.
+
+    Blocks of one step are looked up together, so it does not matter which of them stays.
+    """
+    next_step, next_uses = {}, []           # the latter: of each step, when its blocks come again
     for t in range(len(steps) - 1, -1, -1):
-        next_use.append({b: due.get(b, len(steps)) for b in steps[t]})
-        due |= dict.fromkeys(steps[t], t)
-    kept = {}
+        next_uses.append({b: next_step.get(b, len(steps)) for b in steps[t]})
+        next_step |= dict.fromkeys(steps[t], t)
+    kept = {}                               # block: the step that asks for it next
     for blocks in steps:
         yield sum(b in kept for b in blocks)
-        kept |= next_use.pop()
+        kept |= next_uses.pop()
         kept = dict(sorted(kept.items(), key=lambda item: item[1])[:S])
 
 
@@ -198,7 +210,10 @@ def recorded(kind, args):
 
 
 def measured(trace, policies):
-    """Hit ratios of a trace as numbers, by policy and ratio, and the first's at 5 % by layer."""
+    """Hit ratios by policy and cache ratio, those of the first policy at 5 % by layer, and blocks.
+
+    "blocks": asked for by a head in a step, on average.
+    """
     asked, found = trace.n_blocks.sum(-1), {"hit": {}}                      # (T, layers, B*H)
     for name in policies:
         hits = {ratio: replay(trace, POLICIES[name], trace.slots(ratio)) for ratio in RATIOS}
@@ -210,10 +225,11 @@ def measured(trace, policies):
 
 
 def cell(trace):
-    """What is kept of a trace: of the paper's share of the clusters, and of all it retrieved."""
+    """The facts of a trace: of the paper's share of the clusters, and of all it retrieved."""
     few = replace(trace.config, min_retrieve=1, retrieve=RetroConfig.paper().retrieve)
-    share = int(few.budget(torch.tensor(trace.capacity))[0])
-    return {"config": asdict(trace.config), "paper": measured(trace.best(share), POLICIES),
+    each = shares(few, torch.tensor(trace.capacity), torch.ones(()), few.method())
+    return {"config": asdict(trace.config), "paper": measured(trace.best(int(each.retrieve)),
+                                                              POLICIES),
             "all": measured(trace, ["LRU"])}
 
 
@@ -224,30 +240,34 @@ def averaged(cells):
 
 
 def plot_hits(found, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    """Hit ratios by policy against the cache ratio, and of LRU at 5 % by layer."""
+    page, (left, right) = figure((10, 4.2), columns=2)
+    plot_policies(found, left)
+    plot_layers(found, right)
+    page.savefig(path, dpi=150)
+
+
+def plot_policies(found, axes):
     mean, every = (averaged([cell[x] for cell in found.values()]) for x in WORDS)
     lines = mean | {f"LRU, {WORDS['all']}": every["LRU"]}
     for style, (name, hits) in zip(("o-", "s:", "^--", "D-.", "v-"), lines.items(), strict=True):
-        left.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
+        axes.plot([100 * r for r in RATIOS], list(hits.values()), style, label=name, ms=4,
                   color="black" if name == "LRU" else "0.5")
-    left.set(xscale="log", ylim=(0, 1.03), xlabel="cache, % of a head's store", ylabel="hit ratio",
+    axes.set(xscale="log", ylim=(0, 1.03), xlabel="cache, % of a head's store", ylabel="hit ratio",
              title=f"The best 1.8 % of the clusters: at 5 % LRU hits {mean['LRU'][0.05]:.0%}")
-    left.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
-    left.minorticks_off()
-    left.legend(frameon=False, loc="lower right")
-    right.axhspan(0.79, 0.94, color="0.9", label="average by task in the paper")
+    axes.set_xticks([100 * r for r in RATIOS], [f"{100 * r:g}" for r in RATIOS])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower right")
+
+
+def plot_layers(found, axes):
+    axes.axhspan(0.79, 0.94, color="0.9", label="average by task in the paper")
     for style, (kind, cell) in zip(("o-", "s:", "^--", "D-."), found.items(), strict=False):
-        right.plot(cell["paper"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
+        axes.plot(cell["paper"]["layers"], style, color="0.3", ms=3, lw=0.8, label=kind)
     layers = np.mean([cell["paper"]["layers"] for cell in found.values()], 0)
-    right.set(ylim=(0, 1.03), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
-              title=f"Layers hit {layers.min():.0%} to {layers.max():.0%}")
-    right.legend(frameon=False, loc="lower right", ncols=2)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    axes.set(ylim=(0, 1.03), xlabel="layer", ylabel="hit ratio, LRU at 5 %",
+             title=f"Layers hit {layers.min():.0%} to {layers.max():.0%}")
+    axes.legend(frameon=False, loc="lower right", ncols=2)
 
 
 def report(found, speed):
@@ -259,29 +279,37 @@ def report(found, speed):
         blocks = ", ".join(f"{cell[budget]['blocks']:g}" for cell in found.values())
         lines += [f"clusters retrieved {WORDS[budget]}; blocks a step and head: {blocks}",
                   table(["text", "policy", *(f"{ratio:.1%}" for ratio in RATIOS)], rows)]
-    keys = "tokens", "batch", "ratio", "measured", "predicted", "bytes only"
-    rows = [[f"{row[key]:.1f}" if key in keys[3:] else row[key] for key in keys]
+    settings, speeds = ("tokens", "batch", "ratio"), ("measured", "predicted", "bytes only")
+    rows = [[*(row[key] for key in settings), *(f"{row[key]:.1f}" for key in speeds)]
             for row in speed["published"]]
     ours = [[name, batch, f"{x:.0f}"] for name, row in speed["ours"].items()
             for batch, x in row.items()]
     lines += [f"the published code, tokens/s; fitted: {speed['host_seconds'] * 1e3:.3f} ms a layer",
-              table(keys, rows), "at the hit ratio of its own log, 120K x 8 and 5 %: "
+              table([*settings, *speeds], rows),
+              "at the hit ratio of its own log, 120K x 8 and 5 %: "
               f"{speed['at its own hit ratio']:.1f}", "ours at 120K and 5 %, not measured",
               table(["machine", "batch", "tokens/s"], ours)]
     return "\n\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args():
+    parser = Parser(prog="bench.traces", description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
-    parser.add_argument("--length", type=int, default=8192, help="tokens read and generated")
-    parser.add_argument("--steps", type=int, default=255, help="of them generated, less one")
+    parser.add_argument("--length", type=positive, default=8192, help="tokens read and generated")
+    parser.add_argument("--steps", type=positive, default=255, help="of them generated, less one")
     parser.add_argument("--traces", metavar="DIR", help="where traces are kept")
-    parser.add_argument("--save", metavar="FILE", help="write the numbers to this JSON file")
+    parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
-    where = (f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-             f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
-    print(where, flush=True)
+    if args.length < args.steps + 2:
+        raise ValueError(f"--length is {args.length}: {args.steps} steps need at least "
+                         f"{args.steps + 2}")
+    return args
+
+
+def main():
+    args = parse_args()
+    place = where(f"{DEFAULT_NAME}, float32, {args.length:,} tokens, {args.steps} steps")
+    print(place, flush=True)
     with ProcessPoolExecutor() as pool:         # a text is replayed while the next is recorded
         cells = {kind: pool.submit(cell, recorded(kind, args)) for kind in args.texts}
         found = {kind: future.result() for kind, future in cells.items()}
@@ -289,11 +317,11 @@ def main():
     speed = predicted(hits, RetroConfig(**found[args.texts[0]]["config"]))
     print(report(found, speed))
     if args.save:
-        path, facts = Path(args.save), {"where": where, "command": " ".join(sys.argv)}
-        path.write_text(json.dumps(facts | {"texts": found, "speed": speed}, indent=1) + "\n")
-        plot_hits(found, path.with_suffix(".png"))
-        plot_speed(speed, path.with_name(f"{path.stem}-speed.png"))
+        write_json(args.save, {"where": place, "command": " ".join(sys.argv), "texts": found,
+                               "speed": speed})
+        plot_hits(found, args.save.with_suffix(".png"))
+        plot_speed(speed, args.save.with_name(f"{args.save.stem}-speed.png"))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status("bench.traces", main))

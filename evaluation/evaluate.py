@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from app.cli import add_config, choose_hot, given_config
+from app.settings import parse_settings
 from evaluation import fidelity, ruler, texts
 from evaluation.tables import report
 from generate import decode, eager_step, sampler

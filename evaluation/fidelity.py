@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from generate import prefill
+from generate import fit, prefill
 from model import DenseCache
 from retroinfer import (
     PLAIN,
@@ -35,6 +35,7 @@ from retroinfer import (
     gather_clusters,
     rank_clusters,
     scores,
+    shares,
     tripartite_attention,
 )
 
@@ -108,22 +109,23 @@ def remembered():
 
 
 class Watched(WaveIndex):
-    """A wave index that says how many tokens it reads exactly; of two rows, which.
+    """A wave index that says how many tokens it reads exactly. With two rows it says which.
 
     The second row has positions as its values: wherever a value goes, a position comes along.
     """
 
     def __init__(self, config, capacity, batch):
-        super().__init__(config, capacity, batch, hot=PLAIN._replace(attend=self.watch,
-                                                                nearest=remembered()))
+        hot = PLAIN._replace(attend=self.watch, nearest=remembered())
+        super().__init__(config, capacity, batch, hot)
 
-    def watch(self, q, steady, index, budget, stores):
+    def watch(self, q, steady, index, stores, budget, method):
+        budget = fit(budget)
+
         def fetch(ids, ends):
-            k, v, bias = gather_clusters(index, stores, ids, ends, budget.tokens)
+            k, v, bias = gather_clusters(index, stores, budget.caps.tokens, ids, ends)
             self.fetched = v[-1, :, :, 0].long(), bias[-1, :, 0] == 0       # (H, N) both
             return k, v, bias
-        budget = budget.fitted()
-        return tripartite_attention(q, steady, index, budget, fetch)
+        return tripartite_attention(q, steady, index, budget, fetch, method)
 
     @property
     def read(self):
@@ -138,13 +140,14 @@ class Watched(WaveIndex):
     def ranks(self, q, where):
         """(H,) rank of the best cluster that holds one of the tokens `where`; 0: first, or none."""
         index = Index(*(x[1:] for x in self.index))
-        hit = torch.isin(self.v_store[1:, :, :, 0].long(), where).cumsum(-1)
+        hit = torch.isin(self.store.v[1:, :, :, 0].long(), where).cumsum(-1)
         hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
         ends = index.offsets + index.sizes.long()
         holds = hit.gather(-1, ends) > hit.gather(-1, index.offsets)
         q, live = q * q.shape[-1] ** -0.5, int(self.n_tokens[1] - self.n_indexed[1])
-        _, order = rank_clusters(q, scores(q, self.k_steady[1:, :, :live]), index,
-                                 index.sizes.shape[-1], self.config.by_mass)
+        near, far = scores(q, self.k_steady[1:, :, :live]), self.method.codec.score(
+            q, index, self.method)
+        order = rank_clusters(q, far, near, index, index.sizes.shape[-1], self.method)
         return holds.gather(-1, order)[0].long().argmax(-1)
 
 
@@ -166,11 +169,11 @@ def rows_read(cache):
     """Rows of D numbers that the latest step of one head needed."""
     if isinstance(cache, WaveIndex):
         clusters = (cache.index.sizes[0] > 0).sum(-1).float()               # (H,)
-        n_ranked = float(cache.budget().n_ranked[0].minimum(clusters).mean())
+        n_ranked = float(cache.budget().shares.ranked[0].minimum(clusters).mean())
         steady = int(cache.n_tokens[0] - cache.n_indexed[0])
         retrieved = float(cache.fetched[1].sum(-1).float().mean())
         return wave_rows(cache.config, steady, retrieved, float(clusters.mean()), n_ranked,
-                         cache.k_store.shape[-1])
+                         cache.index.means.shape[-1] * (2 if cache.config.bits == 4 else 1))
     pages = 2 * cache.bounds[0].shape[2] if hasattr(cache, "bounds") else 0
     if isinstance(cache, Chosen):
         return pages + 2 * cache.read[0].sum(-1).float().mean().item()
@@ -215,7 +218,8 @@ def ours_rows(n, steps, boost=1.0):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
-    n_retrieve, n_ranked = map(int, c.budget(torch.tensor(indexed)))
+    each = shares(c, torch.tensor(indexed), 1, c.method())
+    n_retrieve, n_ranked = int(each.retrieve), int(each.ranked)
     steady = n - indexed + indexed % c.cluster + steps / 2
     return wave_rows(c, steady, boost * n_retrieve * c.cluster, c.slots(indexed), n_ranked)
 
@@ -247,7 +251,7 @@ class Heard(DenseCache):
 def read_dense(model, ids, n_steps):
     """Logits (1, V) behind ids (n,), and caches that have read them and have room for steps."""
     caches = [Heard(len(ids) + n_steps) for _ in model.layers]
-    return prefill(model, caches, [ids], chunk=RetroConfig().heard), caches
+    return prefill(model, caches, [ids], chunk=RetroConfig().sink + RetroConfig().segment), caches
 
 
 @dataclass

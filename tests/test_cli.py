@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,6 +13,7 @@ import tiny
 import torch
 
 from app import cli
+from app.settings import parse_settings
 from buffer import WHOLE
 from generate import eager_step, generate
 from model import DenseCache
@@ -45,7 +47,8 @@ def last_json(out):
 # ---------------------------------------------------------------- what it does
 
 def test_answer_then_card(run, checkpoint):
-    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64)
+    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--set",
+                           "update=64")
     assert status == 0 and out.strip()
     card = err[err.index("context "):]
     assert [line.split()[0] for line in card.splitlines()] == [
@@ -62,8 +65,8 @@ def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
 
 
 def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt):
-    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 20, "--update", 32,
-                    "--retrieve", 1, "--values", 1, "--json", "--raw")
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 20, "--set", "update=32",
+                    "--set", "retrieve=1", "--set", "values=1", "--json", "--raw")
     from model import load
     model, tokenizer = load(checkpoint(**LONG), device="cpu")
     ids = torch.tensor([tokenizer.encode(prompt.read_text())])
@@ -74,51 +77,22 @@ def test_greedy_with_all_retrieved_says_what_dense_says(run, checkpoint, prompt)
 
 def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare",
-                           "--retrieve", 1, "--values", 1, "--update", 64, "--json")
+                           "--set", "retrieve=1", "values=1", "update=64", "--json")
     facts = last_json(out)
     assert status == 0 and facts["agreement"] == 1 and facts["dense_answer"] == facts["answers"][0]
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
 
 
-def test_check_says_what_is_certain_of_the_same_answer(run, checkpoint):
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64, "--json")
-    plain, (status, out, err) = last_json(run(*flags)[1]), run(*flags, "--check")
-    facts = last_json(out)
-    found = facts["check"]
-    assert status == 0 and facts["answers"] == plain["answers"] and "check" not in plain
-    assert found["checked"] == 8 * 2 * 4 and 0 <= found["read_low"] <= found["read_high"] <= 1
-    assert found["error"] <= found["error_worst"] and "\nmax-err" not in err
-    card = err[err.index("\ncheck "):]
-    assert f"{found['read_low']:.1%} to {found['read_high']:.1%}" in card
-    assert f"{found['vacuous'] / found['checked']:.1%} of the bounds are vacuous" in card
-
-
-def test_max_err_0_is_dense(run, checkpoint):
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 9, "--update", 64, "--json",
-             "--compare", "--max-err", 0)
-    status, out, err = run(*flags)
-    facts = last_json(out)
-    assert status == 0 and facts["agreement"] == 1 and facts["kl"] < 1e-6
-    assert facts["check"]["read_low"] == 1 and "max-err    0: not reached in 0 of 64" in err
-    few, err = run(*flags, "--max-retrieve", 0.1)[1:]
-    assert last_json(few)["kl"] > facts["kl"] and "not reached in 64 of 64" in err
-
-
-def test_without_a_step_nothing_is_checked(run, checkpoint):
-    status, _, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 1, "--check")
-    assert status == 0 and "no step was taken" in err
-
-
 def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
-    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--sink", 0,
-                    "--local", 1, "--retrieve", 0, "--estimate", 0, "--update", 16, "--json")
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--json",
+                    "--set", "sink=0", "local=1", "retrieve=0", "estimate=0", "update=16")
     facts = last_json(out)
     assert facts["kl"] > 1e-3 and facts["dense_bytes_a_step"] > facts["bytes_a_step"]
 
 
 def test_chunks_change_nothing(run, checkpoint):
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1,
-             "--values", 1, "--json")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--set", "retrieve=1",
+             "--set", "values=1", "--json")
     whole, chunks = (last_json(run(*flags, *more)[1]) for more in ((), ("--prefill-chunk", 100)))
     assert whole["answers"][0] == chunks["answers"][0]
 
@@ -153,12 +127,67 @@ def test_standard_input_is_a_prompt(checkpoint):
     assert last_json(done.stdout.decode())["generated_tokens"] == [3]
 
 
-def test_every_field_of_the_config_is_a_flag_with_help(capsys):
+def test_the_help_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    text = capsys.readouterr().out
-    for field in fields(RetroConfig):
-        assert re.search(rf"--{field.name.replace('_', '-')}[ ,].*\n? +\S.*", text), field.name
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 80
+
+
+def test_every_number_of_the_method_is_listed_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--set", "help"])
+    lines = capsys.readouterr().out.splitlines()
+    for line, field in zip(lines, fields(RetroConfig), strict=True):
+        name, default, *meaning = line.split()
+        assert name == field.name and len(meaning) > 3
+        assert parse_settings([f"{name}={default}"]) == {name: field.default}
+
+
+# ---------------------------------------------------------------- what a plain run needs
+
+LOADED = """
+import sys
+from app.cli import main
+status = main(sys.argv[1:])
+root = {root!r}
+ours = [name for name, x in sys.modules.items() if str(getattr(x, "__file__", "")).startswith(root)]
+print(status, *sorted(ours))
+"""
+
+
+def plain_run(root, prompt, model, *flags):
+    """Standard output and error of the main job in a process of its own, below `root`."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(root=f"{root}/"), "--prompt-file", str(prompt),
+         "--model", str(model), "--device", "cpu", "--max-new-tokens", "3", *flags],
+        cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
+    out, _ = plain_run(ROOT, prompt, checkpoint(**LONG), "--backend", "eager")
+    assert out.splitlines()[-1].split() == [
+        "0", "app.cli", "app.report", "app.session", "app.settings", "checkpoint", "generate",
+        "model", "retroinfer"]
+
+
+def test_the_main_job_runs_without_the_optional_parts(checkpoint, prompt, tmp_path):
+    """Each can be deleted: the planner, the buffer, the C++ twin, evaluation and benchmarks."""
+    for name in ("retroinfer", "generate", "model", "checkpoint", "kernels"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "app", tmp_path / "app")
+    for name in ("plan", "snapshot"):
+        (tmp_path / "app" / f"{name}.py").unlink()
+    _, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--backend", "eager")
+    assert "eager on cpu" in err
+    _, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--max-new-tokens", "1")
+    assert "torch.compile on cpu" in err and "native is not here" in err
+    out, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--offload")
+    assert out.startswith("2 ") and err == (
+        "retroinfer: --offload needs buffer.py, which is not here\n")
 
 
 # ---------------------------------------------------------------- batches, turns, saved indexes
@@ -171,7 +200,7 @@ def talk(monkeypatch, *turns):
 def test_a_batch_says_what_each_prompt_says_alone(run, checkpoint, prompt, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("the dog sat on the log and the cat thought. " * 11, "utf-8")
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 30, "--update", 32, "--json")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 30, "--set", "update=32", "--json")
     alone = [last_json(run(*flags, file=path)[1])["answers"][0] for path in (prompt, other)]
     status, out, err = run(*flags, "--prompt-file", other)
     facts = last_json(out)
@@ -182,10 +211,10 @@ def test_a_batch_says_what_each_prompt_says_alone(run, checkpoint, prompt, tmp_p
 
 def test_turns_go_on_from_what_was_said(run, checkpoint, monkeypatch, prompt, tmp_path):
     """The second answer is that to one raw prompt which holds the first turn and its answer."""
-    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--retrieve", 1,
-             "--values", 1, "--raw", "--json")
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--set", "retrieve=1",
+             "--set", "values=1", "--raw", "--json")
     talk(monkeypatch, "the dog sat")
-    status, out, _ = run(*flags, "--chat", "--update", 32)
+    status, out, _ = run(*flags, "--chat", "--set", "update=32")
     facts = last_json(out)
     assert status == 0 and len(facts["answers"]) == 2 and facts["generated_tokens"] == [24]
     from model import load
@@ -234,7 +263,7 @@ def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
 def flags(checkpoint, tmp_path):
     """With the values and the share that --offload has by itself, so that answers are the same."""
     return ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--json",
-            *(x for name, value in WHOLE.items() for x in (f"--{name}", value)))
+            "--set", *(f"{name}={value}" for name, value in WHOLE.items()))
 
 
 def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, capsys):
@@ -248,7 +277,7 @@ def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, c
     facts = last_json(capsys.readouterr().out)
     assert facts["answers"] == asked["answers"] and facts["read_tokens"][0] < 12
     assert facts["context_tokens"] == asked["context_tokens"]
-    status, out, _ = run(*flags, "--load-index", path, "--compare", "--retrieve", 1,
+    status, out, _ = run(*flags, "--load-index", path, "--compare", "--set", "retrieve=1",
                          "--question", "the cat sat")
     assert status == 0 and last_json(out)["agreement"] == 1
 
@@ -323,7 +352,7 @@ def test_offload_says_what_is_said_without(run, flags, prompt, tmp_path, monkeyp
     results = []
     for chosen in (less, more):
         talk(monkeypatch, "the dog sat")
-        results.append(run(*flags, "--update", 32, "--max-new-tokens", 40, *chosen))
+        results.append(run(*flags, "--set", "update=32", "--max-new-tokens", 40, *chosen))
     plain, off = map(said, results)
     assert off == plain
     facts, err = last_json(results[1][1]), results[1][2]
@@ -460,26 +489,25 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--retrieve", "1.5"], ["retrieve is 1.5", "between 0 and 1"]),
-    (["--estimate", "-1"], ["estimate is -1"]),
-    (["--retrieve", "nan"], ["retrieve is nan"]),
-    (["--cluster", "0"], ["cluster is 0", "at least 1"]),
-    (["--local", "0"], ["local is 0"]),
+    (["--set", "retrieve=1.5"], ["retrieve is 1.5", "between 0 and 1"]),
+    (["--set", "estimate=-1"], ["estimate is -1"]),
+    (["--set", "retrieve=nan"], ["retrieve is nan"]),
+    (["--set", "cluster=0"], ["cluster is 0", "at least 1"]),
+    (["--set", "local=0"], ["local is 0"]),
     (["--max-new-tokens", "0"], ["--max-new-tokens is 0"]),
     (["--prefill-chunk", "0"], ["--prefill-chunk is 0"]),
     (["--temperature", "-1"], ["temperature -1"]),
     (["--temperature", "nan"], ["temperature nan"]),
     (["--top-p", "0"], ["top-p 0"]),
-    (["--update", "many"], ["--update", "'many'"]),
+    (["--set", "update=many"], ["--set update=many: give a whole number"]),
     (["--dtype", "int4"], ["--dtype", "int4"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--backend", "triton"], ["--backend triton needs a GPU"]),
-    (["--check", "--backend", "triton"], ["--check", "--backend compile or eager"]),
-    (["--max-err", "0.1", "--offload"], ["--max-err", "leave out --offload"]),
-    (["--max-err", "2"], ["--max-err is 2.0", "0 to 1"]),
-    (["--max-err", "nan"], ["--max-err is nan"]),
-    (["--max-err", "0.1", "--max-retrieve", "0"], ["--max-retrieve is 0.0", "above 0"]),
+    (["--set", "spread=1"], ["--set does not know 'spread'", "min_retrieve", "--set help"]),
+    (["--set", "retrieve"], ["--set retrieve=: give a number"]),
+    (["--set", "outliers=perhaps"], ["--set outliers=perhaps: give yes or no"]),
+    (["--offload", "--backend", "native"], ["leave out --backend native"]),
     (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
 def test_flags_out_of_range(run, checkpoint, flags, words):
     refused(run("--model", checkpoint(**LONG), *flags), *words)
@@ -506,16 +534,17 @@ def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
     device = torch.device("cuda:0")
     _, hot, said = cli.choose_backend(name, device)
     assert said.startswith(words)
-    assert hot.attend.__module__ == ("retroinfer" if name else "kernels")
+    assert hot.attend.__module__ == ("generate" if name else "kernels")
 
 
 @pytest.mark.parametrize("name, words", [
-    (None, "native/step.cpp and torch.compile on cpu"), ("native", "native/step.cpp and torch.compile"),
+    (None, "native/step.cpp and torch.compile on cpu"),
+    ("native", "native/step.cpp and torch.compile"),
     ("compile", "torch.compile on cpu"), ("eager", "eager on cpu")])
 def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
     _, hot, said = cli.choose_backend(name, torch.device("cpu"))
     assert said.startswith(words) and said.endswith("asked for" if name else "the default")
-    assert hot.attend.__module__ == ("native" if words[:6] == "native" else "retroinfer")
+    assert hot.attend.__module__ == ("native.step" if words[:6] == "native" else "generate")
 
 
 def test_native_code_is_for_a_cpu():
@@ -525,4 +554,4 @@ def test_native_code_is_for_a_cpu():
 
 def test_keys_with_biases_are_indexed_in_sixteen_bits_unless_told_otherwise():
     assert [cli.settle(cli.parse_args(["--prompt-file", "x", *more]), has_biases).bits
-            for more in ([], ["--bits", "4"]) for has_biases in (False, True)] == [4, 16, 4, 4]
+            for more in ([], ["--set", "bits=4"]) for has_biases in (False, True)] == [4, 16, 4, 4]

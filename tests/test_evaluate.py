@@ -364,7 +364,7 @@ def test_numbers_that_are_given_are_those_of_ours(checkpoint, tmp_path, capsys):
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
              "--steps", "2", "--parts", "texts", "--methods", "ours"]
     read = {}
-    for more in ([], ["--values", "1"], ["--retrieve", "1", "--values", "1"]):
+    for more in ([], ["--set", "values=1"], ["--set", "retrieve=1", "--set", "values=1"]):
         out = tmp_path / f"{len(more)}.jsonl"
         assert evaluate.main([*words, *more, "--out", str(out)]) == 0
         capsys.readouterr()
@@ -413,8 +413,8 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     (["--lengths", "500"], "a text of 500 tokens is nearly all in the exact window"),
     (["--lengths", "1500"], "1,500 tokens, the model's context is 64: give smaller --lengths"),
     (["--steps", "0"], "--steps is 0: give 1 to 256"),
-    (["--values", "1"], "other methods have the bytes of the default: give --methods ours"),
-    (["--methods", "ours", "--values", "2"], "values is 2.0: give a share between 0 and 1"),
+    (["--set", "values=1"], "other methods have the bytes of the default: give --methods ours"),
+    (["--methods", "ours", "--set", "values=2"], "values is 2.0: give a share between 0 and 1"),
     (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
 def test_bad_input_is_one_line(checkpoint, tmp_path, capsys, words, line):
     model = [] if "--model" in words else ["--model", str(checkpoint())]

@@ -421,7 +421,8 @@ def test_rows_are_copied_as_by_pytorch_and_none_else(N, T, D, dtype):
 def compilers():
     """Processes that compile every kernel for a target each, begun before the first test."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    yield (running := {n: subprocess.Popen([sys.executable, "-m", "bench.footprint", str(n)], env=env, text=True,
+    yield (running := {n: subprocess.Popen([sys.executable, "-m", "bench.footprint", str(n)],
+                                           env=env, text=True,
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                        for n in CAPABILITIES})
     for process in running.values():

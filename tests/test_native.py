@@ -245,7 +245,8 @@ def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
 
 def start():
     program = "from native import step; step.library('float32', 'uint8', 64).attend"
-    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(native.__file__).parent.parent)
+    root = Path(native.__file__).parent.parent
+    return subprocess.Popen([sys.executable, "-c", program], cwd=root)
 
 
 def test_the_cache_tells_sources_compilers_and_flags_apart(monkeypatch, tmp_path):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from app import cli
+from app import plan as command
 from app.plan import GIB, REMEDIES, Run, fit, largest_capacity, plan, shape, weights
-from buffer import offload
+from buffer import WaveBuffer, offload
 from generate import eager_step, prefill
 from model import Llama
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import RetroConfig, Store, WaveIndex
 
 LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
 
@@ -31,8 +31,10 @@ def most_alive(work):
 def alive(model, caches):
     """Bytes of all parameters and of all tensors that lie in attributes, each storage once."""
     held, owners = list(model.parameters()), list(caches)
-    for buffer in filter(None, (cache.buffer for cache in caches)):
-        owners += [buffer, buffer.cache, buffer.cache.policy]
+    for store in (cache.store for cache in caches):
+        owners.append(store)
+        if isinstance(store, WaveBuffer):
+            owners += [store.cache, store.cache.policy]
     for owner in owners:
         for x in vars(owner).values():
             held += [t for t in (x if isinstance(x, (tuple, list)) else (x,)) if torch.is_tensor(t)]
@@ -41,9 +43,10 @@ def alive(model, caches):
 
 def measured(model, run):
     """Bytes (alive for good, most beyond them in a prefill's last chunk, most in a step)."""
-    buffer = None if run.cache_ratio is None else offload(
+    store = Store if run.cache_ratio is None else offload(
         model, run.capacity, run.batch, cache_ratio=run.cache_ratio)
-    caches = [WaveIndex(run.retro, run.capacity, run.batch, offload=buffer) for _ in model.layers]
+    caches = [WaveIndex(run.retro, run.capacity, run.batch, make_store=store)
+              for _ in model.layers]
     ids = torch.arange(run.capacity - 8) % run.model.vocab_size
     prefill(model, caches, [ids[:-run.chunk]] * run.batch, run.chunk)
     reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
@@ -84,7 +87,7 @@ def test_parts_are_those_of_the_cache_that_is_allocated(narrow):
     cache = WaveIndex(run.retro, run.capacity, run.batch)
     cache.allocate(torch.empty(1, 3, 0, 64))
     device = plan(run).device
-    assert device["store"] == 3 * (cache.k_store.nbytes + cache.v_store.nbytes)
+    assert device["store"] == 3 * (cache.store.k.nbytes + cache.store.v.nbytes)
     assert device["steady zone"] == 3 * (cache.k_steady.nbytes + cache.v_steady.nbytes)
     assert device["index"] == 3 * sum(x.nbytes for x in cache.index)
 
@@ -159,8 +162,8 @@ def test_weights_that_do_not_fit_are_said_to_be_the_reason():
 # ---------------------------------------------------------------- the command line
 
 def test_plan_prints_the_parts_and_runs_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "load", None)
-    status = cli.main(["--plan", "Llama-3.1-8B", "--capacity", "131072", "--memory", "40",
+    monkeypatch.setattr("model.load", None)
+    status = command.main(["Llama-3.1-8B", "--capacity", "131072", "--memory", "40",
                        "--prefill-chunk", "2048"])
     out, err = capsys.readouterr()
     assert status == 0 and not err
@@ -172,16 +175,16 @@ def test_plan_prints_the_parts_and_runs_nothing(capsys, monkeypatch):
 
 def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint):
     path = checkpoint()
-    assert cli.main(["--model", str(path), "--plan", "--device", "cpu"]) == 0
+    assert command.main([str(path), "--device", "cpu"]) == 0
     assert f"{path}, 64 tokens x 1, float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--plan", "Lama"], "no shape or model is named Lama: give a path, or one of SmolLM2"),
-    (["--plan", "Llama-3.1-8B", "--memory", "24"], "what fits: --offload --prefill-chunk 2048"),
-    (["--plan", "--batch", "0"], "--batch is 0: at least 1 is needed"),
-    (["--plan", "--memory", "0"], "--memory is 0.0: give GiB above 0")])
+    (["Lama"], "no shape or model is named Lama: give a path, or one of SmolLM2"),
+    (["Llama-3.1-8B", "--memory", "24"], "what fits: --offload --prefill-chunk 2048"),
+    (["--batch", "0"], "--batch is 0: at least 1 is needed"),
+    (["--memory", "0"], "--memory is 0.0: give GiB above 0")])
 def test_what_cannot_be_planned_is_one_line_and_status_two(capsys, flags, message):
-    assert cli.main(["--device", "cpu", *flags]) == 2
+    assert command.main(["--device", "cpu", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1

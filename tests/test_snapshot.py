@@ -71,7 +71,7 @@ def test_a_restored_index_goes_on_as_if_never_saved(loaded, tmp_path, data):
     restored = [WaveIndex(config, capacity) for _ in model.layers]
     snapshot.restore(restored)
     for a, b in zip(caches, restored, strict=True):
-        for x, y in zip(a.live(0).values(), b.live(0).values(), strict=True):
+        for x, y in zip(a.state(0).values(), b.state(0).values(), strict=True):
             assert x.equal(y)
     unsaved, _ = read(model, ids, capacity, config)
     assert go_on(model, restored, question, 40) == go_on(model, unsaved, question, 40)
@@ -120,7 +120,7 @@ def test_each_setting_that_builds_an_index_must_be_the_same(loaded, saved, field
     given = {name: getattr(CONFIG, name) for name in SHAPES}
     changed = {"bits": 16}.get(field, 2 * given[field] if given[field] is not True else False)
     other = RetroConfig(**given | {field: changed})
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} {given[field]}, here it"):
+    with pytest.raises(ValueError, match=f"--set {field} {given[field]}, here it"):
         Snapshot(saved[0], *loaded, other)
 
 
@@ -163,7 +163,7 @@ def restored_state(path, loaded):
     snapshot = Snapshot(path, *loaded, CONFIG)
     caches = [WaveIndex(CONFIG, 400) for _ in loaded[0].layers]
     snapshot.restore(caches)
-    return [snapshot.ids, *(x for cache in caches for x in cache.live(0).values())]
+    return [snapshot.ids, *(x for cache in caches for x in cache.state(0).values())]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=PER_FUNCTION)
@@ -217,7 +217,7 @@ for n in range(12):
     ids, *state = restored_state(path, loaded)
     which = [i for i in (0, 1) if ids.equal(texts[i])][0]
     assert all(a.equal(b) for a, b in zip(
-        state, (x for cache in states[which] for x in cache.live(0).values())))
+        state, (x for cache in states[which] for x in cache.state(0).values())))
 before, names = open(path, "rb").read(), os.listdir(os.path.dirname(path))
 resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, -1))            # a disk that is full
 try:
