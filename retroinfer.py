@@ -382,7 +382,7 @@ class WaveIndex(LayerCache):
         """Cluster the next tokens k, v (1, H, L, D), put them in cluster order in place."""
         start = self.config.sink + int(self.n_indexed[row])
         weights = self.method.channel_weights(self.q_energy[row], self.config)
-        part, k_sorted, v_sorted = cluster_segment(k, v, weights, self.config, self.hot)
+        part, k_sorted, v_sorted = cluster_segment(k, v, self.config, self.hot, weights)
         k.copy_(k_sorted)
         v.copy_(v_sorted)
         part = part._replace(offsets=part.offsets + start)
@@ -459,9 +459,9 @@ class WaveIndex(LayerCache):
                 "steady zone": self.k_steady.nbytes + self.v_steady.nbytes, **self.store.nbytes()}
 
 
-def shares(config, tokens, boosts, method):
+def shares(config, tokens, boosts=1, method=None):
     """The Shares of heads, (B, H) or (B, 1), of sequences with so many indexed tokens (B, 1)."""
-    slots, clusters = config.slots(tokens), tokens // config.cluster
+    slots, clusters, method = config.slots(tokens), tokens // config.cluster, method or config.method()
 
     def portion(share, factor=1):       # of the clusters before any is split; 1 means all slots
         if share >= 1:
@@ -578,13 +578,13 @@ def mix_means(weights, index, order, method):
 
 # ---------------------------------------------------------------- clustering a segment (§4.2)
 
-def cluster_segment(k, v, weights, config, hot):
+def cluster_segment(k, v, config, hot=None, weights=1):
     """Cluster L tokens k, v (1, H, L, D), L a multiple of the cluster size.
 
     weights (1, H, 1, D) or 1: of the channels of k. Returns their Index, offsets from 0, and k, v
     in its order.
     """
-    L, method = k.shape[2], config.method()
+    L, method, hot = k.shape[2], config.method(), hot or PLAIN
     slots = config.slots(L)
     centred = k.float() - k.float().mean(2, keepdim=True)                   # (1, H, L, D)
     ids = spherical_kmeans(centred * weights, L // config.cluster, config.iterations, hot)
@@ -602,14 +602,14 @@ def cluster_segment(k, v, weights, config, hot):
     return index, take(k, order), take(v, order)
 
 
-def spherical_kmeans(x, C, iterations, hot):
+def spherical_kmeans(x, C, iterations, hot=None):
     """Cluster ids (B, H, L) of centred keys x (B, H, L, D): nearest by inner product.
 
     Centroids are unit vectors, seeded at even distances along the text. The published code does
     not normalise the seeds: they then outshine every unit vector, and most clusters run empty in
     the second pass.
     """
-    L = x.shape[2]
+    L, hot = x.shape[2], hot or PLAIN
     seeds = (torch.arange(C, device=x.device) * 2 + 1) * L // (2 * C)       # (C,)
     centroids = F.normalize(x[:, :, seeds], dim=-1)                         # (B, H, C, D)
     for _ in range(iterations - 1):

@@ -35,7 +35,7 @@ from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import eager_step
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
-from retroinfer import PLAIN, RetroConfig, Store, WaveIndex, cluster_segment, round_up
+from retroinfer import RetroConfig, Store, WaveIndex, cluster_segment, round_up
 
 GIB = 2**30
 REMEDIES = {    # what is tried where a run does not fit
@@ -205,7 +205,7 @@ def prefill_bytes(model, cache, run):
             size = 9 + k.element_size()                 # bool, and one as the keys
             mask = ids.new_empty(q.shape[2], run.capacity, size, dtype=torch.uint8)
             del mask
-        cluster_segment(segment, segment, 1, run.retro, PLAIN)
+        cluster_segment(segment, segment, run.retro)
         return o
 
     def work():         # K and V of a layer are brought, while those of the one before go back

@@ -32,11 +32,9 @@ scaled: its mass is M, the sum of w_j. Known are its stored centroid c and mean 
 
 What fp32 loses in q·k (D terms of up to |q| |k| each) is added to both bounds.
 
---check reports them. With --max-err a head retrieves more clusters, and all their values, until at
-most this share of its attention mass may lie in tokens not read: 0 is dense attention. That share
-is known before a member is read and means the same in every head; an error is known only behind it.
+The bounds are true, and on real text they are vacuous: docs/bounds.md has the figures.
 
-    python -m evaluation.bounds           # a million of them against float64: results/certificate.json
+    python -m evaluation.bounds     # a million of them against float64: results/certificate.json
 
     B batch   H kv heads   G query heads per kv head   D head dim   C clusters   P tokens in one
 
@@ -44,25 +42,28 @@ Does not include: the buffer of offloaded keys, Triton kernels. The statistics t
 cluster, and checking a step costs more than taking it.
 """
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from generate import fit
 from retroinfer import (
     PLAIN,
+    Budget,
     Index,
     RetroConfig,
+    Shares,
     WaveIndex,
     before,
     gather_clusters,
-    halves,
     owners,
     rank_clusters,
     scores,
     take,
     tripartite_attention,
+    unpack,
 )
 
 CHUNK = 512         # clusters measured at a time
@@ -116,7 +117,7 @@ def measure(index, stores):
 
 def stored(x, scales):
     """Centroids or means (B, H, C, D) of an index, unpacked: fp32 holds them as they are."""
-    return (torch.cat(halves(x), -1) if x.dtype == torch.uint8 else x.float()) * scales[..., None]
+    return (torch.cat(unpack(x), -1) if x.dtype == torch.uint8 else x.float()) * scales[..., None]
 
 
 def deviations(x, is_member, mean):
@@ -161,7 +162,7 @@ def look(q, steady, index, bounds):
     longest = torch.maximum(steady[0].float().norm(dim=-1).amax(-1),
                             bounds.key_norms.amax(-1))                      # (B, H)
     rounding = length * longest[..., None, None] * (q.shape[-1] * ROUNDING) + ARITHMETIC
-    center = scores(q, index.centroids) * index.scales[..., 0][:, :, None]  # (B, H, G, C)
+    center = scores(q, stored(index.centroids, index.scales[..., 0]))       # (B, H, G, C)
     center = (center + index.sizes.log()[:, :, None]).double()
     slack = length * bounds.slacks[:, :, None] + rounding
     spread = log_spread(length * bounds.radii[:, :, None], bounds.ratios[:, :, None])
@@ -176,15 +177,16 @@ def log_spread(b, t):
     return torch.logaddexp(-t * b, t.log() + b) - torch.log1p(t)
 
 
-def certified_attention(q, step, budget, stores):
+def certified_attention(q, step, stores, budget, method):
     """tripartite_attention over clusters in stores k, v (B, H, T, D), and its Certificate."""
     fetched = []
 
     def fetch(ids, ends):
-        fetched.extend((ids, ends, *gather_clusters(step.index, stores, ids, ends, budget.tokens)))
+        k, v, bias = gather_clusters(step.index, stores, budget.caps.tokens, ids, ends)
+        fetched.extend((ids, ends, k, v, bias))
         return fetched[2:]
 
-    o = tripartite_attention(q, step.steady, step.index, budget, fetch)
+    o = tripartite_attention(q, step.steady, step.index, budget, fetch, method)
     ids, ends, k, _, bias = fetched
     x = (scores(step.q, k) + bias).double()                                 # (B, H, G, N)
     exact = torch.logaddexp(step.exact, x.logsumexp(-1, keepdim=True))
@@ -192,22 +194,24 @@ def certified_attention(q, step, budget, stores):
         -1, ids, ends > before(ends))[:, :, None]                           # (B, H, 1, C)
     left = step._replace(exact=exact, low=step.low.masked_fill(is_read, -math.inf),
                          high=step.high.masked_fill(is_read, -math.inf))
-    estimated = estimates(step, budget).masked_fill(is_read, -math.inf)
-    far = step.bounds.value_radii.gather(-1, ids).gather(-1, owners(ends, budget.tokens))
+    estimated = estimates(step, budget, method).masked_fill(is_read, -math.inf)
+    far = step.bounds.value_radii.gather(-1, ids).gather(-1, owners(ends, budget.caps.tokens))
     lost = lose_values(left, estimated, x, far, budget)
     low, high = (torch.sigmoid(exact + sign * 2 * step.rounding - x.logsumexp(-1, keepdim=True))
                  for sign, x in ((-1, left.high), (1, left.low)))
     return o, Certificate(low[..., 0], high[..., 0], bound_error(left, estimated, lost, o), is_read)
 
 
-def estimates(step, budget):
+def estimates(step, budget, method):
     """Log mass (B, H, G, C) that each ranked cluster has if it is estimated; -inf: dropped."""
-    masses, order = rank_clusters(step.q, step.x_steady, step.index, budget.ranked,
-                                  budget.by_mass)
-    near = torch.arange(budget.ranked, device=order.device) < budget.n_ranked[..., None]
-    ranked = torch.zeros_like(masses[:, :, 0], dtype=torch.bool).scatter(
-        -1, order, near.expand_as(order))
-    return masses.double().masked_fill(~ranked[:, :, None], -math.inf)
+    logits = method.codec.score(step.q, step.index, method)                 # (B, H, G, C)
+    order = rank_clusters(step.q, logits, step.x_steady, step.index, budget.caps.ranked, method)
+    place = torch.arange(budget.caps.ranked, device=order.device)
+    is_near = place < budget.shares.ranked[..., None]                       # (B, H, R+E)
+    is_ranked = torch.zeros_like(step.index.sizes, dtype=torch.bool).scatter(
+        -1, order, is_near.expand_as(order))
+    masses = logits + method.log_count(step.q, step.index)
+    return masses.double().masked_fill(~is_ranked[:, :, None], -math.inf)
 
 
 def lose_values(left, estimated, x, far, budget):
@@ -216,7 +220,7 @@ def lose_values(left, estimated, x, far, budget):
     weights here and in the step, four roundings each; any other counts as lost."""
     total = left.exact.logaddexp(estimated.logsumexp(-1, keepdim=True))     # (B, H, G, 1)
     weights = F.pad((x - total).exp().sum(2, keepdim=True), (0, 1))         # (B, H, 1, N+1)
-    n = budget.part(budget.room)[..., None, None].expand(*weights.shape[:3], 1)
+    n = budget.shares.values[..., None, None].expand(*weights.shape[:3], 1)
     first = weights.sort(descending=True).values.gather(-1, n).clamp(min=1e-30)     # fp32: 0
     margin = (8 * left.rounding.amax(2, keepdim=True)).clamp(max=50).exp()  # (B, H, 1, 1)
     is_read = weights[..., :-1] > first * margin
@@ -264,143 +268,57 @@ def value_terms(left, peak, high):
     return torch.where(is_fixed, near, far), torch.where(is_fixed, fixed, 0)
 
 
-def needed(step, by_mass, max_err):
-    """(B, H): of how many of the best clusters all members must be read so that the others hold at
-    most max_err of the attention mass for certain."""
-    C = step.low.shape[-1]
-    _, order = rank_clusters(step.q, step.x_steady, step.index, C, by_mass)
-    order = order[:, :, None].expand_as(step.low)
-    low, high = (x.gather(-1, order) for x in (step.low, step.high))        # best first
-    rest = high.flip(-1).logcumsumexp(-1).flip(-1)          # behind so many read: (B, H, G, C)
-    read = F.pad(low.logcumsumexp(-1)[..., :-1], (1, 0), value=-math.inf)
-    read = torch.logaddexp(read, step.exact) - 4 * step.rounding
-    share = rest - torch.logaddexp(read, rest)
-    return (share > (math.log(max_err) if max_err else -math.inf)).sum(-1).amax(-1)
-
-
 # ---------------------------------------------------------------- a cache that checks its steps
 
 class CheckedIndex(WaveIndex):
-    """A wave index that says what is certain of its steps; else as WaveIndex in PyTorch.
+    """A wave index that keeps the latest step: arguments, output and Certificate."""
 
-    max_err: a head retrieves clusters, up to the share `most` of them, until at most this share of
-    its attention mass may lie in tokens that are not read; a step takes what the widest needs.
-    ValueError if either is no share.
-    """
+    def __init__(self, config, capacity, batch=1):
+        super().__init__(config, capacity, batch, PLAIN._replace(attend=self.certify))
+        self.measured = None
 
-    def __init__(self, config, capacity, batch=1, max_err=None, most=1.0):
-        check_shares(max_err, most)
-        wide = replace(config, retrieve=max(config.retrieve, most), values=1.0)
-        super().__init__(config if max_err is None else wide, capacity, batch,
-                         hot=PLAIN._replace(attend=self.attend))
-        self.asked, self.max_err, self.measured = config, max_err, None
-
-    def allocate(self, k):
-        super().allocate(k)
+    def allocate_index(self, like):
+        super().allocate_index(like)
         self.bounds = Bounds(*(torch.zeros_like(self.index.sizes) for _ in Bounds._fields))
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=k.device)
-        self.worst = torch.zeros(len(WORST), dtype=torch.float64, device=k.device)
 
     def update(self):
         room = super().update()
         if self.n_clusters.tolist() != self.measured:       # no cluster ever changes: some are new
             self.measured = self.n_clusters.tolist()
-            stores = self.k_store, self.v_store
+            stores = self.store.k, self.store.v
             for old, new in zip(self.bounds, measure(self.index, stores), strict=True):
                 old.copy_(new)
         return room
 
-    def attend(self, q, steady, index, budget, stores):
+    def certify(self, q, steady, index, stores, budget, method):
         """tripartite_attention, certified; each of the B*H heads is a sequence of its own here."""
         B, H, G, D = q.shape
         q, k, v, bias, *stores = (x.flatten(0, 1)[:, None] for x in (q, *steady, *stores))
         index, bounds = (type(x)(*(y.flatten(0, 1)[:, None] for y in x))
                          for x in (index, self.bounds))
         step = look(q, (k, v, bias), index, bounds)
-        n_retrieve, n_ranked, cap = (n.expand(B, H).reshape(-1, 1) for n in (
-            *self.asked.budget(self.n_indexed[:, None], self.boosts), budget.n_retrieve))
-        n_estimate, n_tokens = n_ranked - n_retrieve, self.asked.room(n_retrieve)
-        if self.max_err is not None:
-            n_retrieve = n_retrieve.maximum(needed(step, budget.by_mass, self.max_err))
-            n_retrieve = n_retrieve.minimum(cap)
-            n_tokens = n_retrieve * self.config.largest     # all that are retrieved must fit
-        budget = budget._replace(n_retrieve=n_retrieve, n_ranked=n_retrieve + n_estimate,
-                                 n_tokens=n_tokens).fitted()
-        o, certificate = certified_attention(q, step, budget, stores)
-        self.record(step, o, certificate)
+        each = Shares(*(x.expand(B, H).reshape(-1, 1) for x in budget.shares))
+        budget = fit(Budget(budget.caps, each))
+        o, certificate = certified_attention(q, step, stores, budget, method)
+        self.kept = step, o, certificate
         return o.view(B, H, G, D)
-
-    def record(self, step, o, certificate):
-        """Count a step: no host reads it before the end."""
-        low, high, error, _ = certificate
-        error, unread = error / (o.double().norm(dim=-1) + 1e-300), 1 - low     # (B*H, 1, G)
-        is_above = torch.zeros_like(low) if self.max_err is None else unread > self.max_err
-        self.sums.add_(torch.stack([x.double().sum() for x in (
-            torch.ones_like(low), low, high, error, error >= 1, is_above)]))
-        self.worst.copy_(torch.maximum(self.worst, torch.stack([unread.amax(), error.amax()])))
-
-
-SUMS = "checked", "read_low", "read_high", "error", "vacuous", "above"
-WORST = "unread_worst", "error_worst"
-
-
-def check_shares(max_err, most):
-    if max_err is not None and not 0 <= max_err <= 1:
-        raise ValueError(f"--max-err is {max_err}: give a share of the attention mass, 0 to 1")
-    if not 0 < most <= 1:
-        raise ValueError(f"--max-retrieve is {most}: give a share of the clusters, above 0, to 1")
-
-
-def summary(caches):
-    """Of all steps of all layers: how many (layer, head, step), means of what is certain, worst."""
-    sums = dict(zip(SUMS, torch.stack([c.sums for c in caches]).sum(0).tolist(), strict=True))
-    worst = torch.stack([c.worst for c in caches]).amax(0).tolist()
-    n, means = sums["checked"], ("read_low", "read_high", "error")
-    return ({name: x / max(n, 1) if name in means else int(x) for name, x in sums.items()}
-            | dict(zip(WORST, worst, strict=True)) | {"max_err": caches[0].max_err})
-
-
-def check_lines(f):
-    """A summary as lines of the card."""
-    if not f["checked"]:
-        return ["check      no step was taken"]
-    said = [
-        f"check      {f['read_low']:.1%} to {f['read_high']:.1%} of the attention mass had its "
-        f"keys read, on average over {f['checked']:,} (layer, head, step);",
-        f"           in the worst at least {1 - f['unread_worst']:.1%}. Outputs are within "
-        f"{f['error']:.3g} times their length of dense attention's,",
-        f"           the worst {f['error_worst']:.3g}; {f['vacuous'] / f['checked']:.1%} of the "
-        "bounds are vacuous: 1 or more"]
-    if f["max_err"] is not None:
-        said.append(f"max-err    {f['max_err']:g}: not reached in {f['above']:,} of "
-                    f"{f['checked']:,} (layer, head, step)")
-    return said
 
 
 # ---------------------------------------------------------------- a million pairs of head and query
 
-class Witness(CheckedIndex):
-    """Keeps the latest step and what was certified of it."""
-
-    def record(self, step, o, certificate):
-        super().record(step, o, certificate)
-        self.kept = step, o, certificate
-
-    def copy_row(self, one):
-        """Become many sequences of one text, which `one` has read, to be asked side by side."""
-        self.allocate(one.k_store)
-        mine, theirs = ((x.k_store, x.v_store, x.k_steady, x.v_steady, *x.index, *x.bounds,
-                         x.boosts, x.n_tokens, x.n_indexed, x.n_clusters) for x in (self, one))
-        for here, there in zip(mine, theirs, strict=True):
-            here.copy_(there)
-        self.is_reading = [False] * len(self.is_reading)
+def copy_row(many, one):
+    """Fill each sequence of `many` with the text of `one`: its queries are asked side by side."""
+    many.allocate(one.store.k)
+    for row in range(len(many.is_in_store)):
+        many.restore(one.state(0), row=row)
+    many.update()
 
 
 def truth(cache, q):
     """In float64: log masses (B, H, G, C) of the clusters, which all sequences share, and of the
     steady zone (B, H, G, 1), and dense attention's output (B, H, G, D) to q (B, H*G, 1, D)."""
     start, n, live = cache.config.sink, int(cache.n_indexed[0]), cache.n_tokens - cache.n_indexed
-    k, v = (x[0, :, start:start + n].double() for x in (cache.k_store, cache.v_store))
+    k, v = (x[0, :, start:start + n].double() for x in (cache.store.k, cache.store.v))
     k_s, v_s = (x[:, :, :live[0]].double() for x in (cache.k_steady, cache.v_steady))
     (B, H, C), D = cache.index.sizes.shape, q.shape[-1]
     q = q.view(B, H, -1, D).double() * D ** -0.5
@@ -443,15 +361,14 @@ def examine_layers(config, case, n_steps, batch=32):
     """What examine says of n_steps queries of every layer, each behind one text: (pairs,)."""
     parts = []
     for past, (q, k1, v1, _) in zip(case.past, case.steps, strict=True):
-        one, many = (Witness(config, past[1].shape[2] + 1, n) for n in (1, batch))
+        one, many = (CheckedIndex(config, past[1].shape[2] + 1, n) for n in (1, batch))
         one.prefill(*past)
-        one.update()
-        many.copy_row(one)
+        copy_row(many, one)
         for t in range(0, n_steps // batch * batch, batch):
             now = [x[0, :, t:t + batch].transpose(0, 1)[:, :, None].contiguous()
                    for x in (q, k1, v1)]
             parts.append(examine(many, now[0], many.decode(*now)))
-            many.n_tokens.copy_(one.n_tokens)
+            many.n_tokens.sub_(1)
     return {name: torch.cat([x[name] for x in parts]) for name in parts[0]}
 
 
@@ -469,7 +386,8 @@ RUNS = {                    # config, texts of texts.py, tokens of each that are
     "default": (RetroConfig(), ("documents", "code", "table", "prose"), 1024, QUERIES),
     "4,096 tokens": (RetroConfig(), ("prose",), 4096, 32),
     "bits 16": (RetroConfig(bits=16), ("prose",), 1024, 32),
-    **{f"cluster {n}": (RetroConfig(bits=16, cluster=n, min_retrieve=256 // n), ("prose",), 1024, 32)
+    **{f"cluster {n}": (RetroConfig(bits=16, cluster=n, min_retrieve=256 // n), ("prose",),
+                        1024, 32)
        for n in (4, 2, 1)}}
 
 

@@ -1,7 +1,7 @@
 """How far from dense attention: perplexity, KL, every head's error and mass, against bytes read.
 
-    python -m evaluation.evaluate                  # or: make evaluate. Quick: four texts of 4,096 tokens
-    python -m evaluation.evaluate --full           # 4,096 and 8,192 tokens, more budgets, RULER: hours
+    python -m evaluation.evaluate           # or: make evaluate. Quick: four texts of 4,096 tokens
+    python -m evaluation.evaluate --full    # 4,096 and 8,192 tokens, more budgets, RULER: hours
 
 Texts (texts.py), needles hidden in essays and, with --full, RULER's tasks (ruler.py) go through
 dense attention and, from the same keys and values, through every method (fidelity.py): the paper's
@@ -30,7 +30,7 @@ import torch
 from app.settings import parse_settings
 from evaluation import fidelity, ruler, texts
 from evaluation.tables import report
-from generate import decode, eager_step, sampler
+from generate import decode, eager_step, hot_functions, sampler
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import RetroConfig, WaveIndex
 
@@ -213,7 +213,7 @@ def ruler_cell(run, name, length, i):
                 run.settings["dialect"], reserve=empty)
         except ruler.TooShort as e:         # the shortest documents of qa_2 are more than 2,048
             return run.add(f"{key}/none", str(e))
-    hot = choose_hot(None, torch.device("cpu"))
+    hot = hot_functions(torch.device("cpu"))
     methods = {"dense": DenseCache} | {
         method: functools.partial(WaveIndex, config, hot=hot)
         for method, config in (("paper", RetroConfig.paper()), ("ours", run.config))}
@@ -230,13 +230,14 @@ def settings_of(args):
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
         settings[name] = list(args.lengths or settings[name]) if settings[name] else []
     settings |= {} if args.steps is None else {"steps": args.steps}
-    if given := given_config(args):
+    if given := parse_settings(args.set):
         if not args.methods:
             raise ValueError("other methods have the bytes of the default: give --methods ours")
         RetroConfig(**given)                                # or a line that says what is wrong
         settings["config"] = given
     source = b"".join((ROOT / name).read_bytes()
-                      for name in ("retroinfer.py", "model.py", "evaluation/fidelity.py", "evaluation/texts.py"))
+                      for name in ("retroinfer.py", "model.py", "evaluation/fidelity.py",
+                                   "evaluation/texts.py"))
     return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
 
 
@@ -257,7 +258,8 @@ def parse_args(argv):
         help="only these, and no budgets")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
-    add_config(parser.add_argument_group("numbers of ours, with --methods"), {})
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="numbers of ours, with --methods")
     return parser.parse_args(argv)
 
 

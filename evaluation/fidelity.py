@@ -218,7 +218,7 @@ def ours_rows(n, steps, boost=1.0):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
-    each = shares(c, torch.tensor(indexed), 1, c.method())
+    each = shares(c, torch.tensor(indexed))
     n_retrieve, n_ranked = int(each.retrieve), int(each.ranked)
     steady = n - indexed + indexed % c.cluster + steps / 2
     return wave_rows(c, steady, boost * n_retrieve * c.cluster, c.slots(indexed), n_ranked)

@@ -26,7 +26,7 @@ from retroinfer import RetroConfig, cluster_segment, spherical_kmeans, weigh_cha
 text, config = captured(), RetroConfig()
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
-n_open = config.least                                   # clusters a query may open
+n_open = config.min_retrieve                                   # clusters a query may open
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
 C = N // config.cluster                                 # clusters a head
 print(f"{N:,} keys a head between the sink and the latest tokens: {C} clusters, {n_open} to open")
@@ -233,10 +233,10 @@ assert all(a > b for a, b in zip(found["clusters of keys"], found["chance"], str
 # %%
 def weights(n, power):
     """Weights (H, 1, D) of a layer's channels, by the queries of the first segment."""
-    q = text.layer(n)[0][0].view(H, G, T, D)[:, :, :config.heard]
-    return weigh_channels(q.double().square().sum((1, 2)), power)[0]
+    q = text.layer(n)[0][0].view(H, G, T, D)[:, :, :config.sink + config.segment]
+    return weigh_channels(q.double().square().sum((1, 2)), RetroConfig(channel_power=power))[0]
 
-powers, layers = (0.0, 0.2, config.query_power, 0.5, 0.75, 1.0), range(0, n_layers, 3)
+powers, layers = (0.0, 0.2, config.channel_power, 0.5, 0.75, 1.0), range(0, n_layers, 3)
 by_power = [sum(recall(layer(n)[1], layer(n)[0], cluster(layer(n)[0] * weights(n, power)))
                 for n in layers) / len(layers) * 100 for power in powers]
 
@@ -244,9 +244,9 @@ by_power = [sum(recall(layer(n)[1], layer(n)[0], cluster(layer(n)[0] * weights(n
 ax = axes("A little short of the queries' own metric most is found",
           "power of the queries' mean square", "best 100 tokens found [%]", size=(7.5, 3))
 ax.plot(powers, by_power, "o-", color=DARK)
-ax.axvline(config.query_power, color=BLUE, linestyle="--")
+ax.axvline(config.channel_power, color=BLUE, linestyle="--")
 ax.axvline(0.5, color=MIDDLE, linestyle=":")
-label(ax, config.query_power, min(by_power), f"the library: {config.query_power}", dx=-4,
+label(ax, config.channel_power, min(by_power), f"the library: {config.channel_power}", dx=-4,
       ha="right", color=BLUE)
 label(ax, 0.5, min(by_power), "the queries' own metric")
 plt.show()

@@ -20,14 +20,24 @@ from capture import captured
 from ipywidgets import interact
 from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 
-from retroinfer import Budget, RetroConfig, cluster_segment, gather_clusters, tripartite_attention
+from retroinfer import (
+    Budget,
+    Caps,
+    RetroConfig,
+    Shares,
+    cluster_segment,
+    gather_clusters,
+    shares,
+    tripartite_attention,
+)
 
 text = captured()                       # clusters kept, ranked and estimated as in the paper
-config = replace(RetroConfig.paper(), iterations=3, least=16)
+config = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
-R, ranked = (int(n) for n in config.budget(torch.tensor(N)))
+given = shares(config, torch.tensor(N))
+R, ranked = int(given.retrieve), int(given.ranked)
 E = ranked - R
 print(f"of {N // config.cluster} clusters {R} are retrieved and {E} estimated")
 
@@ -118,11 +128,13 @@ def library(a, t, room, by_mass=False):
     """Output (H, G, D) of the library, with room for so many retrieved tokens."""
     n = text.n_prompt + t + 1 - N
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
-    budget = Budget(room, R, R + E, torch.tensor([[R]]), torch.tensor([[R + E]]), by_mass)
+    sizes = room, room, R, R + E                # tokens, values, clusters read, clusters ranked
+    budget = Budget(Caps(*sizes), Shares(*(torch.tensor([[x]]) for x in sizes)))
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
-        return gather_clusters(a.index, stores, ids, ends, room)
-    return tripartite_attention(a.q[None, :, :, t], steady, a.index, budget, fetch)[0]
+        return gather_clusters(a.index, stores, room, ids, ends)
+    method = replace(config, by_mass=by_mass).method()
+    return tripartite_attention(a.q[None, :, :, t], steady, a.index, budget, fetch, method)[0]
 
 torch.testing.assert_close(mine, library(a, 7, room=R * config.largest))
 
@@ -301,7 +313,7 @@ assert together > 0.9
 # (`by_mass`).
 #
 # An estimate should be tame; a guess at what to open should be bold. One token far above the mean
-# is all that some heads look for, so clusters are ranked by what they *may* hold (`hope`): n
+# is all that some heads look for, so clusters are ranked by what they *may* hold (`possible_mass`): n
 # exp(σ²/2) as long as n tokens are enough to have such logits, and beyond that the largest of n,
 # which lies about √(2 log n) deviations above the mean.
 

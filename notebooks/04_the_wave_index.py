@@ -123,11 +123,11 @@ class Watched(WaveIndex):
     def __init__(self, config, capacity):
         super().__init__(config, capacity, hot=PLAIN._replace(attend=self.watch))
 
-    def watch(self, q, steady, index, budget, stores):
+    def watch(self, q, steady, index, stores, budget, method):
         def fetch(ids, ends):
-            self.fetched = gather_clusters(index, stores, ids, ends, budget.tokens)
+            self.fetched = gather_clusters(index, stores, budget.caps.tokens, ids, ends)
             return self.fetched
-        return tripartite_attention(q, steady, index, budget, fetch)
+        return tripartite_attention(q, steady, index, budget, fetch, method)
 
     def retrieved(self):
         """A set of positions for each kv head."""

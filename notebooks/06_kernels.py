@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bench.footprint import counted, needs
-from retroinfer import Budget, Index, RetroConfig, attend, cluster_segment
+from retroinfer import Budget, Caps, Index, RetroConfig, Shares, attend, cluster_segment, shares
 
 text, config = captured(), RetroConfig()
 H, T, D = text.k.shape[1:]
@@ -254,9 +254,13 @@ middle = slice(config.sink, config.sink + n_text)
 index, *stores = cluster_segment(k[:, :, middle], v[:, :, middle], config)
 rest = tuple(torch.cat([x[:, :, :config.sink], x[:, :, middle.stop:]], 2) for x in (k, v))
 steady = *rest, torch.zeros(1, H, 1, rest[0].shape[2])
-R, ranked = config.budget(torch.tensor([[n_text]]))
-budget = Budget(int(R) * config.cluster, int(R), int(ranked), R, ranked)
-step = q, steady, index, budget, stores
+def budget_of(n):
+    """The Budget of a step behind a text of n tokens, whose heads may read as much as there is."""
+    each = shares(config, torch.tensor([[n]]))
+    return Budget(Caps(*map(int, each)), each)
+
+budget, method = budget_of(n_text), config.method()
+step = q, steady, index, stores, budget, method
 
 with Ledger() as ledger:
     eager = attend(*step)
@@ -274,11 +278,11 @@ torch.testing.assert_close(ours, eager)
 # %%
 def least(step):
     """Bytes that no kernel can do without, for that step."""
-    q, steady, index, budget, _ = step
+    q, steady, index, _, budget, _ = step
     (B, H, G, D), e = q.shape, q.element_size()
     live = index.sizes.numel() if index.sizes.is_meta else int((index.sizes > 0).sum())
-    rows = 2 * G + 2 * steady[0].shape[2] + budget.tokens + budget.part(budget.tokens)
-    vectors, vector = live + B * H * budget.ranked, index.means[0, 0, 0].nbytes
+    rows = 2 * G + 2 * steady[0].shape[2] + budget.caps.tokens + budget.caps.values
+    vectors, vector = live + B * H * budget.caps.ranked, index.means[0, 0, 0].nbytes
     return B * H * rows * D * e + vectors * vector + 8 * live
 
 floor = least(step)
@@ -311,19 +315,20 @@ assert eager_bytes > 2 * our_bytes and our_bytes < 1.5 * floor
 
 # %%
 H_l, G_l, D_l, T_l, _ = LLAMA
-R, ranked = config.budget(torch.tensor([[T_l]]))
 C, W = config.slots(T_l), config.steady
 
 def meta(*shape, dtype=torch.bfloat16):
     """A tensor (1, H, *shape) of Llama's that has no data."""
     return torch.empty(1, H_l, *shape, dtype=dtype, device="meta")
 
+def on_meta(budget):
+    return Budget(budget.caps, Shares(*(x.to("meta") for x in budget.shares)))
+
 vectors = meta(C, D_l // 2, dtype=torch.uint8)
 index_l = Index(vectors, vectors, meta(C, dtype=torch.float32), meta(C, dtype=torch.int64),
                 meta(C), meta(C, 2))
 large = (meta(G_l, D_l), (meta(W, D_l), meta(W, D_l), meta(1, W, dtype=torch.float32)), index_l,
-         Budget(int(R) * config.cluster, int(R), int(ranked), R.to("meta"), ranked.to("meta")),
-         (meta(T_l, D_l), meta(T_l, D_l)))
+         (meta(T_l, D_l), meta(T_l, D_l)), on_meta(budget_of(T_l)), method)
 with Ledger() as ledger:
     attend(*large)
 large_bytes, dense_bytes = sum(ledger.bytes.values()), split_traffic(enough, *LLAMA)

@@ -36,7 +36,7 @@ from bench.machine import (
     published_work,
 )
 from bench.traces import POLICIES, Trace, replay
-from retroinfer import RetroConfig, WaveIndex, before, gather_clusters, round_up
+from retroinfer import RetroConfig, Store, WaveIndex, before, gather_clusters, round_up
 
 text, config = captured(), RetroConfig(**WHOLE)     # a block brings all its values
 n_layers, H, T, D = text.k.shape
@@ -57,15 +57,15 @@ print(f"{T:,} tokens; the last {N_STEPS} come one by one, {T - text.n_prompt} of
 # %%
 asked, fetched = [], []
 
-def listened(wave):
+def listened(*args):
     """A WaveBuffer that notes what it is asked for, and whether it brings the same bits."""
-    buffer = WaveBuffer(wave, cache_ratio=RATIO)
+    buffer = WaveBuffer(*args, cache_ratio=RATIO)
     fetch = buffer.fetch
 
     def fetch_and_listen(index, ids, ends):
         asked.append((ids[0], (ends - before(ends))[0]))                    # (H, R) each
-        mine, plain = fetch(index, ids, ends), gather_clusters(index, buffer.stores, ids, ends,
-                                                               buffer.N)
+        mine = fetch(index, ids, ends)
+        plain = gather_clusters(index, buffer.stores, buffer.N, ids, ends)
         is_row = plain[2][0, :, 0] == 0     # (H, N): other rows are free, and weigh nothing
         fetched.append(torch.equal(mine[2], plain[2]) and all(
             torch.equal(a[0][is_row], b[0][is_row]) for a, b in zip(mine[:2], plain[:2],
@@ -76,10 +76,10 @@ def listened(wave):
     return buffer
 
 
-def read(n, offload=None):
+def read(n, make_store=Store):
     """A WaveIndex behind all steps in layer n, and their outputs (N_STEPS, H*G, D)."""
     q, k, v = text.layer(n)
-    index = WaveIndex(config, capacity=T, offload=offload)
+    index = WaveIndex(config, capacity=T, make_store=make_store)
     index.prefill(q[:, ::G, :start], k[:, :, :start], v[:, :, :start])      # its output is not used
     room, outputs = 0, []
     for t in range(start, T):
@@ -180,7 +180,7 @@ mine = torch.tensor([[hits_by_hand(blocks_of(layer, head), S) for head in range(
 theirs = torch.from_numpy(replay(trace, POLICIES["LRU"], S)).permute(1, 2, 0)
 torch.testing.assert_close(mine, theirs)
 
-counted = torch.stack([index.buffer.counts[:2] for index in indexes])       # hits, asked
+counted = torch.stack([index.store.counts[:2] for index in indexes])       # hits, asked
 asked_for = torch.from_numpy(trace.n_blocks.sum((0, 2, 3)))
 torch.testing.assert_close(torch.stack([mine.sum((1, 2)), asked_for], 1), counted)
 

@@ -93,7 +93,7 @@ def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
             cache.update()
         torch.testing.assert_close(made.q_squares, read_cache.q_squares, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(made.index.sizes, read_cache.index.sizes)
-        torch.testing.assert_close(made.k_store, read_cache.k_store, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.store.k, read_cache.store.k, rtol=1e-4, atol=1e-4)
 
 
 def test_dense_loses_nothing(model, case):

@@ -40,13 +40,9 @@ def config_budget(wave, b=0, h=0):
     return int(share.retrieve[b, h]), int(share.ranked[b, h])
 
 
-def cluster(k, v, config):
-    return cluster_segment(k, v, 1, config, PLAIN)
-
-
 def n_clusters(config, tokens):
     """Clusters retrieved, retrieved or estimated, of texts of so many tokens."""
-    share = retroinfer.shares(config, tokens, 1, config.method())
+    share = retroinfer.shares(config, tokens)
     return share.retrieve, share.ranked
 
 
@@ -56,7 +52,7 @@ def n_clusters(config, tokens):
 def test_every_token_is_in_one_cluster(L):
     _, k, v = qkv(L, B=2)
     v[..., 0] = torch.arange(L)                                 # a token's name
-    index, k_sorted, v_sorted = cluster(k, v, RetroConfig(**SMALL))
+    index, k_sorted, v_sorted = cluster_segment(k, v, RetroConfig(**SMALL))
     order = v_sorted[..., 0].long()
     assert (order.sort(-1).values == torch.arange(L)).all()     # none lost, none twice
     assert torch.equal(k_sorted, k.gather(2, order[..., None].expand_as(k)))
@@ -84,7 +80,7 @@ def test_a_centroid_is_the_mean_of_its_members(spread):
 def test_no_cluster_is_larger_than_twice_the_mean(spread):
     config = RetroConfig(**SMALL)
     _, k, v = qkv(500, spread=spread)
-    index, _, _ = cluster(k, v, config)
+    index, _, _ = cluster_segment(k, v, config)
     assert index.sizes.max() <= config.largest
     assert index.sizes.shape[-1] == config.slots(500)
 
@@ -115,7 +111,7 @@ def test_kmeans_finds_clumps():
     g = torch.Generator().manual_seed(0)
     names = torch.arange(240) % 8
     x = torch.eye(8)[names] * 5 + 0.1 * torch.randn(240, 8, generator=g)
-    ids = spherical_kmeans((x - x.mean(0)).view(1, 1, 240, 8), 8, 10, PLAIN).flatten()
+    ids = spherical_kmeans((x - x.mean(0)).view(1, 1, 240, 8), 8, 10).flatten()
     for name in range(8):
         assert len(ids[names == name].unique()) == 1            # a clump is never torn apart
 
@@ -123,7 +119,7 @@ def test_kmeans_finds_clumps():
 def test_unit_seeds_leave_few_clusters_empty():
     _, k, _ = qkv(2048, D=32)
     k = k * torch.rand(1, 2, 2048, 1) * 4 + 3                   # norms differ, as real keys' do
-    ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2, PLAIN)
+    ids = spherical_kmeans(k - k.mean(2, keepdim=True), 128, 2)
     assert (count(ids, 128) == 0).float().mean() < 0.1          # raw seeds leave more than half
 
 
@@ -187,8 +183,8 @@ def test_the_tokens_farthest_from_their_centroid_get_the_free_slots(L, spread):
     _, k, v = qkv(L, spread=spread)
     v[..., 0] = torch.arange(L)
     config = RetroConfig(**SMALL | {"bits": 16})
-    before, _, v_before = cluster(k, v, replace(config, outliers=False))
-    after, _, v_after = cluster(k, v, config)
+    before, _, v_before = cluster_segment(k, v, replace(config, outliers=False))
+    after, _, v_after = cluster_segment(k, v, config)
     groups, far = names_of(before, v_before), {}
     for group in groups:
         keys = k[0, 0, sorted(group)].double()

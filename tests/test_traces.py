@@ -131,7 +131,7 @@ def test_policies_differ_where_they_should():
 
 # ---------------------------------------------------------------- traces
 
-CONFIG = RetroConfig(segment=256, update=64, cluster=16, least=5, boost=1)
+CONFIG = RetroConfig(segment=256, update=64, cluster=16, min_retrieve=5, boost=1)
 
 
 @pytest.fixture
