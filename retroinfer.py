@@ -189,13 +189,13 @@ class LayerCache(nn.Module):
         store     sink | indexed tokens, in the method's order | latest tokens, as they came
         steady    sink | latest tokens, generated tokens | free slots
 
-    Prefill reads the past from the store in whatever order it lies: positions are in the keys
-    (RoPE), and a softmax knows no order. A decode step appends to the steady zone. update(), between
-    steps, moves tokens from one to the other. Nothing reallocates and no shape changes.
+    Prefill reads the past from the store in any order: positions are in the keys (RoPE), and a
+    softmax knows no order. A decode step appends to the steady zone. update(), between steps, moves
+    tokens from one to the other. Nothing reallocates, and no shape changes.
 
-    A method supplies allocate_index(k); absorb(row, k, v), which takes over the oldest tokens that
-    are not indexed, k, v (1, H, n, D), may reorder them in place, and counts them in n_indexed;
-    attend(q, steady), one step's attention; bytes_read(); and, if it listens, observe(q, start, row).
+    A method supplies allocate_index(like); absorb(row, k, v), which indexes the oldest open tokens
+    k, v (1, H, n, D), may reorder them in place, and counts them in n_indexed; attend(q, steady), a
+    step's attention; bytes_read(); and, if it listens to queries, observe(q, start, row).
     """
 
     def __init__(self, config, capacity, batch=1, make_store=Store):
@@ -220,10 +220,13 @@ class LayerCache(nn.Module):
         """Hear queries q (B or 1, H*G, T, D) of tokens from `start` on, before they attend."""
 
     def append(self, k, v, row=0):
-        """Append tokens k, v (1, H, T, D) to a sequence in the store: all its k, v.
+        """prefill without attention: k, v (1, H, n, D) of the whole sequence, as it then lies."""
+        k_all, v_all = self.write(k, v, row)
+        self.settle(row, k_all, v_all, k.shape[2])
+        return k_all, v_all
 
-        ValueError if they do not fit the capacity.
-        """
+    def write(self, k, v, row):
+        """Put tokens k, v (1, H, T, D) behind a sequence: its k, v (1, H, n, D) on the device."""
         if self.store is None:
             self.allocate(k)
         self.move_to_store(row)
@@ -242,14 +245,17 @@ class LayerCache(nn.Module):
 
         ValueError if they do not fit the capacity.
         """
-        k_all, v_all = self.append(k, v, row)
-        start = k_all.shape[2] - k.shape[2]
-        self.observe(q, start, row)
+        k_all, v_all = self.write(k, v, row)
+        self.observe(q, k_all.shape[2] - k.shape[2], row)
         o = attend_causally(q, k_all, v_all)
-        first = min(start, self.config.sink + int(self.n_indexed[row]))
+        self.settle(row, k_all, v_all, k.shape[2])
+        return o
+
+    def settle(self, row, k_all, v_all, T):
+        """Index the segments that are full, and keep what changed: the last T tokens at least."""
+        first = min(k_all.shape[2] - T, self.config.sink + int(self.n_indexed[row]))
         self.absorb_open(row, k_all, v_all, self.config.segment)
         self.store.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
-        return o
 
     def decode(self, q, k, v):
         """Append one token to each sequence, q (B, H*G, 1, D), and attend: (B, H*G, 1, D).
@@ -324,9 +330,7 @@ class LayerCache(nn.Module):
 
 
 def attend_causally(q, k, v):
-    """Dense attention of the last queries q (1, H*G, Tq, D) to k, v (1, H, T, D), each to its past.
-
-    """
+    """Attention of the last Tq tokens' q (1, H*G, Tq, D) to k, v (1, H, T, D), each to its past."""
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     causal = causal_lower_right(q.shape[2], k.shape[2])
@@ -352,7 +356,7 @@ class WaveIndex(LayerCache):
         if self.config.bits == 4 and D % 2:
             raise ValueError(f"a head of {D} dims cannot be kept in 4 bits: give bits 16")
         C = round_up(self.config.slots(self.capacity))
-        row, _ = self.method.codec.encode(torch.zeros(1, 1, 1, D), like.dtype)       # one stored row
+        row, _ = self.method.codec.encode(torch.zeros(1, 1, 1, D), like.dtype)
 
         def zeros(*shape, dtype):       # one storage each: a compiled step may not see aliases
             return like.new_zeros(B, H, *shape, dtype=dtype)
@@ -461,7 +465,8 @@ class WaveIndex(LayerCache):
 
 def shares(config, tokens, boosts=1, method=None):
     """The Shares of heads, (B, H) or (B, 1), of sequences with so many indexed tokens (B, 1)."""
-    slots, clusters, method = config.slots(tokens), tokens // config.cluster, method or config.method()
+    slots, clusters = config.slots(tokens), tokens // config.cluster
+    method = method or config.method()
 
     def portion(share, factor=1):       # of the clusters before any is split; 1 means all slots
         if share >= 1:
@@ -490,7 +495,7 @@ def attend(q, steady, index, stores, budget, method):
 def tripartite_attention(q, steady, index, budget, fetch, method):
     """attend, with fetch(ids, ends) for the members k, v and bias of clusters ids (B, H, R).
 
-    A centroid with bias log(size) weighs as much as its tokens would if they were all equal (eq. 2).
+    A centroid with bias log(size) weighs as much as its tokens would, if all were equal (eq. 2).
     The output is one weighted mean: of values, and of clusters' mean values (eq. 3 and 4).
     """
     q = q.float() * q.shape[-1] ** -0.5                                     # (B, H, G, D)
@@ -535,7 +540,7 @@ def rank_by_centroid(q, logits, x_steady, index):
 class Chosen(NamedTuple):
     """What a step does with the ranked clusters."""
     ids: torch.Tensor       # (B, H, R) the clusters that may be read, best first
-    ends: torch.Tensor      # (B, H, R) where each ends among the tokens read; as the one before: not
+    ends: torch.Tensor      # (B, H, R) where each ends among the tokens read
     bias: torch.Tensor      # (B, H, 1, R+E) 0 of a cluster that is estimated, else -inf
 
 
@@ -564,6 +569,11 @@ def choose_clusters(order, index, budget):
 def log_size(q, index):
     """Logarithm of the tokens that a centroid stands for: (B, H, 1, C), -inf of a free slot."""
     return index.sizes.log()[:, :, None]
+
+
+def keep_rows(x, dtype):
+    """Rows x (1, H, C, D) as they are kept, and the scale of each (1, H, C)."""
+    return x.to(dtype), x.new_ones(x.shape[:3])
 
 
 def score_centroids(q, index, method):
@@ -665,7 +675,7 @@ def gather_clusters(index, stores, N, ids, ends):
 
 
 def unroll(first, ends, N):
-    """Rows (B, H, N) of runs from rows `first` (B, H, R), packed to end at `ends`; -1 behind them."""
+    """Rows (B, H, N) of runs from rows `first` (B, H, R), packed to end at `ends`; else -1."""
     place = torch.arange(N, device=ends.device)
     rows = (first - before(ends)).gather(-1, owners(ends, N)) + place       # (B, H, N)
     return rows.masked_fill(place >= ends[..., -1:], -1)
@@ -755,7 +765,7 @@ PAPER = Method(
     channel_weights=lambda energy, config: 1,
     fill_slots=lambda x, order, ids, slots, hot: (order, ids),
     spreads=lambda k, centroids, order, sizes, hot: torch.zeros_like(sizes, dtype=torch.float32),
-    codec=Codec(lambda x, dtype: (x.to(dtype), x.new_ones(x.shape[:3])), score_centroids, mix_means),
+    codec=Codec(keep_rows, score_centroids, mix_means),
     head_boosts=lambda energy, index, config: 1.0,
     retrieve_factor=lambda config, tokens, boosts: 1,
     room=lambda config, n_retrieve: n_retrieve * config.largest,

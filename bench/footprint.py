@@ -1,16 +1,15 @@
-"""What a Triton kernel costs, told without a GPU: bytes moved, registers, spills, shared memory.
+"""What a Triton kernel costs, found without a GPU: bytes moved, registers, spills, shared memory.
 
-    python footprint.py 80 90 100           # compute capabilities; a line of JSON a kernel
+    python -m bench.footprint 80 90 100     # compute capabilities; a line of JSON a kernel
 
     with counted() as moved:                # interpreted; {kernel: [bytes read, bytes written]}
         kernel[grid](*args, **tile)
-    needs(kernel, args, [tile], 90)         # compiled, elsewhere; [{"registers": 66, ...}]
+    needs(kernel, args, [tile], 90)         # compiled in another process; [{"registers": 66, ...}]
 
-To compile kernels.py, its wrappers are run with a launch that records kernel and arguments in place
-of running them: what is compiled is what a GPU would be given. Triton's own tools then say what the
-machine code needs.
+To compile kernels.py, its functions are called with a launch that records kernel and arguments and
+runs nothing. So the compiler gets what a GPU would be given. Triton's own tools then read the
+registers, spills and shared memory from the machine code.
 """
-import argparse
 import contextlib
 import importlib.util
 import inspect
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +31,8 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 
 import kernels
-import retroinfer
+from bench.timing import Parser, exit_status
+from retroinfer import PLAIN, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,9 +51,9 @@ INDEXES = [(torch.bfloat16, 128), (torch.float32, 80), (torch.float32, 256)]
 
 @contextlib.contextmanager
 def counted():
-    """{kernel: [bytes read, bytes written]} of what runs in Triton's interpreter meanwhile.
+    """{kernel: [bytes read, bytes written]} of the kernels that Triton interprets meanwhile.
 
-    What a mask leaves out is not counted; what is read twice counts twice, cache or no cache.
+    Masked elements are not counted. Bytes that are read twice count twice: there is no cache.
     """
     moved, running = defaultdict(lambda: [0, 0]), []
     run, builder = interpreter.GridExecutor.__call__, interpreter.interpreter_builder
@@ -86,10 +87,10 @@ def counted():
 def needs(kernel, args, tiles, capability, helpers=()):
     """Registers a thread, bytes a thread spills, bytes of shared memory a block: a dict a tile.
 
-    kernel, and helpers that it calls, are @triton.jit functions that use `triton` and `tl` and no
-    other name of their file; args are a launch's tensors and ints, tiles sets of its constants and
-    options. Another process compiles, for in this one Triton may be its interpreter; ValueError
-    with the compiler's last line where it fails.
+    kernel, and the helpers that it calls, are @triton.jit functions. Of their file they use no name
+    but `triton` and `tl`. args are a launch's tensors and ints; tiles are sets of its constants and
+    options. Another process compiles, because in this one Triton may be its interpreter. ValueError
+    with the last line of the compiler if the kernel does not compile.
     """
     text = "\n".join(["import triton", "import triton.language as tl\n",
                       *(inspect.getsource(x.fn) for x in (*helpers, kernel))])
@@ -99,7 +100,8 @@ def needs(kernel, args, tiles, capability, helpers=()):
 
 
 def elsewhere(*arguments, stdin=""):
-    """What this file prints as a program of its own, in which Triton compiles: a list of dicts."""
+    """The dicts that this file prints when it runs as a program of its own: there Triton compiles.
+    """
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "bench.footprint", *map(str, arguments)], env=env,
                           cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
@@ -109,12 +111,13 @@ def elsewhere(*arguments, stdin=""):
 
 
 def compile_text(text, kernel, args, tiles, capability):
-    """What needs() says, of the kernel of that name in a program's text."""
+    """Yield the facts that needs() returns, of the kernel of that name in a program's text."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "text.py")                  # Triton reads a function in its file
         file.write_text(text, "utf-8")
         spec = importlib.util.spec_from_file_location("text", file)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         for tile in tiles:
             yield tile | compile_one(*source(getattr(module, kernel), args, tile), capability)
 
@@ -122,7 +125,7 @@ def compile_text(text, kernel, args, tiles, capability):
 def source(kernel, args, tile):
     """A kernel's source with its arguments' types, as Triton specialises them, and its options.
 
-    args: ints, None, tensors, or what TYPES makes of those.
+    args: ints, None, tensors, or the names in TYPES that stand for tensors.
     """
     signature, constants, attrs = {}, {}, {}
     options = {name: tile[name] for name in tile if name.startswith("num_")} | kernels.OPTIONS
@@ -144,7 +147,7 @@ def source(kernel, args, tile):
 
 
 def compile_one(code, options, capability):
-    """What needs() says, of a source."""
+    """The facts that needs() returns, of a source."""
     compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -160,14 +163,18 @@ def compile_one(code, options, capability):
 # ---------------------------------------------------------------- our kernels
 
 def step(dtype, G, D, bits=4):
-    """Decode steps of one head behind 131,072 tokens; with 16 bits, ranked as in the paper."""
-    config = retroinfer.RetroConfig(bits=bits, by_mass=bits == 4)
-    wave = retroinfer.WaveIndex(config, 131072)
-    wave.allocate(torch.zeros(1, 1, 1, D, dtype=dtype))
-    steady = wave.k_steady, wave.v_steady, torch.zeros(1, 1, 1, wave.k_steady.shape[2])
+    """A decode step of one head with room for 131,072 tokens; 16 bits are ranked as in the paper.
+
+    Once a fifth of the values is read, and once all are.
+    """
+    config = RetroConfig(bits=bits, by_mass=bits == 4)
+    k = torch.zeros(1, 1, 1, D, dtype=dtype)
     for values in (config.values, 1.0):
-        kernels.attend(torch.zeros(1, 1, G, D, dtype=dtype), steady, wave.index,
-                       wave.budget()._replace(values=values), (wave.k_store, wave.v_store))
+        cache = WaveIndex(replace(config, values=values), 131072,
+                          hot=PLAIN._replace(attend=kernels.attend))
+        cache.append(k, k)
+        cache.update()
+        cache.decode(k.expand(1, G, 1, D), k, k)
 
 
 def index(dtype, D):
@@ -186,19 +193,22 @@ def fetch(dtype, D):
 
 
 def record(wrapper, *shape):
-    """What a wrapper launches on a GPU of 132 multiprocessors: [(kernel, args, constants)]."""
+    """The launches of a wrapper on a GPU of 132 multiprocessors: [(kernel, args, constants)]."""
     found = []
-    with (mock.patch.object(kernels, "launch", lambda kernel, grid, *args, **tile:
-                            found.append((kernel, args, tile))),
+
+    def note(kernel, grid, *args, **tile):
+        found.append((kernel, args, tile))
+
+    with (mock.patch.object(kernels, "launch", note),
           mock.patch.object(kernels, "programs", lambda device: 4 * 132)):
         wrapper(*shape)
     return found
 
 
 def compile_ours(capabilities, steps=STEPS, indexes=INDEXES):
-    """Every distinct kernel of every shape on every target: a dict each."""
-    jobs, builds = {}, [(wrapper, s) for wrapper in (index, fetch) for s in indexes]
-    for wrapper, (dtype, *shape) in [(step, s) for s in steps] + builds:
+    """Yield the facts of every distinct kernel, of every shape, on every target."""
+    jobs, builds = {}, [(wrapper, shape) for wrapper in (index, fetch) for shape in indexes]
+    for wrapper, (dtype, *shape) in [(step, shape) for shape in steps] + builds:
         for kernel, args, tile in record(wrapper, dtype, *shape):
             code, options = source(kernel, args, tile)
             facts = {"kernel": kernel.__name__, "dtype": TYPES[dtype], "shape": shape, **tile}
@@ -209,7 +219,7 @@ def compile_ours(capabilities, steps=STEPS, indexes=INDEXES):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench.footprint", description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", type=int, nargs="+", metavar="90")
     parser.add_argument("--step", nargs=3, metavar=("bf16", "G", "D"), help="of one shape only")
     parser.add_argument("--stdin", action="store_true", help="a job of needs(), not our kernels")
@@ -217,13 +227,21 @@ def main():
     if args.stdin:
         found = compile_text(**json.load(sys.stdin), capability=args.capabilities[0])
     elif args.step:
-        dtype = next(x for x in TYPES if TYPES[x] == args.step[0])
-        found = compile_ours(args.capabilities, [(dtype, *map(int, args.step[1:]))], [])
+        found = compile_ours(args.capabilities, [one_shape(*args.step)], [])
     else:
         found = compile_ours(args.capabilities)
     for facts in found:
         print(json.dumps(facts), flush=True)
 
 
+def one_shape(name, G, D):
+    """A row of STEPS, or ValueError."""
+    dtypes = {TYPES[x]: x for x in TYPES if x.is_floating_point}
+    if name not in dtypes or not G.isdigit() or not D.isdigit():
+        raise ValueError(f"--step is {name} {G} {D}: give one of {', '.join(dtypes)}, then the "
+                         "query heads of a kv head, then the head's dims")
+    return dtypes[name], int(G), int(D)
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status("bench.footprint", main))

@@ -5,24 +5,21 @@
 
 Writes gpu.json, gpu.md and gpu.png to results/. Needs matplotlib and einops.
 
-One layer, bfloat16. Keys form clumps, as real keys do, and WaveIndex clusters them itself. Dense
-attention reads the same store. One head is compared with float64. Then each runner is captured in a
-CUDA graph and replayed with a cold L2 cache: a number is the median. Cells that time or memory do
-not allow are named.
+One layer, bfloat16: keys form clumps, as real keys do, and WaveIndex clusters them itself. Dense
+attention reads the same store. One head is compared with float64. Each runner is captured in a CUDA
+graph and replayed with a cold L2 cache: a number is the median.
 
 The whole model has Llama-3-8B's shape and random weights. As many sequences decode together as
-leave their dense caches room beside the weights. One kind of cache at a time is there, under the
-same weights. A step is compiled_step, captured in a CUDA graph. The wave index is compared with the
-faster of two dense caches: model.py's, whose mask lets sequences differ in length, and one without
-a mask, for which SDPA has its best kernels. What the index costs is measured by prefills of four
-layers, with it and without, by the host's clock, as far as the GPU's memory allows.
+leave their dense caches room beside the weights. One kind of cache at a time is there. The wave
+index is compared with the faster of two dense caches: model.py's, whose mask lets sequences differ
+in length, and one without a mask, for which SDPA has its best kernels. What the index costs is
+measured by prefills of four layers, with it and without, by the host's clock.
 
     B batch   H kv heads   G query heads per kv head   T tokens   D head dim
 """
 import functools
 import gc
 import itertools
-import json
 import math
 import statistics
 import time
@@ -39,22 +36,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
 import kernels
+import retroinfer
 from app import plan
 from bench.timing import BOOST, Parser, clock, exit_status, figure, table, write_json
 from generate import attend, compiled_step, prefill
 from model import DenseCache, Llama, ModelConfig
-from retroinfer import (
-    PLAIN,
-    Budget,
-    Hot,
-    Index,
-    RetroConfig,
-    Shares,
-    WaveIndex,
-    cluster_segment,
-    gather_clusters,
-    tripartite_attention,
-)
+from retroinfer import PLAIN, Budget, Hot, Index, RetroConfig, Shares, WaveIndex
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -64,12 +51,10 @@ COMPILED = {(131072, 1), (131072, 8), (8192, 1)}    # cells where slow compilers
 SPARE = 128     # slots that are free for steps of a whole model: masks like a multiple of 8
 
 
-# ---------------------------------------------------------------- clocks
-
 def median_ms(run, rep=60):
     """Median milliseconds of a CUDA-graph replay of run() over `rep` ms, each with a cold L2."""
-    run()
-    run()                                       # compiles, and allocates what graphs may not
+    for _ in range(2):                          # compiles, and allocates what graphs may not
+        run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -97,27 +82,25 @@ class Scope:
     """What is measured, and how."""
     shapes: dict            # {model: (H, G, D)} of a layer
     cells: list             # (tokens, batch) of a layer
-    segment: int            # tokens that are clustered together
+    segment: int            # tokens that are clustered together, to time that
+    retro: RetroConfig
     config: ModelConfig     # of the whole model
     tokens: int             # in its caches before a step
     prefills: tuple         # tokens
-    n_layers: int           # of a model that is prefilled
+    n_layers: int           # of the model that is prefilled
     step_ms: Callable       # clock of a layer and of a step
     prefill_ms: Callable    # clock of a prefill
 
 
 LLAMA = plan.shape("Llama-3.1-8B")
-FULL = Scope(
-    shapes={"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)},
-    cells=[(tokens, batch) for tokens in (131072, 8192, 32768, 524288, 1048576)
-           for batch in (1, 8, 32)],
-    segment=8192, config=LLAMA, tokens=122880, prefills=(32768, 122880), n_layers=4,
-    step_ms=median_ms, prefill_ms=host_ms)
-TINY = Scope(
-    shapes=dict.fromkeys(FULL.shapes, (1, 3, 16)), cells=[(410, 1)], segment=64,
-    config=replace(LLAMA, vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                   num_attention_heads=3, num_key_value_heads=1, head_dim=16),
-    tokens=410, prefills=(300,), n_layers=2, step_ms=once_ms, prefill_ms=once_ms)
+FULL = Scope({"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)},
+             list(itertools.product((131072, 8192, 32768, 524288, 1048576), (1, 8, 32))), 8192,
+             RetroConfig(), LLAMA, 122880, (32768, 122880), 4, median_ms, host_ms)
+TINY = Scope(dict.fromkeys(FULL.shapes, (1, 3, 16)), [(100, 1)], 32,
+             RetroConfig(local=8, update=32, segment=64, min_retrieve=4),
+             replace(LLAMA, vocab_size=64, hidden_size=48, intermediate_size=64, head_dim=16,
+                     num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1),
+             100, (60,), 1, once_ms, once_ms)
 
 
 class MasklessCache(DenseCache):
@@ -133,11 +116,10 @@ class MasklessCache(DenseCache):
     forward = decode
 
 
-def wave_index(capacity, batch=1):
-    return WaveIndex(RetroConfig(), capacity, batch, TRITON)
-
-
-CACHES = {"dense": DenseCache, "dense, no mask": MasklessCache, "wave index": wave_index}
+def kinds(scope):
+    """{name: function of capacity and batch} that makes a cache of each kind."""
+    return {"dense": DenseCache, "dense, no mask": MasklessCache,
+            "wave index": functools.partial(WaveIndex, scope.retro, hot=TRITON)}
 
 
 def clumps(H, T, D):
@@ -164,8 +146,8 @@ def fill(cache, tokens, H, D):
 
 
 def free_memory():
-    """Bytes left on the GPU. A CPU stands for a GPU with room for a few tiny sequences."""
-    return torch.cuda.mem_get_info()[0] if IS_GPU else 400_000
+    """Bytes left on the GPU. A CPU stands for a GPU with room for two tiny sequences."""
+    return torch.cuda.mem_get_info()[0] if IS_GPU else 300_000
 
 
 def make_room():
@@ -183,10 +165,10 @@ class Cell:
     args: what WaveIndex gives to kernels.attend.
     """
 
-    def __init__(self, model, shape, tokens, batch):
-        H, G, D = shape
+    def __init__(self, scope, model, tokens, batch):
+        H, G, D = scope.shapes[model]
         self.name, self.tokens = {"model": model, "tokens": tokens, "batch": batch}, tokens
-        wave = wave_index(tokens + 1, batch)
+        wave = kinds(scope)["wave index"](tokens + 1, batch)
         held = fill(wave, tokens, H, D)
         wave.hot = TRITON._replace(attend=self.catch)
         k, v = (torch.cat([x[:, :, tokens // 3, None] for x in every])      # (B, H, 1, D)
@@ -217,9 +199,9 @@ class Cell:
     def check(self):
         """ValueError unless a head's error to float64 is at most twice that of eager PyTorch."""
         head = self.last_head()
-        truth = exact(*head)
-        mine = error(kernels.attend(*self.args)[-1:, -1:], truth)
-        eager = error(attend(*head), truth)
+        truth = attend_exactly(*head)
+        mine, eager = ((x.double() - truth).abs().max().item() for x in (
+            kernels.attend(*self.args)[-1:, -1:], attend(*head)))
         if not mine <= 2 * eager + 1e-4:        # near ties of rank may fall otherwise in float64
             raise ValueError(f"{self.name}: the kernels are {mine:.2e} off, PyTorch {eager:.2e}")
         return {"error": mine, "error_pytorch": eager}
@@ -238,15 +220,15 @@ class Cell:
 
         def note(kernel, grid, *args, **tile):
             launch(kernel, grid, *args, **tile)
+            run = functools.partial(launch, kernel, grid, *args, **tile)
             name = kernel.__name__.removesuffix("_kernel")
-            runs = found[name][0] if name in found else []
-            runs.append(functools.partial(launch, kernel, grid, *args, **tile))
-            found[name] = runs, dict(zip(kernel.arg_names, args, strict=False))
+            before = found[name][0] if name in found else lambda: None
+            given = dict(zip(kernel.arg_names, args, strict=False))
+            found[name] = (lambda: (before(), run())), given
 
         with mock.patch.object(kernels, "launch", note):
             kernels.attend(*self.args)
-        return {name: (functools.partial(run_all, runs), args)
-                for name, (runs, args) in found.items()}
+        return found
 
     def traffic(self, launches):
         """{kernel: bytes it must read and write}, by the count in the docstring of kernels.py."""
@@ -274,23 +256,12 @@ def flash(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def exact(q, steady, index, stores, budget, method):
+def attend_exactly(q, steady, index, stores, budget, method):
     """retroinfer.attend with all products in float64: (1, 1, G, D) of one head."""
     k, v, bias = steady
     method = method._replace(scores=lambda q, k: q.double() @ k.double().mT,
                              mix=lambda weights, v: weights @ v.double())
-    fetch = functools.partial(gather_clusters, index, stores, budget.caps.tokens)
-    return tripartite_attention(q, (k, v.double(), bias), index, budget, fetch, method)
-
-
-def error(x, truth):
-    """The largest difference."""
-    return (x.double() - truth).abs().max().item()
-
-
-def run_all(functions):
-    for function in functions:
-        function()
+    return retroinfer.attend(q, (k, v.double(), bias), index, stores, budget, method)
 
 
 def layer_facts(cell, step_ms, bandwidth):
@@ -303,7 +274,7 @@ def layer_facts(cell, step_ms, bandwidth):
         ms = step_ms(run)
         facts["kernels"][name] = {"ms": ms, "bytes": traffic[name],
                                   "of_bandwidth": traffic[name] / ms * 1e3 / bandwidth}
-    need = traffic["rank"] + traffic["look"] + traffic["attend"]
+    need = sum(traffic[name] for name in ("rank", "look", "attend"))
     return facts | {"of_bandwidth": need / facts["ms"]["kernels"] * 1e3 / bandwidth}
 
 
@@ -312,7 +283,8 @@ def index_facts(model, scope):
     H, _, D = scope.shapes[model]
     k, ms = clumps(H, scope.segment, D), {}
     for name, hot in (("kernels", TRITON), ("PyTorch, eager", PLAIN)):
-        ms[name] = scope.step_ms(functools.partial(cluster_segment, k, k, 1, RetroConfig(), hot))
+        cluster = functools.partial(retroinfer.cluster_segment, k, k, scope.retro, hot)
+        ms[name] = scope.step_ms(cluster)
     return {"model": model, "tokens": scope.segment, "ms": ms}
 
 
@@ -323,19 +295,18 @@ def layers_facts(scope, end):
     name = torch.cuda.get_device_name() if IS_GPU else "a dry run on a CPU"
     facts = {"where": f"{name}, torch {torch.__version__}, Triton {triton.__version__}, copy "
              f"{bandwidth / 1e9:.0f} GB/s", "copy_bytes_per_s": bandwidth, "cells": [],
-             "index": [index_facts(model, scope) for model in scope.shapes], "left_out": []}
-    for (tokens, batch), (model, shape) in itertools.product(scope.cells, scope.shapes.items()):
-        H, _, D = shape
+             "left_out": [], "index": [index_facts(model, scope) for model in scope.shapes]}
+    for (tokens, batch), model in itertools.product(scope.cells, scope.shapes):
+        H, _, D = scope.shapes[model]
         need = 3.5 * batch * tokens * H * D * 2     # K and V, the index, and what its build takes
-        free = free_memory() if IS_GPU else math.inf
-        if time.monotonic() > end or need > 0.9 * free:
+        if time.monotonic() > end or need > 0.9 * free_memory():
             facts["left_out"].append(f"{model}, {tokens:,} tokens, batch {batch}: it needs "
                                      f"{need / 2**30:.0f} GiB, or the time was over")
             continue
-        cell = Cell(model, shape, tokens, batch)
+        cell = Cell(scope, model, tokens, batch)
         facts["cells"].append(layer_facts(cell, scope.step_ms, bandwidth))
-        print(json.dumps(facts["cells"][-1]), flush=True)
-        del cell
+        print(facts["cells"][-1], flush=True)
+        del cell                                    # before the next one comes
         torch.cuda.empty_cache()
     return facts
 
@@ -385,13 +356,13 @@ def decode_facts(scope):
     config, tokens, found = scope.config, scope.tokens, {}
     capacity = tokens + SPARE
     make_room()
-    if largest_batch(config, capacity, free_memory() - plan.weights(config, DTYPE)) < 1:
+    free = free_memory() - plan.weights(config, DTYPE)
+    batch = largest_batch(config, capacity, free)
+    if batch < 1:
         return {}
     model = random_model(config)
-    free = free_memory()
-    batch = largest_batch(config, capacity, free)
     print(f"{tokens:,} tokens: {batch} dense caches fit {free / 2**30:.1f} GiB", flush=True)
-    for name, make in CACHES.items():
+    for name, make in kinds(scope).items():
         caches = [make(capacity, batch) for _ in model.layers]
         found[name] = step_facts(model, caches, tokens, scope.step_ms)
         print(name, found[name], flush=True)
@@ -402,19 +373,19 @@ def decode_facts(scope):
             "speed_up": found["wave index"]["tokens_per_s"] / dense}
 
 
-def prefill_facts(config, tokens, prefill_ms):
+def prefill_facts(scope, config, tokens):
     """Milliseconds of a prefill of one text with and without the index, and the index's share."""
-    model = random_model(config)
-    ids, ms = torch.randint(config.vocab_size, (tokens,), device=DEVICE), {}
+    model, ms = random_model(config), {}
+    ids = torch.randint(config.vocab_size, (tokens,), device=DEVICE)
 
-    def run(make):
-        caches = [make(tokens + SPARE) for _ in model.layers]
+    def run(name):
+        caches = [kinds(scope)[name](tokens + SPARE) for _ in model.layers]
         prefill(model, caches, [ids])
         for cache in caches:
             cache.update()
 
     for name in ("dense", "wave index"):
-        ms[name] = prefill_ms(functools.partial(run, CACHES[name]))
+        ms[name] = scope.prefill_ms(functools.partial(run, name))
         torch.cuda.empty_cache()
     return {"tokens": tokens, "layers": config.num_hidden_layers, "ms": ms,
             "index_share": ms["wave index"] / ms["dense"] - 1}
@@ -428,7 +399,7 @@ def model_facts(scope):
     fitting = [n for n in scope.prefills if not IS_GPU
                or plan.plan(plan.Run(few, n + SPARE)).fits(0.9 * free_memory())]
     return {"decode": decode,
-            "prefill": [prefill_facts(few, n, scope.prefill_ms) for n in fitting]}
+            "prefill": [prefill_facts(scope, few, n) for n in fitting]}
 
 
 # ---------------------------------------------------------------- results
@@ -464,13 +435,8 @@ def model_page(facts):
                 table(["cache", "tokens/s", "ms a step", "of copy bandwidth"], rows)]
     rows = [[f"{x['tokens']:,}", x["layers"], f"{x['ms']['dense']:.0f}",
              f"{x['ms']['wave index']:.0f}", f"{x['index_share']:+.1%}"] for x in facts["prefill"]]
-    return [*page, table(["tokens prefilled", "layers", "dense ms", "wave index ms", "index"], rows)]
-
-
-def markdown(facts):
-    """The page of all facts there are."""
-    page = layers_page(facts) + (model_page(facts) if "decode" in facts else [])
-    return "\n\n".join([*page, *(f"Left out: {x}." for x in facts["left_out"])]) + "\n"
+    head = ["tokens prefilled", "layers", "dense ms", "wave index ms", "index"]
+    return [*page, table(head, rows)]
 
 
 def plot(facts, path):
@@ -489,10 +455,12 @@ def plot(facts, path):
 
 
 def save(facts, folder):
-    """Write gpu.json and gpu.md, and print the latter."""
+    """Write all facts there are to gpu.json, their page to gpu.md, and print the page."""
+    page = layers_page(facts) + (model_page(facts) if "decode" in facts else [])
+    page += [f"Left out: {x}." for x in facts["left_out"]]
     write_json(folder / "gpu.json", facts)
-    (folder / "gpu.md").write_text(markdown(facts))
-    print(markdown(facts), flush=True)
+    (folder / "gpu.md").write_text("\n\n".join([*page, ""]))
+    print(*page, sep="\n\n", flush=True)
 
 
 def main():

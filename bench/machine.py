@@ -36,9 +36,9 @@ MACHINES = {        # NVIDIA's data sheets; PCIe 4.0 and 5.0 x16 less their 128b
     "H200": Machine(4.8e12, 63.0e9, 140),
     "RTX 4090": Machine(1.008e12, 31.5e9, 24)}
 
-# Tokens a second of the published code on an A100-PCIe with Llama-3-8B, by (tokens, batch) and cache
-# ratio, from an independent run (River861, July 2026). The blocks that a head asks for in a step, as
-# a share of the tokens, and the hit ratio at 5 % are from that run's log.
+# Tokens a second of the published code on an A100-PCIe with Llama-3-8B, by (tokens, batch) and
+# cache ratio, from an independent run (River861, July 2026). The blocks that a head asks for in a
+# step, as a share of the tokens, and the hit ratio at 5 % are from that run's log.
 PUBLISHED = {(120_000, 8): {0.005: 88.7, 0.025: 149.1, 0.05: 202.4, 0.1: 209.1},
              (120_000, 1): {0.005: 32.0, 0.05: 34.6, 0.1: 33.3},
              (240_000, 1): {0.005: 23.4, 0.05: 31.4, 0.1: 31.9},

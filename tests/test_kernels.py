@@ -1,17 +1,10 @@
-"""The Triton twins are as exact as PyTorch, on a GPU or interpreted, and compile for real GPUs.
+"""The Triton twins are as exact as PyTorch, on a GPU or interpreted.
 
-Without a GPU conftest.py imports Triton as its interpreter. footprint.py makes machine code in
-processes of its own, while the other tests run.
+Without a GPU conftest.py imports Triton as its interpreter. tests/test_footprint.py compiles the
+kernels for GPUs that are not here.
 """
-import functools
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import weakref
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -20,21 +13,16 @@ import torch
 from steps import ALL, CASES, SMALL, Case, assert_as_exact, config_budget, qkv, read
 
 kernels = pytest.importorskip("kernels", reason="needs Triton")
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E402
 
 import buffer  # noqa: E402
 import retroinfer  # noqa: E402
 from bench import footprint  # noqa: E402
-from bench import gpu_model as bench_gpu_model  # noqa: E402
-from generate import eager_step  # noqa: E402
 from retroinfer import RetroConfig, WaveIndex  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CAPABILITIES = (80, 90, 100)
-HELPERS = {"absorb", "grow", "in_bytes", "leave", "meet"}
 
 
 @pytest.fixture(autouse=True)
@@ -329,69 +317,6 @@ def test_operators_pass_opcheck(op):
     torch.library.opcheck(getattr(kernels, f"{op.split()[0]}_op"), args)
 
 
-def test_the_benchmark_runs_dry(tmp_path):
-    """Tiny: every runner and kernel, the check against float64, the whole model, the files."""
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry-run", "--out", tmp_path],
-                          cwd=Path(kernels.__file__).parent, capture_output=True, text=True,
-                          env=os.environ | ({"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}),
-                          check=False)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads((tmp_path / "gpu.json").read_text())
-    assert [cell["model"] for cell in facts["cells"]] == ["Llama-3-8B", "Qwen2.5-7B"]
-    for cell in facts["cells"]:
-        assert {"kernels", "SDPA, grouped", "SDPA, flash"} <= set(cell["ms"])
-        assert set(cell["kernels"]) == {"rank", "weigh", "pack", "look", "mark", "attend",
-                                        "combine"}
-    decode, (prefill,) = facts["decode"], facts["prefill"]
-    assert set(decode["steps"]) == set(bench_gpu_model.CACHES)
-    assert all(step["tokens_per_s"] > 0 for step in decode["steps"].values())
-    for name in ("dense", "dense, no mask"):        # as many as fit, by what was allocated
-        one = decode["steps"][name]["cache_bytes"] / decode["batch"]
-        assert 0 <= 0.9 * decode["free_bytes"] - decode["batch"] * one < one
-    assert 0 < decode["speed_up"] < 1 and prefill["index_share"] > 0            # interpreted
-    page = (tmp_path / "gpu.md").read_text()
-    assert f"{decode['batch']} sequences of 410 tokens" in page and "Qwen2.5-7B" in page
-    assert (tmp_path / "gpu.png").exists()
-
-
-def test_each_kind_of_cache_is_gone_before_the_next_comes(monkeypatch):
-    """And all of one kind are there at once. Compiled steps must not keep them."""
-    alive, seen = weakref.WeakSet(), []
-
-    def counted(make):
-        def made(*shape):
-            seen.append(len(alive))
-            alive.add(cache := make(*shape))
-            return cache
-        return made
-
-    wave = functools.partial(WaveIndex, RetroConfig(), hot=retroinfer.PLAIN)
-    kinds = {name: counted(make) for name, make in
-             (bench_gpu_model.CACHES | {"wave index": wave}).items()}
-    monkeypatch.setattr(bench_gpu_model, "CACHES", kinds)
-    monkeypatch.setattr(bench_gpu_model, "compiled_step", torch.compile(
-        eager_step, backend="eager", fullgraph=True, dynamic=False))
-    facts = bench_gpu_model.decode_facts(bench_gpu_model.TINY, 410, bench_gpu_model.once_ms)
-    assert seen == [0, 1] * 3 and not alive
-    wave, *dense = (facts["steps"][name]["tokens_per_s"] for name in sorted(kinds, reverse=True))
-    assert facts["speed_up"] == wave / max(dense)
-
-
-def test_a_gpu_without_room_for_one_sequence_is_told(monkeypatch):
-    monkeypatch.setattr(bench_gpu_model, "free_memory", lambda: 200_000)    # less than the weights
-    assert bench_gpu_model.decode_facts(bench_gpu_model.TINY, 410, None) == {}
-    page = bench_gpu_model.markdown({"decode": {}, "prefill": []}, 1e9)
-    assert "not one sequence fits" in page[0]
-
-
-def test_without_a_gpu_the_benchmark_says_so():
-    done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=Path(kernels.__file__).parent,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
-                          text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bench_gpu: a CUDA GPU is needed, and torch finds none\n"
-
-
 # ---------------------------------------------------------------- fetching
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -413,33 +338,3 @@ def test_rows_are_copied_as_by_pytorch_and_none_else(N, T, D, dtype):
         assert kernels.copy_rows(mine, *order[:2]) is mine
         kernels.copy_rows(mine, *order[2:])
         assert torch.equal(mine.cpu().nan_to_num(7.), want.nan_to_num(7.))
-
-
-# ---------------------------------------------------------------- machine code
-
-@pytest.fixture(scope="module", autouse=True)
-def compilers():
-    """Processes that compile every kernel for a target each, begun before the first test."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    yield (running := {n: subprocess.Popen([sys.executable, "-m", "bench.footprint", str(n)],
-                                           env=env, text=True,
-                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                       for n in CAPABILITIES})
-    for process in running.values():
-        process.kill()
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
-    out, err = compilers[capability].communicate()
-    assert not compilers[capability].returncode, err
-    found = [json.loads(line) for line in out.splitlines()]
-    names = {f.__name__ for f in vars(kernels).values() if hasattr(f, "arg_names")}
-    assert {facts["kernel"] for facts in found} == names - HELPERS
-    for facts in found:
-        is_huge = facts.get("BG", 0) * facts.get("BD", 0) * (facts["dtype"] == "fp32") > 8192
-        assert facts["shared"] <= (107 if is_huge else 99) * 1024, facts    # sm_86 has the latter
-        assert facts["registers"] <= 255, facts
-        must_not = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32" and (
-            not triton.__version__.startswith("3.6."))      # which spills 8 bytes of one on sm_90
-        assert facts["spilled"] <= (0 if must_not and facts["D"] == 128 else 16), facts
