@@ -25,7 +25,7 @@ from evaluation.fidelity import (
 )
 from generate import eager_step, generate, prefill
 from model import DenseCache, load
-from retroinfer import PLAIN, RetroConfig, WaveIndex, gather_clusters, tripartite_attention
+from retroinfer import PLAIN, RetroConfig, WaveIndex, gather_clusters, shares, tripartite_attention
 
 TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
                    min_retrieve=3, estimate=0.4)
@@ -91,7 +91,7 @@ def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
         made = filled(functools.partial(wave, config), *past, 10)
         for cache in (read_cache, made):
             cache.update()
-        torch.testing.assert_close(made.q_squares, read_cache.q_squares, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.q_energy, read_cache.q_energy, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(made.index.sizes, read_cache.index.sizes)
         torch.testing.assert_close(made.store.k, read_cache.store.k, rtol=1e-4, atol=1e-4)
 
@@ -129,11 +129,7 @@ def test_errors_mass_and_recall_are_those_of_float64(case, make):
 
 
 def test_what_is_read_exactly_is_all_that_an_index_without_estimates_attends_to(case):
-    class Roomy(RetroConfig):
-        def room(self, n_retrieve):                         # then every retrieved cluster fits
-            return n_retrieve * self.largest
-
-    config = Roomy(**{**TINY.__dict__, "estimate": 0.0, "values": 1.0, "boost": 1})
+    config = replace(TINY, estimate=0.0, values=1.0, boost=1, mean_room=False)
     (_, k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
     keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
     n_read = set()
@@ -210,7 +206,7 @@ def test_rows_of_ours_are_those_a_step_reads(scale, least):
     """Those of long queries too, for which heads retrieve more."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5008, 64) for _ in range(3))
-    heard = scale * q[:, :, :RetroConfig().heard].square().sum(2, keepdim=True).sqrt()
+    heard = scale * q[:, :, :RetroConfig().sink + RetroConfig().segment].square().sum(2, keepdim=True).sqrt()
     past = heard, k[:, :, :5000], v[:, :, :5000]
     boost = fidelity.mean_boost(SimpleNamespace(past=[past]), RetroConfig())
     assert least <= boost < 8 * least
@@ -229,16 +225,16 @@ def test_rows_count_the_tokens_fetched_and_numbers_by_their_bits(bits):
     cache = filled(functools.partial(wave, config), *past, 1)
     fetched = []
 
-    def attend(q, steady, index, budget, stores):
+    def attend(q, steady, index, stores, budget, method):
         def fetch(ids, ends):
             fetched.append(ends[..., -1].float().mean())
-            return gather_clusters(index, stores, ids, ends, budget.tokens)
-        cache.watch(q, steady, index, budget, stores)
-        return tripartite_attention(q, steady, index, budget, fetch)
+            return gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+        cache.watch(q, steady, index, stores, budget, method)
+        return tripartite_attention(q, steady, index, budget, fetch, method)
     cache.hot = PLAIN._replace(attend=attend)
     _, = fidelity.feed(cache, *(x[:, :, -1:] for x in (q, k, v)))
     clusters = (cache.index.sizes > 0).sum(-1).float().mean()
-    n_ranked, vector = config.budget(cache.n_indexed)[1], 64 * bits / 8     # bytes
+    n_ranked, vector = shares(config, cache.n_indexed).ranked, 64 * bits / 8    # bytes
     steady, retrieved = 1100 - cache.n_indexed, fetched[0]
     n_bytes = ((2 * steady + 1.2 * retrieved) * 128 + clusters * (vector + 8) + n_ranked * vector)
     assert fidelity.rows_read(cache) * 128 == pytest.approx(n_bytes.item())
@@ -364,16 +360,16 @@ def test_numbers_that_are_given_are_those_of_ours(checkpoint, tmp_path, capsys):
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200",
              "--steps", "2", "--parts", "texts", "--methods", "ours"]
     read = {}
-    for more in ([], ["--set", "values=1"], ["--set", "retrieve=1", "--set", "values=1"]):
+    for more in ([], ["--set", "values=1"], ["--set", "retrieve=1", "values=1"]):
         out = tmp_path / f"{len(more)}.jsonl"
         assert evaluate.main([*words, *more, "--out", str(out)]) == 0
         capsys.readouterr()
         first, *lines = map(json.loads, out.read_text().splitlines())
         assert first["settings"].get("config", {}) == {
-            word[2:]: 1.0 for word in more if word.startswith("--")}
+            word.partition("=")[0]: 1.0 for word in more[1:]}
         read[len(more)] = lines[0]["dense/prose/1200/named/ours"]
-    assert read[0]["bytes"] < read[2]["bytes"] < read[4]["bytes"]
-    assert max(map(abs, read[4]["kl"])) < 1e-6 < min(read[0]["kl"])
+    assert read[0]["bytes"] < read[2]["bytes"] < read[3]["bytes"]
+    assert max(map(abs, read[3]["kl"])) < 1e-6 < min(read[0]["kl"])
     with pytest.raises(ValueError, match="by other code or settings"):
         evaluate.evaluate(evaluate.parse_args([*words, "--out", str(tmp_path / "2.jsonl")]))
 
