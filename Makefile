@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint lines bench bench-cache bench-gpu evaluate notebooks \
+.PHONY: help setup run test test-slow test-all test-gpu lint lines bench bench-cache bench-gpu evaluate notebooks \
 	picture clean
 
 help:           ## what can be made
@@ -25,17 +25,22 @@ $(VENV)/ready: requirements.txt
 run: setup      ## answer the question in PROMPT; more flags in ARGS
 	$(BIN)/python retroinfer.py --prompt-file $(PROMPT) $(ARGS)
 
-test: setup     ## the whole suite
-	$(BIN)/python -m pytest $(ARGS)
+test: setup     ## the quick tests, a few minutes; the slowest ones are listed in the end
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(ARGS)
+
+test-slow: setup ## the tests that make test leaves out
+	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+
+test-all: test test-slow ## every test
 
 test-gpu:       ## the kernels on a GPU, with the torch and Triton of PYTHON
-	$(PYTHON) -m pytest tests/test_kernels.py $(ARGS)
+	$(PYTHON) -m pytest tests/test_kernels.py tests/test_gpu_bench.py tests/test_footprint.py $(ARGS)
 
 lint: setup     ## ruff
 	$(BIN)/ruff check .
 
 lines:          ## lines of each file
-	@wc -l *.py tests/*.py
+	@wc -l *.py app/*.py native/* evaluation/*.py bench/*.py tests/*.py
 
 bench: bench-cache ## speed and memory beside dense attention and peers; the block cache
 	for section in attention model prefill reload; do \

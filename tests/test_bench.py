@@ -1,18 +1,78 @@
-"""bench.py on few tokens: it runs, and times what it says."""
+"""bench/cpu.py on a tiny model and few tokens: it runs, and times what it says."""
+import functools
+import sys
 from argparse import Namespace
 
-from bench import cpu as bench
+import pytest
+import tiny
+import torch
+
+from bench import cpu, timing
+from model import DenseCache, load
+from retroinfer import RetroConfig, WaveIndex
 
 
-def test_a_prefill_times_its_index():
-    dense, wave = (bench.one_prefill(name, 512, "float32") for name in ("dense", "wave index"))
+@pytest.fixture
+def tiny_model(checkpoint, monkeypatch, one_thread):
+    """The benchmarks load a tiny model in place of the default one, and this returns it."""
+    path = checkpoint(max_position_embeddings=4096)
+    monkeypatch.setattr(cpu, "load", functools.partial(load, path))
+    return load(path, torch.float32, "cpu")[0]
+
+
+def test_a_prefill_times_its_index(tiny_model):
+    dense, wave = (cpu.one_prefill(name, 512, "float32") for name in ("dense", "wave index"))
     assert dense["indexing"] == 0
     assert 0 < wave["indexing"] < wave["seconds"]
     assert wave["peak"] >= 2**20                        # bytes
 
 
-def test_a_reloaded_index_is_timed_beside_the_text(capsys):
-    found = bench.reload(Namespace(tokens=[600], dtype="float32", repeats=1))
+def test_a_reloaded_index_is_timed_beside_the_text(tiny_model, capsys):
+    found = cpu.reload(Namespace(tokens=[600], dtype="float32", repeats=1))
     read, loaded = (found[name][0] for name in ("text read", "index loaded"))
     assert f"| index loaded | {loaded:.2f} | {read / loaded:.1f} |" in capsys.readouterr().out
-    assert found["bytes"] > 2 * 2 * 30 * 3 * 64 * 600           # K and V at least, 16 bits each
+    sizes = (tiny.SIZES[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    assert found["bytes"] > 2 * 4 * 600 * functools.reduce(int.__mul__, sizes)  # K and V, fp32
+
+
+@pytest.mark.parametrize("kind", [DenseCache, functools.partial(WaveIndex, RetroConfig())])
+def test_a_long_cache_holds_copies_of_the_keys_that_were_read(kind, tiny_model):
+    c, g = tiny_model.config, torch.Generator().manual_seed(0)
+    shape = 1, c.num_key_value_heads, 40, c.head_dim
+    k, v = (torch.randn(shape, generator=g) for _ in range(2))
+    cache = kind(100)
+    cache.append(k, v)
+    cpu.repeat_keys(cache, tiny_model, 100)
+    assert cache.n_tokens == 100
+    for held, x in zip(cache.append(k[:, :, :0], v[:, :, :0]), (k, v), strict=True):
+        assert torch.equal(held, torch.cat([x, x, x[:, :, :20]], 2))
+
+
+def test_a_layer_holds_its_tokens_and_has_the_default_models_budget():
+    cache, k, v = cpu.clumped_layer(1500, seed=0)
+    assert k.shape == v.shape == (1, cpu.H, 1500, cpu.D) and cache.n_tokens == 1500
+    budget = cache.budget()
+    share = RetroConfig().retrieve * timing.BOOST * int(cache.n_indexed) // RetroConfig().cluster
+    assert (budget.shares.retrieve - max(share, RetroConfig().min_retrieve)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("given, problem", [
+    (["model", "--steps", "2"], "--steps is 2: at least 3"),
+    (["attention", "--tokens", "0"], "argument --tokens: invalid positive value: '0'"),
+    (["reload", "--save", "no/where.json"], "argument --save: there is no folder no "),
+    (["speed"], "argument section: invalid choice")])
+def test_a_wrong_argument_is_one_line(given, problem, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.cpu", *given])
+    assert timing.exit_status("bench.cpu", cpu.main) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench.cpu: {problem}") and error.count("\n") == 1
+
+
+def test_runners_take_turns_behind_a_first_call_each():
+    calls = []
+    seconds = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert "".join(calls) == "abababab" and [len(x) for x in seconds.values()] == [3, 3]
+
+
+def test_a_ratio_is_the_median_of_the_repeats_own_ratios():
+    assert timing.speed_up([1, 1, 2], [3, 4, 20]) == 4

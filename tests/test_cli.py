@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from steps import LONG
 
 from app import cli
 from app.settings import parse_settings
@@ -20,7 +22,6 @@ from model import DenseCache
 from retroinfer import RetroConfig
 
 ROOT = Path(__file__).parent.parent
-LONG = {"max_position_embeddings": 4096}
 
 
 @pytest.fixture
@@ -118,15 +119,6 @@ def test_the_context_ends_the_answer(run, checkpoint, tmp_path):
     assert facts["read_tokens"][0] + facts["generated_tokens"][0] <= 64
 
 
-def test_standard_input_is_a_prompt(checkpoint):
-    done = subprocess.run(
-        [sys.executable, "retroinfer.py", "--prompt-file", "-", "--backend", "eager", "--device",
-         "cpu", "--model", checkpoint(), "--max-new-tokens", "3", "--json"],
-        cwd=ROOT, input=b"the cat sat", capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert last_json(done.stdout.decode())["generated_tokens"] == [3]
-
-
 def test_the_help_fits_a_screen(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -135,9 +127,11 @@ def test_the_help_fits_a_screen(capsys, monkeypatch):
     assert len(lines) <= 45 and max(map(len, lines)) <= 80
 
 
-def test_every_number_of_the_method_is_listed_with_its_default_and_meaning(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--set", "help"])
+@pytest.mark.parametrize("words", [(), ("help",), ("retrieve=1", "help")])
+def test_every_number_of_the_method_is_listed_with_its_default_and_meaning(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--set", *words])
+    assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
     for line, field in zip(lines, fields(RetroConfig), strict=True):
         name, default, *meaning = line.split()
@@ -147,47 +141,51 @@ def test_every_number_of_the_method_is_listed_with_its_default_and_meaning(capsy
 
 # ---------------------------------------------------------------- what a plain run needs
 
-LOADED = """
-import sys
-from app.cli import main
-status = main(sys.argv[1:])
-root = {root!r}
-ours = [name for name, x in sys.modules.items() if str(getattr(x, "__file__", "")).startswith(root)]
-print(status, *sorted(ours))
-"""
-
-
-def plain_run(root, prompt, model, *flags):
-    """Standard output and error of the main job in a process of its own, below `root`."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED.format(root=f"{root}/"), "--prompt-file", str(prompt),
-         "--model", str(model), "--device", "cpu", "--max-new-tokens", "3", *flags],
-        cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+def in_a_process(root, program, prompt, *flags):
+    """Standard output and error of a program that imports what is in `root`. Its input: prompt."""
+    setup = "import runpy, sys\nsys.path.insert(0, '.')\n"
+    done = subprocess.run([sys.executable, "-c", setup + textwrap.dedent(program), *map(str, flags)],
+                          cwd=root, input=prompt.read_bytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode(), done.stderr.decode()
 
 
 def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
-    out, _ = plain_run(ROOT, prompt, checkpoint(**LONG), "--backend", "eager")
-    assert out.splitlines()[-1].split() == [
-        "0", "app.cli", "app.report", "app.session", "app.settings", "checkpoint", "generate",
-        "model", "retroinfer"]
+    """`python retroinfer.py --prompt-file -`, and what it has loaded in the end."""
+    out, _ = in_a_process(ROOT, """
+        import json, os
+        try:
+            runpy.run_path("retroinfer.py", run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        root = os.getcwd() + os.sep
+        files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+        ours = sorted(name.removeprefix(root) for name in files if name.startswith(root))
+        print(json.dumps([status, ours]))
+        """, prompt, "--prompt-file", "-", "--model", checkpoint(**LONG), "--backend", "eager",
+        "--device", "cpu", "--max-new-tokens", 3, "--json")
+    facts, loaded = map(json.loads, out.splitlines()[-2:])
+    assert facts["generated_tokens"] == [3]
+    assert loaded == [0, ["app/cli.py", "app/report.py", "app/session.py", "app/settings.py",
+                          "checkpoint.py", "generate.py", "model.py", "retroinfer.py"]]
 
 
 def test_the_main_job_runs_without_the_optional_parts(checkpoint, prompt, tmp_path):
-    """Each can be deleted: the planner, the buffer, the C++ twin, evaluation and benchmarks."""
-    for name in ("retroinfer", "generate", "model", "checkpoint", "kernels"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    shutil.copytree(ROOT / "app", tmp_path / "app")
-    for name in ("plan", "snapshot"):
-        (tmp_path / "app" / f"{name}.py").unlink()
-    _, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--backend", "eager")
+    """Each can be deleted: the planner, snapshots, buffer, twins, evaluation and benchmarks."""
+    root = tmp_path / "copy"
+    deleted = ["plan.py", "snapshot.py", "buffer.py", "kernels.py", "native", "evaluation", "bench"]
+    unused = [".*", "docs", "notebooks", "results", "tests", "__pycache__"]
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*deleted, *unused))
+    _, err = in_a_process(root, """
+        from app.cli import main
+        run = ["--device", "cpu", *sys.argv[1:]]
+        assert main([*run, "--max-new-tokens", "3", "--backend", "eager"]) == 0
+        assert main([*run, "--max-new-tokens", "1"]) == 0      # the first token takes no step
+        assert main([*run, "--offload"]) == 2
+        """, prompt, "--prompt-file", prompt, "--model", checkpoint(**LONG))
     assert "eager on cpu" in err
-    _, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--max-new-tokens", "1")
     assert "torch.compile on cpu" in err and "native is not here" in err
-    out, err = plain_run(tmp_path, prompt, checkpoint(**LONG), "--offload")
-    assert out.startswith("2 ") and err == (
-        "retroinfer: --offload needs buffer.py, which is not here\n")
+    assert err.endswith("\nretroinfer: --offload needs buffer.py, which is not here\n")
 
 
 # ---------------------------------------------------------------- batches, turns, saved indexes
@@ -379,7 +377,7 @@ def test_a_device_that_fails_ends_the_run_in_one_line(run, flags, monkeypatch):
     monkeypatch.setattr("buffer.WaveBuffer.fetch", fails)
     status, _, err = run(*flags, *OFFLOAD)
     assert status == 2 and err.endswith(
-        "retroinfer: the device gave up: CUDA error: an illegal memory access\n")
+        "retroinfer: the device failed: CUDA error: an illegal memory access\n")
     assert "Traceback" not in err
 
 
@@ -503,9 +501,10 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--dtype", "int4"], ["--dtype", "int4"]),
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
-    (["--backend", "triton"], ["--backend triton needs a GPU"]),
-    (["--set", "spread=1"], ["--set does not know 'spread'", "min_retrieve", "--set help"]),
-    (["--set", "retrieve"], ["--set retrieve=: give a number"]),
+    (["--backend", "triton"], ["backend triton needs a GPU"]),
+    (["--set", "spread=1"], ["--set does not know 'spread'", "min_retrieve", "--set alone"]),
+    (["--set", "retrieve"], ["--set retrieve has no value: give retrieve=VALUE"]),
+    (["--set", "retrieve="], ["--set retrieve=: give a number"]),
     (["--set", "outliers=perhaps"], ["--set outliers=perhaps: give yes or no"]),
     (["--offload", "--backend", "native"], ["leave out --backend native"]),
     (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
@@ -548,10 +547,10 @@ def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
 
 
 def test_native_code_is_for_a_cpu():
-    with pytest.raises(ValueError, match="--backend native needs a CPU"):
+    with pytest.raises(ValueError, match="backend native needs a CPU"):
         cli.choose_backend("native", torch.device("cuda:0"))
 
 
 def test_keys_with_biases_are_indexed_in_sixteen_bits_unless_told_otherwise():
-    assert [cli.settle(cli.parse_args(["--prompt-file", "x", *more]), has_biases).bits
+    assert [cli.make_config(cli.parse_args(["--prompt-file", "x", *more]), has_biases).bits
             for more in ([], ["--set", "bits=4"]) for has_biases in (False, True)] == [4, 16, 4, 4]

@@ -111,7 +111,7 @@ def test_full_caches_are_reported(model, ids):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("lengths", [(90,), (1, 30, 90, 250)], ids=str)
 def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
-    """Over 5,000 tokens and more than four updates of 1,024; layers share one region."""
+    """Over more than four updates of the index; layers share one region."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     region = functools.partial(step, run=torch.compiler.nested_compile_region(call))
@@ -120,7 +120,7 @@ def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
                for n in lengths]
     said, indexed = [], None
     for one_step, n in ((fast, N_LONG), (eager_step, 60)):
-        config = RetroConfig(**SMALL | {"update": 1024, "cluster": 16}, retrieve=0.1,
+        config = RetroConfig(**SMALL | {"update": 128}, retrieve=0.1,
                              estimate=0.2)
         held = [WaveIndex(config, N_LONG + 260, len(lengths)) for _ in model.layers]
         got = []
@@ -128,11 +128,11 @@ def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
         said.append(torch.stack(got[:60]))
         indexed = indexed or held[0].n_indexed.tolist()
     assert counter.frame_count == 1
-    assert all(n >= 4 * 1024 for n in indexed)
+    assert all(n >= 4 * 128 for n in indexed)
     torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 
 
-N_LONG = 5000
+N_LONG = 700
 
 
 def test_inductor_gives_what_eager_gives(model, ids):

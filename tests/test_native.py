@@ -17,6 +17,8 @@ from native import step as native
 from retroinfer import PLAIN, RetroConfig, WaveIndex
 
 KINDS = [(torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4), (torch.float32, 16)]
+QUICK = [KINDS[1], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind[0]
+                     is not torch.bfloat16)]    # each kind and head size is compiled for itself
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
                                 reason="needs a C++ compiler")
 
@@ -37,7 +39,7 @@ def make(name, *args, **more):
     return Case((*sizes, max(D, 32), W, C), *rest, *args, **more)
 
 
-@pytest.mark.parametrize("dtype, bits", KINDS, ids=str)
+@pytest.mark.parametrize("dtype, bits", QUICK, ids=str)
 @pytest.mark.parametrize("values", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_as_exact_as_pytorch(name, values, dtype, bits):
@@ -58,6 +60,7 @@ def test_clusters_of_any_size_are_read_or_estimated(largest, tokens):
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_step_of_any_shape_is_as_exact_as_pytorch(data):
@@ -200,6 +203,7 @@ def cache(monkeypatch, tmp_path):
     native.library.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "three queries, 80 dims", "256 dims"])
 def test_a_processor_without_vectors_of_eight_is_told_the_same(cache, monkeypatch, name):
     """What GCC makes of the plain C++ that stands beside AVX2."""

@@ -60,6 +60,7 @@ def test_a_notebook_has_its_parts(path):
     assert path.name.replace(".py", ".ipynb") in (ROOT / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.notebooks
 @pytest.mark.usefixtures("smollm2")
 def test_the_opening_picture_is_drawn_from_real_attention(tmp_path):
@@ -73,6 +74,7 @@ def test_the_opening_picture_is_drawn_from_real_attention(tmp_path):
     assert kept.stat().st_size < 150_000
 
 
+@pytest.mark.slow
 @pytest.mark.notebooks
 @pytest.mark.usefixtures("smollm2")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import SMALL
 
-from app.snapshot import SHAPES, Snapshot, check_place, save
+from app.snapshot import SETTINGS, Snapshot, check_place, save
 from generate import decode, eager_step, prefill, sampler
 from model import load
 from retroinfer import RetroConfig, WaveIndex
@@ -115,9 +115,9 @@ def test_a_changed_prompt_is_refused(loaded, saved, change, same):
         Snapshot(path, *loaded, CONFIG).unread(ids[:200])
 
 
-@pytest.mark.parametrize("field", SHAPES)
+@pytest.mark.parametrize("field", SETTINGS)
 def test_each_setting_that_builds_an_index_must_be_the_same(loaded, saved, field):
-    given = {name: getattr(CONFIG, name) for name in SHAPES}
+    given = {name: getattr(CONFIG, name) for name in SETTINGS}
     changed = {"bits": 16}.get(field, 2 * given[field] if given[field] is not True else False)
     other = RetroConfig(**given | {field: changed})
     with pytest.raises(ValueError, match=f"--set {field} {given[field]}, here it"):

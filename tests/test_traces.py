@@ -134,9 +134,9 @@ def test_policies_differ_where_they_should():
 CONFIG = RetroConfig(segment=256, update=64, cluster=16, min_retrieve=5, boost=1)
 
 
-@pytest.fixture
-def recorded(checkpoint, one_thread):
-    """(model, prompts, Trace) of two prompts of unequal length."""
+@pytest.fixture(scope="module")
+def recorded(checkpoint):
+    """(model, prompts, Trace) of two prompts of unequal length: do not edit."""
     model, _ = load(checkpoint(max_position_embeddings=1024), torch.float32, "cpu")
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, tiny.VOCAB, (n,), generator=g) for n in (400, 330)]
