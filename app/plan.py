@@ -1,23 +1,24 @@
 """How many bytes a run will take on the device and on the host, before any is allocated.
 
-The model, its caches and one layer's work are made on PyTorch's meta device, where tensors have
-shapes and no memory: what is counted is what the library itself would allocate.
+The model, its caches and the work of one layer run on PyTorch's meta device, where tensors have
+shapes and no memory. So the plan counts what the library itself would allocate.
 
     python -m app.plan Llama-3.1-8B --capacity 131072 --memory 24
 
     table = plan(Run(shape("Llama-3.1-8B"), capacity=131072, cache_ratio=0.05, chunk=2048))
     print(table)                            # GiB by part; table.device, table.host in bytes
 
-Activations are the most that is alive at once within a layer, beside what is allocated for good:
-in a prefill of `chunk` tokens that fills a segment, whose attention keeps nothing but its output,
-and in an eager step (a compiled one takes less) whose heads retrieve the most they may, with the
-execution buffer. The peak has the larger of the two.
+Activations are the bytes that one layer needs at once while it works. In a prefill: for `chunk`
+tokens that complete a segment, with an attention that keeps only its output. In a decode step: for
+an eager step (a compiled one needs less) in which every head retrieves the most it may, with the
+execution buffer. The peak counts the larger of the two.
 
-Does not include: what the driver, its libraries and fragmentation take (leave half a GiB or more),
-tokenizers, files read while weights are loaded, and products in a wider dtype on a CPU without
-instructions for the model's.
+Does not include: the driver, its libraries and fragmentation (leave half a GiB or more free),
+tokenizers, files that are read while weights are loaded, and copies in a wider dtype on a CPU that
+cannot multiply in the model's dtype.
 """
 import functools
+import itertools
 import math
 import os
 import sys
@@ -29,8 +30,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from app.cli import Parser, choose_device, settle
-from app.settings import parse_settings
+from app.cli import Parser, check_counts, choose_device, make_config
+from app.settings import add_set
 from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import eager_step
@@ -55,9 +56,9 @@ KEYS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hid
 
 
 def shape(name):
-    """ModelConfig of a named shape, the default model, a directory or a .gguf file, or ValueError.
+    """ModelConfig of a named shape, the default model, a directory or a .gguf file.
 
-    Of a checkpoint no weight is read.
+    No weight is read. ValueError if there is no such name or file.
     """
     if name in SHAPES:
         numbers = dict(zip(KEYS, SHAPES[name], strict=True)) | {"max_position_embeddings": 131072}
@@ -65,15 +66,16 @@ def shape(name):
     if name != DEFAULT_NAME and not Path(name).exists():
         raise ValueError(f"no shape or model is named {name}: give a path, or one of "
                          f"{', '.join([DEFAULT_NAME, *SHAPES])}")
-    return ModelConfig(**open_checkpoint(default_model() if name == DEFAULT_NAME else
-                                         Path(name))[0])
+    path = default_model() if name == DEFAULT_NAME else Path(name)
+    config, _, _ = open_checkpoint(path)
+    return ModelConfig(**config)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run. Bytes depend on nothing else."""
+    """All that the bytes of a run depend on."""
     model: ModelConfig
-    capacity: int                       # tokens of a sequence, those generated too
+    capacity: int                       # tokens of a sequence, read and generated
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     chunk: int | None = None            # tokens a prefill reads at a time; None: the whole prompt
@@ -85,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part. The activations of a prefill and of a step are never there together."""
+    """Bytes by part. A prefill and a step never need their activations at the same time."""
     run: Run
     device: dict
     host: dict
@@ -94,14 +96,15 @@ class Plan:
 
     @property
     def peak(self):
-        """Bytes on the device when most are in use."""
+        """The most bytes that are ever in use on the device."""
         return sum(self.device.values()) + max(self.prefill, self.step)
 
     def fits(self, memory, host=math.inf):
-        """Whether so many bytes are enough of the device, and of the host."""
+        """Whether so many bytes of device memory, and of host memory, are enough."""
         on_host = 0 if self.run.in_file else sum(self.host.values())
-        return (self.peak + on_host <= min(memory, host) if self.run.is_cpu
-                else self.peak <= memory and on_host <= host and not self.run.in_file)
+        if self.run.is_cpu:
+            return self.peak + on_host <= min(memory, host)
+        return self.peak <= memory and on_host <= host and not self.run.in_file
 
     def __str__(self):
         rows = [(part, self.device.get(part, 0), self.host.get(part, 0))
@@ -111,15 +114,19 @@ class Plan:
                  ("activations, step", self.step, 0),
                  ("peak", self.peak, sum(self.host.values()))]
         lines = [f"{'GiB':<33}{'device':>9}{'host':>9}"]
-        lines += [f"{part:<33}" + "".join(f"{n / GIB:>9.3f}" if n else " " * 9 for n in both)
-                  for part, *both in rows]
+        lines += [f"{part:<33}{gib(device):>9}{gib(host):>9}" for part, device, host in rows]
         return "\n".join(lines)
+
+
+def gib(n):
+    """Bytes as a person reads them in the table: nothing for 0."""
+    return f"{n / GIB:.3f}" if n else ""
 
 
 # ---------------------------------------------------------------- bytes without memory
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages made under it: those alive now, and the most there were."""
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes of the storages that are made in its context and still alive."""
 
     def __init__(self):
         super().__init__()
@@ -130,16 +137,16 @@ class Live(TorchDispatchMode):
         given = set(map(id, storages((args, kwargs))))
         for storage in storages(out):
             if id(storage) not in given:
-                self.grow(storage.nbytes())
-                weakref.finalize(storage, self.grow, -storage.nbytes())
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
-    def grow(self, n):
+    def add(self, n):
         self.now += n
         self.most = max(self.most, self.now)
 
     def peak(self, work):
-        """Bytes that work() has alive at most, beyond those alive when it is called."""
+        """The most bytes that are alive during work(), without those alive before it."""
         start = self.most = self.now
         work()
         return self.most - start
@@ -150,12 +157,12 @@ def storages(tree):
 
 
 def nbytes(tree):
-    """Bytes of the tensors in nested containers; what is shared counts once."""
+    """Bytes of the tensors in nested containers. Tensors that share memory count once."""
     return sum(storage.nbytes() for storage in storages(tree))
 
 
 def on_meta(config, dtype):
-    """The model without memory, and with one layer: all are alike."""
+    """The model without memory and with one layer only: all layers are alike."""
     with torch.device("meta"):
         model = Llama(replace(config, num_hidden_layers=1)).to(dtype).requires_grad_(False)
     model.rope.to("meta")
@@ -167,82 +174,98 @@ def on_meta(config, dtype):
 def weights(config, dtype=torch.bfloat16):
     """Bytes of the parameters."""
     model = on_meta(config, dtype)
-    layers = (config.num_hidden_layers - 1) * nbytes(list(model.layers.parameters()))
-    return layers + nbytes(list(model.parameters()))
+    other_layers = (config.num_hidden_layers - 1) * nbytes(list(model.layers.parameters()))
+    return other_layers + nbytes(list(model.parameters()))
+
+
+def keys_on_meta(run, B, T):
+    """Keys (B, H, T, D) of a run, without memory."""
+    return torch.empty(B, run.model.num_key_value_heads, T, run.model.head_dim, dtype=run.dtype,
+                       device="meta")
 
 
 def cache_on_meta(run):
     """The cache of one layer, allocated without memory."""
-    k = torch.empty(1, run.model.num_key_value_heads, 0, run.model.head_dim, dtype=run.dtype,
-                    device="meta")
-    shape = run.batch, k.shape[1], round_up(run.capacity), k.shape[3]
-    store = Store if run.cache_ratio is None else functools.partial(
-        WaveBuffer, memory=(k.new_empty(shape) for _ in range(2)), cache_ratio=run.cache_ratio)
+    store = Store
+    if run.cache_ratio is not None:
+        memory = (keys_on_meta(run, run.batch, round_up(run.capacity)) for _ in range(2))
+        store = functools.partial(WaveBuffer, memory=memory, cache_ratio=run.cache_ratio)
     cache = WaveIndex(run.retro, run.capacity, run.batch, make_store=store)
-    cache.allocate(k)
+    cache.allocate(keys_on_meta(run, 1, 0))
     return cache
 
 
 def plan(run):
     """The Plan of a Run."""
-    model, cache = on_meta(run.model, run.dtype), cache_on_meta(run)
+    model = on_meta(run.model, run.dtype)
+    cache = cache_on_meta(run)
     device = {name: n * run.model.num_hidden_layers for name, n in cache.nbytes().items()}
     host = {} if run.cache_ratio is None else {"store": device.pop("store")}
     return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
-                prefill_bytes(model, cache, run), step_bytes(model, cache))
+                prefill_bytes(model, run), step_bytes(model, cache))
 
 
-def prefill_bytes(model, cache, run):
-    """Activations of a prefill's last chunk in one layer, which fills a segment."""
-    ids = torch.empty(1, min(run.chunk or run.capacity, run.capacity), dtype=torch.int64,
-                      device="meta")
-    n = min(run.retro.segment, run.capacity) // run.retro.cluster * run.retro.cluster
-    segment = cache.store.k[:1, :, :n]                                      # (1, H, L, D)
+def prefill_bytes(model, run):
+    """Activations of a prefill's last chunk in one layer, which completes a segment."""
+    chunk = min(run.chunk or run.capacity, run.capacity)
+    ids = torch.empty(1, chunk, dtype=torch.int64, device="meta")
+    L = min(run.retro.segment, run.capacity) // run.retro.cluster * run.retro.cluster
+    segment = keys_on_meta(run, 1, L)
+    is_masked = run.is_cpu and chunk < run.capacity     # a GPU's kernel needs no mask in memory
 
     def attend(q, k, v):
         o = torch.empty_like(q)
-        if run.is_cpu and q.shape[2] < run.capacity:    # the mask: 8 bytes while it is made, a
-            size = 9 + k.element_size()                 # bool, and one as the keys
-            mask = ids.new_empty(q.shape[2], run.capacity, size, dtype=torch.uint8)
+        if is_masked:       # 8 bytes while it is made, a bool, and one as wide as the keys
+            mask = ids.new_empty(chunk, run.capacity, 9 + k.element_size(), dtype=torch.uint8)
             del mask
         cluster_segment(segment, segment, run.retro)
         return o
 
-    def work():         # K and V of a layer are brought, while those of the one before go back
-        past = [torch.empty_like(x[:1]) for x in 2 * (cache.store.k, cache.store.v)
-                if run.cache_ratio is not None and not run.is_cpu]
+    def work():
+        past = []           # K and V come to the device while those of the layer before go back
+        if run.cache_ratio is not None and not run.is_cpu:
+            past = [keys_on_meta(run, 1, round_up(run.capacity)) for _ in range(4)]
         model.logits(model(ids, ids, [attend])[:, -1])
         del past
 
-    with Live() as live:
-        return live.peak(work)
+    with ByteCounter() as counter:
+        return counter.peak(work)
 
 
 def step_bytes(model, cache):
     """Activations of an eager step in one layer."""
-    cache.is_in_store = [False] * len(cache.is_in_store)
-    token = torch.empty(len(cache.is_in_store), dtype=torch.int64, device="meta")
-    with Live() as live:
-        return live.peak(lambda: eager_step(model, [cache], token))
+    B = len(cache.n_tokens)
+    cache.is_in_store = [False] * B     # update() would read counters, which hold nothing here
+    token = torch.empty(B, dtype=torch.int64, device="meta")
+    with ByteCounter() as counter:
+        return counter.peak(lambda: eager_step(model, [cache], token))
 
 
 # ---------------------------------------------------------------- what would fit
 
 def fit(run, memory, host=math.inf):
-    """The Plan of a Run if it fits so many bytes; else ValueError says what would fit."""
+    """The Plan of a Run that fits so many bytes. If it does not, ValueError says what would."""
     table = plan(run)
     if table.fits(memory, host):
         return table
-    what_fits = [how for how, changes in REMEDIES.items()
-                 if plan(replace(run, **changes)).fits(memory, host)][:2]
-    if n := largest_capacity(run, memory, host):
-        what_fits.append(f"--capacity {n}")
-    on_host, there = sum(table.host.values()) / GIB, f"{memory / GIB:.1f}"
-    there += f" and {host / GIB:.1f}" if host < math.inf else ""
-    what_fits = ", or ".join(what_fits) or ("nothing here, the weights alone are "
-                                            f"{table.device['weights'] / GIB:.1f} GiB")
+    weights = f"nothing here, the weights alone are {table.device['weights'] / GIB:.1f} GiB"
+    what_fits = ", or ".join(remedies(run, memory, host)) or weights
+    there = f"{memory / GIB:.1f}"
+    if host < math.inf:
+        there += f" and {host / GIB:.1f}"
     raise ValueError(f"{run.capacity:,} tokens x {run.batch} need {table.peak / GIB:.1f} GiB and "
-                     f"{on_host:.1f} on the host, there are {there}; what fits: {what_fits}")
+                     f"{sum(table.host.values()) / GIB:.1f} on the host, there are {there}; "
+                     f"what fits: {what_fits}")
+
+
+def remedies(run, memory, host=math.inf):
+    """At most three flags with which the run would fit."""
+    would_fit = (flags for flags, changes in REMEDIES.items()
+                 if plan(replace(run, **changes)).fits(memory, host))
+    found = list(itertools.islice(would_fit, 2))
+    if n := largest_capacity(run, memory, host):
+        found.append(f"--capacity {n}")
+    return found
 
 
 def largest_capacity(run, memory, host=math.inf):
@@ -250,8 +273,10 @@ def largest_capacity(run, memory, host=math.inf):
     low, high = 0, run.capacity // 1024
     while low < high:
         middle = (low + high + 1) // 2
-        fits = plan(replace(run, capacity=1024 * middle)).fits(memory, host)
-        low, high = (middle, high) if fits else (low, middle - 1)
+        if plan(replace(run, capacity=1024 * middle)).fits(memory, host):
+            low = middle
+        else:
+            high = middle - 1
     return 1024 * low
 
 
@@ -270,48 +295,46 @@ def parse_args(argv):
     add("shape", nargs="?", default=DEFAULT_NAME, metavar="SHAPE",
         help=f"{', '.join(SHAPES)}, a directory or a .gguf file (default {DEFAULT_NAME})")
     add("--capacity", metavar="N", type=int, help="tokens of a sequence; default: the context")
-    add("--batch", metavar="N", type=int, default=1, help="sequences")
+    add("--batch", metavar="N", type=int, default=1, help="number of sequences")
     add("--memory", metavar="GIB", type=float, help="of the device; default: this machine's")
-    add("--dtype", choices=["float32", "bfloat16", "float16"])
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if any")
-    add("--prefill-chunk", metavar="N", type=int, help="tokens read at a time")
+    add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"], help="%(choices)s")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    add("--prefill-chunk", metavar="N", type=int, help="read the prompt N tokens at a time")
     add("--offload", action="store_true", help="keep K and V in host memory")
     add("--cache-ratio", metavar="X", type=float, default=RATIO,
-        help="share of them on the device (default %(default)s)")
-    add("--store", action="store_true", help="keep K and V in a file")
-    add("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
-        help="numbers of the method, as in retroinfer.py")
+        help="share of K and V cached on the device (default %(default)s)")
+    add("--store", metavar="FILE", help="keep K and V in a file (plan writes none)")
+    add_set(add)
     args = parser.parse_args(argv)
-    for name in ("prefill_chunk", "capacity", "batch"):
-        if (given := getattr(args, name)) is not None and given < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {given}: at least 1 is needed")
+    check_counts(args, "prefill_chunk", "capacity", "batch")
     if args.memory is not None and not args.memory > 0:
         raise ValueError(f"--memory is {args.memory}: give GiB above 0")
     if args.store and not args.offload:
         raise ValueError("--store goes with --offload")
     check_ratio(args.cache_ratio)
-    args.set = parse_settings(args.set)
     return args
 
 
 def show(args):
-    """Print the plan of a run; ValueError if it cannot fit."""
-    device, is_here = choose_device(args.device), not (args.shape in SHAPES or args.memory)
+    """Print the plan of a run. ValueError if it does not fit."""
+    device = choose_device(args.device)
+    is_here = not (args.shape in SHAPES or args.memory)     # else of another machine, with a GPU
     is_cpu = is_here and device.type == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
     config = shape(args.shape)
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
-              args.cache_ratio if args.offload else None, args.store, is_cpu,
-              settle(args, config.qkv_bias))
+              args.cache_ratio if args.offload else None, bool(args.store), is_cpu,
+              make_config(args, config.qkv_bias))
     print(f"{args.shape}, {run.capacity:,} tokens x {run.batch}, "
           f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
     memory = args.memory * GIB if args.memory else installed(device)
-    table = fit(run, memory, installed(torch.device("cpu")) if is_here else math.inf)
+    host = installed(torch.device("cpu")) if is_here else math.inf
+    table = fit(run, memory, host)
     print(f"fits: {(memory - table.peak) / GIB:.1f} GiB of {memory / GIB:.1f} left")
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 behind one line that says what was given and what to do."""
+    """Exit status: 0, or 2 after one line that says what was given and what to do."""
     try:
         show(parse_args(argv))
     except (ValueError, ImportError) as e:

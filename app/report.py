@@ -1,13 +1,15 @@
-"""What a run of the command line took: facts, for machines, and a card of them, for people.
+"""What a run of the command line took: facts for machines, and a card for people.
 
     facts = {"backend": "eager", "dtype": "float32", **measure(session)}
     print(card(facts, model.config.context))
 """
 import math
 
+MIB = 2**20
+
 
 def measure(session):
-    """What a run took, as numbers, and lists where sequences differ. The card is made of these."""
+    """Numbers by name, and lists with one entry a sequence. The card is made of these."""
     layers = [cache.facts() for cache in session.caches]
     first = layers[0]
     found = {
@@ -21,57 +23,80 @@ def measure(session):
         "dense_bytes_a_step": sum(facts["dense_bytes"] for facts in layers),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
-    return found | (measure_offload(session, layers) if "hits" in first else {})
+    if "hits" in first:
+        found |= measure_offload(session, layers)
+    return found
 
 
 def mean_of_layers(layers, name):
-    """Of each sequence a whole number: the mean over layers."""
+    """The mean over layers of a fact, a whole number for each sequence."""
     columns = zip(*(facts[name] for facts in layers), strict=True)
     return [round(sum(column) / len(layers)) for column in columns]
 
 
 def measure_offload(session, layers):
-    """What lies where, in bytes, and how much of what steps asked for was on the device."""
+    """Bytes of the store, the block cache and its tables, the share of hits, host bytes a step."""
     parts = [cache.nbytes() for cache in session.caches]
+    names = {"store_bytes": "store", "slots_bytes": "block cache", "table_bytes": "its tables"}
     hits, asked, read = (sum(facts[name] for facts in layers)
                          for name in ("hits", "asked", "host_bytes"))
-    held = {"store_bytes": "store", "slots_bytes": "block cache", "table_bytes": "its tables"}
-    return {name: sum(part[of] for part in parts) for name, of in held.items()} | {
-        "hit_ratio": hits / max(asked, 1), "host_bytes_a_step": read / max(len(session.steps), 1)}
+    found = {name: sum(part[of] for part in parts) for name, of in names.items()}
+    return found | {"hit_ratio": hits / max(asked, 1),
+                    "host_bytes_a_step": read / max(len(session.steps), 1)}
 
 
-def card(f, context):
+# ---------------------------------------------------------------- the card
+
+def card(facts, context):
     """The facts of a run in a few lines for a person."""
-    def each(name):
-        return " + ".join(f"{n:,}" for n in f[name])
-
-    lines = [f"context    {each('context_tokens')} tokens, {each('read_tokens')} read and "
-             f"{each('generated_tokens')} generated now (the model's limit is {context:,})"]
-    names = "context_tokens", "indexed_tokens", "clusters", "retrieved_clusters", \
-        "estimated_clusters"
-    for tokens, indexed, clusters, retrieved, estimated in zip(*map(f.get, names), strict=True):
-        zones = (f"{tokens - indexed:,} tokens exact; of {clusters:,} clusters a head retrieves "
-                 f"{retrieved:,}, estimates {estimated:,}")
-        if not indexed:
-            zones = f"all {tokens:,} tokens exact: the text is too short to index"
-        lines.append(f"zones      {zones}")
-    share = f["bytes_a_step"] / f["dense_bytes_a_step"]
-    lines += [
-        f"reads      {f['bytes_a_step'] / 2**20:.1f} MiB of KV a step, dense "
-        f"{f['dense_bytes_a_step'] / 2**20:.1f} MiB: {share:.1%}; index in {f['bits']} bits",
-        f"backend    {f['backend']}; {f['dtype']}",
-        f"speed      prefill {f['prefill_s']:.1f} s, first step {f['first_step_s']:.1f} s, "
-        f"then {f['decode_tokens_per_s']:.1f} tokens/s"]
-    if "hit_ratio" in f:
-        store, slots, table, step = (f[f"{name}_bytes{end}"] / 2**20 for name, end in (
-            ("store", ""), ("slots", ""), ("table", ""), ("host", "_a_step")))
-        lines.insert(-2, f"offload    {store:.1f} MiB on the host, {slots:.1f} and {table:.1f} on "
-                     f"the device; {f['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
-    if "kl" in f:
-        ratio = f["decode_tokens_per_s"] / (f["dense_decode_tokens_per_s"] or math.inf)
-        lines += [
-            f"dense      {f['dense_answer']}",
-            f"agreement  {f['agreement']:.1%} of the tokens, KL to dense {f['kl']:.4f} nats each",
-            f"           dense decodes {f['dense_decode_tokens_per_s']:.1f} tokens/s: "
-            f"ours is {ratio:.2f} times as fast"]
+    lines = [context_line(facts, context), *zone_lines(facts), reads_line(facts)]
+    if "hit_ratio" in facts:
+        lines.append(offload_line(facts))
+    lines += [f"backend    {facts['backend']}; {facts['dtype']}",
+              f"speed      prefill {facts['prefill_s']:.1f} s, first step "
+              f"{facts['first_step_s']:.1f} s, then {facts['decode_tokens_per_s']:.1f} tokens/s"]
+    if "kl" in facts:
+        lines += dense_lines(facts)
     return "\n".join(lines)
+
+
+def context_line(facts, context):
+    held, read, said = (" + ".join(f"{n:,}" for n in facts[f"{name}_tokens"])
+                        for name in ("context", "read", "generated"))
+    return (f"context    {held} tokens, {read} read and {said} generated now "
+            f"(the model's limit is {context:,})")
+
+
+def zone_lines(facts):
+    """A line for each sequence."""
+    for row, tokens in enumerate(facts["context_tokens"]):
+        indexed, clusters, retrieved, estimated = (facts[name][row] for name in (
+            "indexed_tokens", "clusters", "retrieved_clusters", "estimated_clusters"))
+        if indexed:
+            yield (f"zones      {tokens - indexed:,} tokens exact; of {clusters:,} clusters a head "
+                   f"retrieves {retrieved:,}, estimates {estimated:,}")
+        else:
+            yield f"zones      all {tokens:,} tokens exact: the text is too short to index"
+
+
+def reads_line(facts):
+    ours, dense = facts["bytes_a_step"], facts["dense_bytes_a_step"]
+    return (f"reads      {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
+            f"{ours / dense:.1%}; index in {facts['bits']} bits")
+
+
+def offload_line(facts):
+    store, slots, tables, step = (facts[name] / MIB for name in (
+        "store_bytes", "slots_bytes", "table_bytes", "host_bytes_a_step"))
+    return (f"offload    {store:.1f} MiB on the host, {slots:.1f} and {tables:.1f} on the device; "
+            f"{facts['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
+
+
+def dense_lines(facts):
+    """What --compare found."""
+    ours, dense = facts["decode_tokens_per_s"], facts["dense_decode_tokens_per_s"]
+    return [f"dense      {facts['dense_answer']}",
+            f"agreement  {facts['agreement']:.1%} of the tokens, KL to dense {facts['kl']:.4f} "
+            "nats each",
+            f"           dense decodes {dense:.1f} tokens/s: "
+            f"ours is {ours / (dense or math.inf):.2f} times as fast"]

@@ -1,7 +1,7 @@
 """A conversation: prompts and turns as tokens, and the caches that read and answer them.
 
     writer = Writer(tokenizer, raw=False, device="cpu")
-    head, tail = writer.prompt(text, "Who keeps the light?")        # token ids (T,), read in a row
+    head, tail = writer.prompt(text, "Who keeps the light?")        # token ids (T,)
     session = Session(model, lambda: WaveIndex(RetroConfig(), 8192), sampler(), compiled_step)
     session.read([torch.cat([head, tail])])
     said, = session.answer(100, stream(tokenizer))
@@ -15,7 +15,7 @@ import torch
 
 from generate import decode, prefill
 
-MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut; it is never tokenised
+MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut in two; never tokenised
 
 
 class Writer:
@@ -25,14 +25,15 @@ class Writer:
         self.tokenizer, self.raw, self.device = tokenizer, raw, device
 
     def prompt(self, text, question):
-        """(text and all before it, all behind it): an index is saved in between."""
+        """(the text and what stands before it, what stands after it). An index holds the first."""
         question = f"\n\n{question}" if question else ""
         text = text if self.raw else text.rstrip()
         head, _, tail = self.render(("user", text + MARK + question)).partition(MARK)
         return self.tensor(self.tokenizer.encode(head)), self.continued(tail)
 
     def turn(self, text, said):
-        """What follows an answer of tokens `said`: its last one, which no cache holds, and text."""
+        """A turn after an answer of tokens `said`. It begins with the answer's last token, which
+        no cache holds yet."""
         last = [token for token in said[-1:] if token not in self.tokenizer.eos_ids]
         tail = self.render(("user", ""), ("assistant", MARK), ("user", text)).rpartition(MARK)[2]
         return torch.cat([self.tensor(last), self.continued(tail)])
@@ -50,13 +51,14 @@ class Writer:
 
 
 class Session:
-    """Sequences in one set of caches, read and answered turn by turn, and the clock."""
+    """A batch of sequences, read and answered turn by turn in one set of caches, and timed."""
 
     def __init__(self, model, make_cache, pick, step, chunk=None):
         self.model, self.caches = model, [make_cache() for _ in model.layers]
         self.pick, self.step, self.chunk = pick, step, chunk
-        self.n_read = self.n_said = [0] * self.caches[0].n_tokens.numel()
-        self.prefill_seconds, self.steps = 0.0, []          # (tokens, seconds) of each step
+        self.n_read = self.n_said = [0] * len(self.caches[0].n_tokens)      # tokens, by sequence
+        self.prefill_seconds = 0.0
+        self.steps = []                                     # (tokens, seconds) of each step
 
     def read(self, prompts):
         """Append a prompt (T,) to each sequence."""
@@ -67,25 +69,26 @@ class Session:
         self.n_read = [n + len(p) for n, p in zip(self.n_read, prompts, strict=True)]
 
     def answer(self, n_tokens, show=lambda tokens: None):
-        """Up to n_tokens tokens behind each sequence, its end token included: a list of each.
+        """Up to n_tokens tokens after each sequence, a list for each, with their end tokens.
 
-        show is called with the first sequence's tokens whenever there is one more.
+        After every token show is called with the first sequence's tokens.
         """
-        said, n, clock = [[] for _ in self.logits], 0, time.perf_counter()
+        said = [[] for _ in self.logits]
+        n_before, clock = 0, time.perf_counter()
         for token in decode(self.model, self.caches, self.logits, n_tokens, self.pick, self.step):
             for tokens, t in zip(said, token.tolist(), strict=True):
                 if not tokens or tokens[-1] not in self.model.config.eos_ids:
                     tokens.append(t)
-            before, n = n, sum(map(len, said))
-            if before:                                      # the first token takes no step
-                self.steps.append((n - before, time.perf_counter() - clock))
+            n = sum(map(len, said))
+            if n_before:                                    # the first token takes no step
+                self.steps.append((n - n_before, time.perf_counter() - clock))
             show(said[0])
-            clock = time.perf_counter()
+            n_before, clock = n, time.perf_counter()
         self.n_said = [n + len(tokens) for n, tokens in zip(self.n_said, said, strict=True)]
         return said
 
     def record(self):
-        """A list that will hold the logits (B, V) of every token picked from here on."""
+        """A list to which every token picked from now on adds its logits (B, V)."""
         logits, pick = [], self.pick
 
         def remember(x):
@@ -95,13 +98,15 @@ class Session:
         return logits
 
     def room(self):
-        """Tokens that every sequence has room for."""
+        """Tokens that still fit behind every sequence."""
         return self.caches[0].capacity - int(self.caches[0].n_tokens.max())
 
     def speed(self):
-        """Tokens a second, without the first step, which compiles."""
-        tokens, seconds = (sum(x) for x in zip((0, 0.0), *self.steps[1:], strict=True))
-        return tokens / seconds if seconds else 0.0
+        """Tokens a second, without the first step, which compiles. 0 if there was no other."""
+        steps = self.steps[1:]
+        if not steps:
+            return 0.0
+        return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
 
 
 @contextmanager
@@ -119,7 +124,7 @@ def progress(model, n_chunks):
 
 
 def stream(tokenizer):
-    """A function that prints what each new token adds, once its characters are whole."""
+    """A function that prints what each new token adds, as soon as its characters are complete."""
     shown = ""
 
     def show(tokens):
@@ -132,7 +137,7 @@ def stream(tokenizer):
 
 
 def turns():
-    """Lines of standard input that say something; a person is shown where to type."""
+    """The lines of standard input that are not empty. At a terminal each has a prompt, > ."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

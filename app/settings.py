@@ -1,8 +1,10 @@
-"""The numbers of the method as a person gives them: --set NAME=VALUE, for several commands.
+"""The numbers of the method on a command line: --set NAME=VALUE ..., for several commands.
 
+    add_set(parser.add_argument)                        # args.set is a dict of RetroConfig's fields
     parse_settings(["retrieve=0.04", "outliers=no"])    # {"retrieve": 0.04, "outliers": False}
     print(listing())                                    # every name, its default, its meaning
 """
+import argparse
 import inspect
 import re
 from dataclasses import fields
@@ -12,20 +14,37 @@ from retroinfer import RetroConfig
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
+class Settings(argparse.Action):
+    """Collects the numbers given. With none, or the word help, it prints all of them and exits."""
+
+    def __call__(self, parser, args, given, option=None):
+        if not given or "help" in given:
+            print(listing())
+            parser.exit()
+        setattr(args, self.dest, getattr(args, self.dest) | parse_settings(given))
+
+
+def add_set(add):
+    add("--set", metavar="NAME=VALUE", nargs="*", action=Settings, default={},
+        help="numbers of the method; --set alone lists them")
+
+
 def parse_settings(given):
-    """Fields of RetroConfig by name, typed. ValueError that says what is allowed."""
-    known, found = {field.name: field for field in fields(RetroConfig)}, {}
+    """Fields of RetroConfig by name, typed. ValueError says what is allowed."""
+    kinds, found = {field.name: field.type for field in fields(RetroConfig)}, {}
     for word in given:
-        name, _, value = word.partition("=")
-        if name not in known:
-            raise ValueError(f"--set does not know {name!r}; it knows {', '.join(known)} "
-                             "(--set help says what they mean)")
-        found[name] = parse_value(name, value, known[name].type)
+        name, is_given, value = word.partition("=")
+        if name not in kinds:
+            raise ValueError(f"--set does not know {name!r}, it knows {', '.join(kinds)}: "
+                             "--set alone says what they mean")
+        if not is_given:
+            raise ValueError(f"--set {name} has no value: give {name}=VALUE")
+        found[name] = parse_value(name, value, kinds[name])
     return found
 
 
 def parse_value(name, value, kind):
-    """A number, or yes or no."""
+    """A number, or True or False. ValueError if the value is not of this kind."""
     try:
         return WORDS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
@@ -37,8 +56,9 @@ def listing():
     """A line for each field: its name, its default, and the comment beside it."""
     source, lines = inspect.getsource(RetroConfig), []
     for field in fields(RetroConfig):
-        meaning = re.search(rf"{field.name}: .*# +(.*)", source)[1]
-        default = {True: "yes", False: "no"}.get(field.default, field.default) \
-            if field.type is bool else field.default
+        meaning = re.search(rf"^ +{field.name}: .*# +(.*)$", source, re.MULTILINE)[1]
+        default = field.default
+        if field.type is bool:
+            default = "yes" if default else "no"
         lines.append(f"{field.name:<14}{default!s:>7}  {meaning}")
     return "\n".join(lines)

@@ -1,20 +1,18 @@
-"""An index on disk: what every layer knows of a text, so that it is asked again without reading it.
+"""An index on disk: a text is read once, and questions about it are asked on other days.
 
-    save("log.safetensors", model, tokenizer, caches, ids)      # behind a prefill of ids (T,)
+    save("log.safetensors", model, tokenizer, caches, ids)      # after a prefill of ids (T,)
 
     snapshot = Snapshot("log.safetensors", model, tokenizer, config)
     caches = [WaveIndex(config, capacity) for _ in model.layers]        # of any capacity
-    snapshot.restore(caches)                                    # as they were: prefill or decode on
+    snapshot.restore(caches)                                    # now prefill or decode as usual
 
-One safetensors file. Its header holds a version, a fingerprint of all that shaped the index (model,
-weights, dtype, RoPE, tokenizer, settings), and a CRC-32 of each tensor:
+It is one safetensors file: token_ids (T,), and the tensors of cache.state(0) of each layer N, named
+N.k, N.v, N.centroids and so on. Its header holds the version of this format, a CRC-32 of each
+tensor, and a fingerprint of all that shaped the index: model, weights, dtype, RoPE, tokenizer,
+settings.
 
-    token_ids (T,)   N.counters (2,): indexed tokens, clusters   N.q_energy (H, D)
-    N.k, N.v (H, T, D)   N.centroids, N.means (H, C, D)
-    N.sizes, N.offsets, N.spreads (H, C)   N.scales (H, C, 2)
-
-Does not include: batches, compression (the file is as large as the cache). Of each weight matrix
-the fingerprint reads a sample: models that differ only between the samples are not told apart.
+Does not include: batches, compression (the file is as large as the cache). The fingerprint reads a
+sample of each weight matrix: two models that differ elsewhere have the same fingerprint.
 """
 import json
 import os
@@ -25,16 +23,16 @@ from pathlib import Path
 import torch
 
 FORMAT = "retroinfer index 5"
-SHAPES = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
-          "outliers", "channel_power")
+SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
+            "outliers", "channel_power")                # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 
 def save(path, model, tokenizer, caches, ids):
     """Write the index of one sequence of token ids (T,) to a file, whole or not at all.
 
-    A file of this name is replaced in the last moment. ValueError, with the old file as it was, if
-    it cannot be written.
+    The new file replaces an old one only when it is complete. ValueError if it cannot be written;
+    the old file is then unchanged.
     """
     tensors = {"token_ids": ids.cpu()}
     for n, cache in enumerate(caches):
@@ -46,7 +44,7 @@ def save(path, model, tokenizer, caches, ids):
 
 
 def write(path, tensors, header):
-    """One safetensors file: under another name until it is safe on the disk."""
+    """Write a safetensors file under another name, and rename it when it is safe on the disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -68,10 +66,10 @@ def check_place(path):
 
 
 class Snapshot:
-    """A saved index, opened by memory map and checked; its tensors are read by restore."""
+    """A saved index. Opening it checks its header; restore reads its tensors."""
 
     def __init__(self, path, model, tokenizer, config):
-        """ValueError, of one line, if it is no index, of an older format, or of another model."""
+        """ValueError if the file is no index, has an older format, or is of another model."""
         from safetensors import SafetensorError, safe_open
         self.path, self.model = path, model
         try:
@@ -88,25 +86,27 @@ class Snapshot:
             theirs, self.crc32 = (json.loads(header[name]) for name in ("fingerprint", "crc32"))
         except (KeyError, json.JSONDecodeError):
             raise ValueError(f"the index {path} is damaged: its header cannot be read") from None
-        self.names = set(self.file.keys())
+        if self.crc32.keys() != set(self.file.keys()):
+            raise ValueError(f"the index {path} is damaged: the names of its tensors have changed")
         self.check(theirs, fingerprint(model, tokenizer, config))
         self.ids = self.tensor("token_ids")
 
     def check(self, theirs, ours):
-        """ValueError that names the first thing that is not as it was when the file was made."""
+        """ValueError that names the first difference between two fingerprints."""
         for name, mine in ours.items():
             if (other := theirs.get(name)) != mine:
                 raise ValueError(f"{self.path} was made with {name} {other}, here it is {mine}: "
                                  "make it anew with --save-index")
 
     def tensor(self, name):
-        """A tensor of the file; ValueError if it is not there or not as it was written."""
-        if name not in self.names or crc32(x := self.file.get_tensor(name)) != self.crc32.get(name):
+        """A tensor of the file. ValueError if it is damaged."""
+        x = self.file.get_tensor(name)
+        if crc32(x) != self.crc32[name]:
             raise ValueError(f"the index {self.path} is damaged: {name} is not what was written")
         return x
 
     def unread(self, ids):
-        """The part of ids (T,) behind the index's own; ValueError if they begin otherwise."""
+        """What follows the index's tokens in ids (T,). ValueError if ids do not begin with them."""
         n = min(len(ids), len(self.ids))
         same = int((ids[:n].cpu() == self.ids[:n]).long().cumprod(0).sum())
         if same < len(self.ids):
@@ -115,27 +115,29 @@ class Snapshot:
         return ids[n:]
 
     def restore(self, caches):
-        """Fill one fresh cache of one sequence a layer; ValueError if the text does not fit."""
+        """Fill one empty cache for each layer. ValueError if the text does not fit."""
         if len(self.ids) > caches[0].capacity:
             raise ValueError(f"the {len(self.ids):,} tokens of {self.path} do not fit caches of "
                              f"{caches[0].capacity:,}")
         device = self.model.lm_head.weight.device
         for n, cache in enumerate(caches):
-            parts = [name for name in self.names if name.startswith(f"{n}.")]
-            cache.restore({name.partition(".")[2]: self.tensor(name) for name in parts}, device)
+            prefix = f"{n}."
+            parts = [name for name in self.crc32 if name.startswith(prefix)]
+            cache.restore({name.removeprefix(prefix): self.tensor(name) for name in parts}, device)
 
 
 def fingerprint(model, tokenizer, config):
-    """All that shapes an index, by name; a CRC-32 stands for what is too long."""
-    weights, sizes = 0, asdict(model.config) | {"eos_ids": sorted(model.config.eos_ids)}
+    """All that shapes an index, by name, with a CRC-32 in place of what is too long."""
+    weights = 0
     for name, x in sorted(model.named_parameters()):
         some = x.flatten()[::max(1, x.numel() // SAMPLE)]
         weights = zlib.crc32(name.encode(), crc32(some, weights))
+    sizes = asdict(model.config) | {"eos_ids": sorted(model.config.eos_ids)}
     facts = {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
              **{f"RoPE {name}": x for name, x in sizes.pop("rope").items()}, **sizes,
              "weights of CRC-32": weights,
              "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition()),
-             **{f"--set {name}": getattr(config, name) for name in SHAPES}}
+             **{f"--set {name}": getattr(config, name) for name in SETTINGS}}
     return json.loads(json.dumps(facts))                                    # as a file holds it
 
 

@@ -143,9 +143,9 @@ def test_every_number_of_the_method_is_listed_with_its_default_and_meaning(capsy
 
 def in_a_process(root, program, prompt, *flags):
     """Standard output and error of a program that imports what is in `root`. Its input: prompt."""
-    setup = "import runpy, sys\nsys.path.insert(0, '.')\n"
-    done = subprocess.run([sys.executable, "-c", setup + textwrap.dedent(program), *map(str, flags)],
-                          cwd=root, input=prompt.read_bytes(), capture_output=True, check=False)
+    program = f"import runpy, sys\nsys.path.insert(0, '.')\n{textwrap.dedent(program)}"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, flags)], cwd=root,
+                          input=prompt.read_bytes(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode(), done.stderr.decode()
 
@@ -340,11 +340,11 @@ def said(result):
 
 
 @pytest.mark.parametrize("more", [
-    OFFLOAD, ("--offload", "--cache-ratio", 0), (*OFFLOAD, "--store"),
+    ("--offload", "--cache-ratio", 0), (*OFFLOAD, "--store"),
     (*OFFLOAD, "--compare"), (*OFFLOAD, "--chat"), (*OFFLOAD, "--prompt-file")],
     ids=lambda more: " ".join(map(str, more)))
 def test_offload_says_what_is_said_without(run, flags, prompt, tmp_path, monkeypatch, more):
-    """Alone, from a file, beside dense attention, in turns and in a batch."""
+    """With nothing on the device, from a file, beside dense attention, in turns, in a batch."""
     more += {"--store": (tmp_path / "kv",), "--prompt-file": (prompt,)}.get(more[-1], ())
     less = [x for x in more[3:] if more[3] != "--store"]
     results = []
