@@ -102,10 +102,10 @@ class CLOCK:
 class BlockCache:
     """Which of n_blocks blocks lie in the S slots of each head.
 
-    A step asks for distinct blocks in order of rank. They are looked up together; then those that
-    were there are touched, and of the others all that are among the S best of the step are
-    admitted in order of rank, each into the slot that the policy lets go next. The last entry of
-    table and owner stands for no block and no slot: writes that are not meant go there.
+    A step asks for distinct blocks in order of rank. All are looked up together. Then the blocks
+    that were found are touched. A block that was not found is admitted if it is among the S best of
+    the step: in order of rank, each into the slot that the policy gives up next. The last entry of
+    table and owner stands for no block and no slot: masked writes go there.
     """
 
     def __init__(self, B, H, n_blocks, S, policy=LRU, device=None):
@@ -323,10 +323,11 @@ class Lane:
 # ---------------------------------------------------------------- host memory
 
 def host_memory(n, shape, dtype, device, path=None):
-    """An iterator over n tensors of the host: plain, pinned for a GPU, or those of a file.
+    """An iterator over n tensors of the host: plain, pinned for a GPU, or mapped from a file.
 
-    A file must be new. It gets all its space at once, so that no later write can fail, and loses
-    its name: the space is free again when the process ends. ValueError if there is no such memory.
+    The file must be new. It gets all its space at once, so that no later write can fail. It loses
+    its name at once, so that its space is free when the process ends. ValueError if there is no
+    such memory.
     """
     nbytes, is_pinned = math.prod(shape) * dtype.itemsize, device.type == "cuda"
     if path and is_pinned:

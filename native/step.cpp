@@ -2,9 +2,9 @@
 // once. step.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
 // and for DIMS of a head. Loops over the tiles of a head:
 //
-//     rank      q, centroids                   -> hope of each live cluster
+//     rank      q, centroids                   -> possible mass of each live cluster
 //     attend    steady rows                    -> a part: largest logit, sum, weighted values
-//     select    hopes                          -> keys and means to read, and logits of the means
+//     select    possible masses                -> keys and means to read, and logits of the means
 //     look      retrieved keys | means         -> weights of retrieved tokens | of means
 //     part      all weights                    -> values to read; what is left goes to the means
 //     read      values | means                 -> the other parts
@@ -377,7 +377,7 @@ struct Head {
     Queries<Pair, vec> q;                   // scaled
     Queries<Bytes, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
-    std::vector<float> logit, hope;         // (tiles, Q, TILE, GROUP) hope: what may be, over e^m
+    std::vector<float> logit, possible;     // (tiles, Q, TILE, GROUP) possible: of mass, over e^m
     std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
     std::vector<int> live;                  // (tiles,) how many have some
@@ -408,7 +408,7 @@ struct Head {
         Q = (n.G + GROUP - 1) / GROUP;
         int C = tiles(n.C), K = tiles(n.K);
         m.resize(C * Q), s.resize(C * Q), live.resize(C);
-        logit.resize(C * Q * TILE * GROUP), hope.resize(logit.size());
+        logit.resize(C * Q * TILE * GROUP), possible.resize(logit.size());
         size.resize(C * TILE + LANES), scale.resize(C * TILE);
         share.resize(C * TILE), keys.resize(C * TILE);
         part_m.assign(parts() * Q, quad{} + NONE), part_s.assign(parts() * Q, quad{});
@@ -503,21 +503,21 @@ struct Head {
         if constexpr (IS_PACKED) score(q_packed, rows, count, TILE + AHEAD, x);
         else score(q, rows, count, TILE + AHEAD, x);
         for (int p = 0; p < Q; p++) {
-            float *logits = x + p * TILE * GROUP, *hopes = &hope[(tile * Q + p) * TILE * GROUP];
+            float *logits = x + p * TILE * GROUP, *masses = &possible[(tile * Q + p) * TILE * GROUP];
             vec best = vec{} + NONE, units = twice(unit[p]), length = twice(2 * half[p]);
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
                 vec far = length * each(deviation + i), top = each(most + i);
-                top = top < far ? top : far;                        // as retroinfer.hope
+                top = top < far ? top : far;                        // as retroinfer.possible_mass
                 store(logits + i * GROUP, y);
                 y += each(logs + i) + top * (far - top * .5f);
                 y = each(sizes + i) > 0 ? y : vec{} + NONE;
-                store(hopes + i * GROUP, y);
+                store(masses + i * GROUP, y);
                 best = y > best ? y : best;
             }
             m[tile * Q + p] = larger(low(best), high(best));
-            s[tile * Q + p] = exponentials(hopes, count, m[tile * Q + p], as_is);
+            s[tile * Q + p] = exponentials(masses, count, m[tile * Q + p], as_is);
         }
     }
 
@@ -545,7 +545,7 @@ struct Head {
         for (int t = 0; t < tiles(n.C); t++) {
             for (int p = 0; p < Q; p++) m[t * Q + p] *= over[p];
             for (int i = t * TILE; i < (t + 1) * TILE; i += LANES) {
-                vec sum = live[t] ? shares(hope, m, i) : vec{};
+                vec sum = live[t] ? shares(possible, m, i) : vec{};
                 store(&share[i], load<vec>(&size[i]) > 0 ? (ivec)sum + 1 : ivec{});
             }
         }
