@@ -89,8 +89,10 @@ def our_work(config, tokens, batch, retro):
 def largest_batch(config, tokens, machine, retro):
     """Sequences, at most 8, that fit the machine with 5 % of their K and V on it."""
     run = plan.Run(config, tokens, chunk=2048, cache_ratio=0.05, retro=retro)
-    return max((batch for batch in range(1, 9) if plan.plan(
-        replace(run, batch=batch)).fits(machine.size * plan.GIB)), default=0)
+    for batch in range(8, 0, -1):
+        if plan.plan(replace(run, batch=batch)).fits(machine.size * plan.GIB):
+            return batch
+    return 0
 
 
 def host_seconds(config):
