@@ -1,4 +1,4 @@
-"""A saved index: it comes back bit for bit, and what is not it is refused in one line."""
+"""A saved index: it comes back bit for bit, and any other file is refused in one line."""
 import copy
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from steps import SMALL
+from steps import LONG, SMALL
 
 from app.snapshot import SETTINGS, Snapshot, check_place, save
 from generate import decode, eager_step, prefill, sampler
@@ -25,7 +25,7 @@ PER_FUNCTION = [HealthCheck.function_scoped_fixture]
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     """(model, tokenizer), tiny."""
-    return load(checkpoint(max_position_embeddings=4096), device="cpu")
+    return load(checkpoint(**LONG), device="cpu")
 
 
 def words(n, seed=0):
@@ -33,20 +33,20 @@ def words(n, seed=0):
 
 
 def read(model, ids, capacity, config=CONFIG):
-    """Caches behind a prefill of ids (T,), and its logits (1, V)."""
+    """Caches after a prefill of ids (T,), and its logits (1, V)."""
     caches = [WaveIndex(config, capacity) for _ in model.layers]
     return caches, prefill(model, caches, [ids])
 
 
 def go_on(model, caches, question, n):
-    """The n greedy tokens behind a question (T,)."""
+    """The n greedy tokens after a question (T,)."""
     logits = prefill(model, caches, [question])
     return [t.item() for t in decode(model, caches, logits, n, sampler(), eager_step)]
 
 
 @pytest.fixture
 def saved(loaded, tmp_path):
-    """(path, ids) of the index of 300 tokens."""
+    """(path, ids) of the saved index of 300 tokens."""
     path, ids = tmp_path / "text.safetensors", words(300)
     save(path, *loaded, read(loaded[0], ids, 300)[0], ids)
     return path, ids
@@ -54,13 +54,14 @@ def saved(loaded, tmp_path):
 
 # ---------------------------------------------------------------- what comes back
 
-@settings(max_examples=12, deadline=None, suppress_health_check=PER_FUNCTION)
+@settings(max_examples=8, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(st.data())
 def test_a_restored_index_goes_on_as_if_never_saved(loaded, tmp_path, data):
     model, _ = loaded
     n, asked = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 20))
-    capacity = n + asked + 60
-    config = RetroConfig(**SMALL | {"segment": data.draw(st.sampled_from([32, 64, 512]))},
+    capacity = n + asked + 20
+    config = RetroConfig(**SMALL | {"segment": data.draw(st.sampled_from([32, 64, 512])),
+                                    "update": 16},
                          retrieve=data.draw(st.floats(0, 1)), estimate=0.2)
     ids, question = words(n, seed=n), words(asked, seed=asked)
     path = tmp_path / "text.safetensors"
@@ -74,10 +75,10 @@ def test_a_restored_index_goes_on_as_if_never_saved(loaded, tmp_path, data):
         for x, y in zip(a.state(0).values(), b.state(0).values(), strict=True):
             assert x.equal(y)
     unsaved, _ = read(model, ids, capacity, config)
-    assert go_on(model, restored, question, 40) == go_on(model, unsaved, question, 40)
+    assert go_on(model, restored, question, 20) == go_on(model, unsaved, question, 20)
 
 
-def test_an_index_is_saved_behind_generated_tokens_too(loaded, tmp_path):
+def test_an_index_is_saved_after_generated_tokens_too(loaded, tmp_path):
     model, _ = loaded
     caches, logits = read(model, words(100), 400)
     said = [t.item() for t in decode(model, caches, logits, 90, lambda _: torch.tensor([7]),
@@ -128,7 +129,7 @@ def test_each_setting_that_builds_an_index_must_be_the_same(loaded, saved, field
     ({"rope": "linear"}, "RoPE"), ({"intermediate_size": 128}, "intermediate_size 96"),
     ({"max_position_embeddings": 512}, "512")], ids=str)
 def test_another_model_is_refused(checkpoint, saved, overrides, words):
-    other = load(checkpoint(**{"max_position_embeddings": 4096} | overrides), device="cpu")
+    other = load(checkpoint(**LONG | overrides), device="cpu")
     with pytest.raises(ValueError, match=words):
         Snapshot(saved[0], *other, CONFIG)
 
@@ -169,13 +170,14 @@ def restored_state(path, loaded):
 @settings(max_examples=60, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_means_the_same(loaded, saved, tmp_path, data):
-    """One byte changed anywhere, header included, or the end cut off; the file stays as it is."""
+    """One bit changed anywhere, header included, or the end cut off. Reading writes nothing."""
     path, damaged = saved[0], tmp_path / "damaged"
     whole = path.read_bytes()
     size = data.draw(st.sampled_from([len(whole), 12_000]))                 # most often the header
-    at, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7))
-    raw = whole[:at] if data.draw(st.booleans()) and at else \
-        whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:]
+    at, bit = data.draw(st.integers(1, size - 1)), data.draw(st.integers(0, 7))
+    raw = whole[:at]
+    if not data.draw(st.booleans()):
+        raw += bytes([whole[at] ^ 1 << bit]) + whole[at + 1:]
     damaged.write_bytes(raw)
     try:
         found = restored_state(damaged, loaded)
@@ -231,8 +233,9 @@ assert os.listdir(os.path.dirname(path)) == names       # no more litter than th
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_and_a_full_disk_leave_a_whole_file(checkpoint, tmp_path):
-    model = checkpoint(max_position_embeddings=4096)
+    model = checkpoint(**LONG)
     program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), model=str(model),
                              path=str(tmp_path / "text.safetensors"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
