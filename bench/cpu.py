@@ -269,6 +269,7 @@ def model(args):
         raise ValueError(f"--steps is {args.steps}: at least 3 are needed, two are not timed")
     dtype, found = getattr(torch, args.dtype), {}
     ours, tokenizer = load(dtype=dtype, device=CPU)
+    print(f"the wave index attends by {hot_functions(CPU).attend.__module__}")
     for T in args.tokens or (4096, REAL - args.steps, 32768, 131072):
         runners = model_runners(ours, dtype, T, args.steps)
         ids, found[T] = sample_ids(tokenizer, T), {name: [] for name in runners}

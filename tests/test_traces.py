@@ -1,6 +1,7 @@
 """Policies against oracles of another make, traces against the steps they were taken from."""
 import itertools
 import random
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -175,8 +176,8 @@ def test_a_trace_survives_its_file(recorded, tmp_path):
     trace = recorded[2]
     trace.save(tmp_path / "trace.npz")
     read = Trace.load(tmp_path / "trace.npz")
-    assert all(np.array_equal(x, y) for x, y in zip(vars(read).values(), vars(trace).values(),
-                                                    strict=True))
+    for field in fields(trace):
+        assert np.array_equal(getattr(read, field.name), getattr(trace, field.name)), field.name
 
 
 def test_replay_counts_each_head_alone(recorded):
