@@ -75,8 +75,6 @@ def host_ms(run, repeats=3):
     return statistics.median(once_ms(run) for _ in range(repeats))
 
 
-# ---------------------------------------------------------------- what is measured
-
 @dataclass(frozen=True)
 class Scope:
     """What is measured, and how."""
@@ -92,15 +90,16 @@ class Scope:
     prefill_ms: Callable    # clock of a prefill
 
 
-LLAMA = plan.shape("Llama-3.1-8B")
 FULL = Scope({"Llama-3-8B": (8, 4, 128), "Qwen2.5-7B": (4, 7, 128)},
-             list(itertools.product((131072, 8192, 32768, 524288, 1048576), (1, 8, 32))), 8192,
-             RetroConfig(), LLAMA, 122880, (32768, 122880), 4, median_ms, host_ms)
-TINY = Scope(dict.fromkeys(FULL.shapes, (1, 3, 16)), [(100, 1)], 32,
-             RetroConfig(local=8, update=32, segment=64, min_retrieve=4),
-             replace(LLAMA, vocab_size=64, hidden_size=48, intermediate_size=64, head_dim=16,
-                     num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1),
-             100, (60,), 1, once_ms, once_ms)
+             list(itertools.product((131072, 8192, 32768, 524288, 1048576), (1, 8, 32))),
+             segment=8192, retro=RetroConfig(), config=plan.shape("Llama-3.1-8B"), tokens=122880,
+             prefills=(32768, 122880), n_layers=4, step_ms=median_ms, prefill_ms=host_ms)
+TINY = Scope(dict.fromkeys(FULL.shapes, (1, 3, 16)), [(100, 1)], segment=32,
+             retro=RetroConfig(local=8, update=32, segment=64, min_retrieve=4),
+             config=replace(FULL.config, vocab_size=64, hidden_size=48, intermediate_size=64,
+                            num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+                            head_dim=16),
+             tokens=100, prefills=(60,), n_layers=1, step_ms=once_ms, prefill_ms=once_ms)
 
 
 class MasklessCache(DenseCache):
@@ -131,10 +130,7 @@ def clumps(H, T, D):
 
 
 def fill(cache, tokens, H, D):
-    """Give each sequence of a cache so many tokens, without a prefill: its k, v (1, H, T, D) each.
-
-    They are views of what the cache holds.
-    """
+    """Append so many tokens to each sequence, without a prefill: views of its k, v (1, H, T, D)."""
     held = []
     for row in range(len(cache.n_tokens)):
         k = clumps(H, tokens, D)
@@ -160,10 +156,7 @@ def make_room():
 # ---------------------------------------------------------------- one layer
 
 class Cell:
-    """A layer's cache for one shape, context and batch, and a step on it.
-
-    args: what WaveIndex gives to kernels.attend.
-    """
+    """A layer's cache for one shape, context and batch, and `args` of a step's attention on it."""
 
     def __init__(self, scope, model, tokens, batch):
         H, G, D = scope.shapes[model]

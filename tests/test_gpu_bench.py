@@ -45,6 +45,7 @@ def test_the_benchmark_runs_dry(tmp_path):
     assert (tmp_path / "gpu.png").exists()
 
 
+@pytest.mark.slow
 def test_each_kind_of_cache_is_gone_before_the_next_comes(monkeypatch):
     """And all of one kind are there at once. Compiled steps must not keep them."""
     alive, seen, kinds = weakref.WeakSet(), [], gpu.kinds(gpu.TINY)
