@@ -26,7 +26,7 @@ class Settings(argparse.Action):
 
 def add_set(add):
     add("--set", metavar="NAME=VALUE", nargs="*", action=Settings, default={},
-        help="numbers of the method; --set alone lists them")
+        help="numbers of the method; --set help lists them")
 
 
 def parse_settings(given):
@@ -36,7 +36,7 @@ def parse_settings(given):
         name, is_given, value = word.partition("=")
         if name not in kinds:
             raise ValueError(f"--set does not know {name!r}, it knows {', '.join(kinds)}: "
-                             "--set alone says what they mean")
+                             "--set help says what they mean")
         if not is_given:
             raise ValueError(f"--set {name} has no value: give {name}=VALUE")
         found[name] = parse_value(name, value, kinds[name])

@@ -502,7 +502,7 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--device", "abacus"], ["--device abacus"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--backend", "triton"], ["backend triton needs a GPU"]),
-    (["--set", "spread=1"], ["--set does not know 'spread'", "min_retrieve", "--set alone"]),
+    (["--set", "spread=1"], ["--set does not know 'spread'", "min_retrieve", "--set help"]),
     (["--set", "retrieve"], ["--set retrieve has no value: give retrieve=VALUE"]),
     (["--set", "retrieve="], ["--set retrieve=: give a number"]),
     (["--set", "outliers=perhaps"], ["--set outliers=perhaps: give yes or no"]),
