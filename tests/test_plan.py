@@ -134,8 +134,8 @@ def test_what_fits_is_given_back_and_what_does_not_is_refused_with_what_would():
     """Every remedy that is named fits, no other does, nor does a thousand tokens more."""
     peak = plan(LLAMA).peak
     assert fit(LLAMA, peak).peak == peak
-    whole, memory = replace(LLAMA, chunk=None), 30 * GIB
-    with pytest.raises(ValueError, match=r"131,072 tokens x 1 need .* what fits: ") as refusal:
+    whole, memory = replace(LLAMA, capacity=8192, chunk=None), 16 * GIB
+    with pytest.raises(ValueError, match=r"8,192 tokens x 1 need .* what fits: ") as refusal:
         fit(whole, memory)
     assert "\n" not in str(refusal.value)
     *named, capacity = str(refusal.value).split("what fits: ")[1].split(", or ")
