@@ -5,7 +5,7 @@ A step over one layer is kernels around torch.topk. No token is gathered: the wo
 writes holds row numbers, and `look` and `attend` read K and V where they lie in the store. Where
 all values are read, attend reads keys too, and the four kernels behind pack are left out.
 
-    rank      q, steady, centroids  -> logs of mass and of possible mass (B, H, C, G); max and sum a split
+    rank      q, steady, centroids  -> logs of mass, possible mass (B, H, C, G); stats of each split
     weigh     possible mass, stats  -> share of each cluster, summed over G
     topk      share                 -> order (B, H, R+E)                               (PyTorch)
     pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
@@ -126,7 +126,7 @@ def meet(queries, keys, row, is_live, D: tl.constexpr, BD: tl.constexpr):
 # Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
-# the cluster may hold (retroinfer.possible_mass), beside every S-th tile of the steady zone; else the logit
+# the cluster may hold (possible_mass), beside every S-th tile of the steady zone; else the logit
 # of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,

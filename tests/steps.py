@@ -56,6 +56,12 @@ def run(config, q, k, v, n_prompt):
     return wave, torch.cat(outputs, 2)
 
 
+def config_budget(wave, b=0, h=0):
+    """(clusters retrieved, clusters retrieved or estimated) of one head of a sequence."""
+    share = wave.budget().shares
+    return int(share.retrieve[b, h]), int(share.ranked[b, h])
+
+
 def members(wave, b, h):
     """[(keys, values)] of the clusters of one head, as the CSR store says."""
     index = wave.index
@@ -101,12 +107,10 @@ class Case:
         fewer = 3 * torch.arange(H)
         n_retrieve, n_ranked = ((n[:, None] - fewer).clamp(min=0) for n in torch.tensor(shares).T)
         n_tokens = caps[0] - 5 * torch.arange(B)[:, None] - fewer
-        config = replace(RetroConfig.paper(), bits=bits, by_mass=by_mass, values=values)
-        self.method, self.values = config.method(), values
-        n_values = [few_values(config, n) for n in (caps[0], n_tokens)]
+        self.config = replace(RetroConfig.paper(), bits=bits, by_mass=by_mass)
         self.q, self.budget = 2 * randn(G), Budget(
-            Caps(caps[0], n_values[0], *caps[1:]),
-            Shares(n_tokens, n_values[1], n_retrieve, n_ranked))
+            Caps(caps[0], caps[0], *caps[1:]), Shares(n_tokens, n_tokens, n_retrieve, n_ranked))
+        self.give_values(values)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
@@ -118,6 +122,13 @@ class Case:
                            torch.stack([a, b], -1).bfloat16())
         row = torch.arange(T).expand(B, H, T)
         self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
+
+    def give_values(self, share):
+        """Read the values of this share of the retrieved tokens."""
+        self.config = replace(self.config, values=share)
+        self.method, (caps, each) = self.config.method(), self.budget
+        n_values = [few_values(self.config, n) for n in (caps.tokens, each.tokens)]
+        self.budget = Budget(caps._replace(values=n_values[0]), each._replace(values=n_values[1]))
 
     def eager(self):
         """PyTorch's answer."""

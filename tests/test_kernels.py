@@ -95,7 +95,7 @@ def test_an_odd_number_of_dims_is_as_exact_as_pytorch(values):
 def test_the_two_rankings_differ():
     case = Case(*CASES["plain"])
     by_mass = case.truth()
-    case.budget = case.budget._replace(by_mass=False)
+    case.method = RetroConfig.paper().method()
     assert (by_mass - case.truth()).abs().max() > 0.01
 
 
@@ -140,9 +140,9 @@ def test_of_equal_tokens_it_does_not_matter_which_give_values(values):
     k[:], v[:] = k[:, :, :1], v[:, :, :1]
     case.index.means[:] = v[:, :, :1]
     want = case.truth()
-    case.budget = case.budget._replace(values=1.0)
+    case.give_values(1.0)
     torch.testing.assert_close(want, case.truth())
-    case.budget = case.budget._replace(values=values)
+    case.give_values(values)
     assert_as_exact(kernel(case), case.eager(), want)
 
 
@@ -154,16 +154,16 @@ def test_the_docstring_counts_the_bytes_of_each_kernel(values, monkeypatch):
     N = R * size
     monkeypatch.setattr(kernels, "splits", lambda device, heads, n_tiles: S)
     case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)], values=values)
-    every = (torch.tensor([[n]]) for n in (R, R + E, N))    # of every head
-    case.budget = case.budget._replace(**dict(zip(("n_retrieve", "n_ranked", "n_tokens"), every,
-                                                  strict=True)))
-    M = case.budget.part(N)
+    every = (torch.tensor([[n]]) for n in (N, N, R, R + E))     # of every head
+    case.budget = case.budget._replace(shares=retroinfer.Shares(*every))
+    case.give_values(values)
+    M = case.budget.caps.values
     sizes = torch.full((B, H, C), float(size))
     offsets = torch.arange(C).expand(B, H, C) * size
     case.index = case.index._replace(sizes=sizes, offsets=offsets)
     case.stores = [torch.randn(B, H, C * size, D) for _ in range(2)]
     with footprint.counted() as moved:
-        kernels.attend(case.q, case.steady, case.index, case.budget, case.stores)
+        kernels.attend(case.q, case.steady, case.index, case.stores, case.budget, case.method)
     every, some = ({name: formulas for name, *formulas in re.findall(
         r"^    (\w+) +(\S[^:]+?) read, (.+) written$", part, re.M)}
         for part in kernels.__doc__.split("in place of these"))
@@ -309,10 +309,10 @@ def test_operators_pass_opcheck(op):
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
-    shares = [n.to(DEVICE) for n in (*case.budget[3:5], case.budget.room)]          # (1, 1) each
-    caps = [*case.budget[:3], case.budget.tokens]
+    shares = [n.to(DEVICE) for n in case.budget.shares]                     # (1, 1) each
+    caps = list(case.budget.caps)
     args = {"attend": (x, steady, index, stores, shares, caps, True),
-            "attend some": (x, steady, index, stores, [*shares, shares[0]], [*caps[:3], 1], True),
+            "attend some": (x, steady, index, stores, shares, [caps[0], 1, *caps[2:]], True),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op.split()[0]}_op"), args)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import ALL, BACKENDS, CLOSE, SMALL, WHOLE, members, qkv, read, run
+from steps import ALL, BACKENDS, CLOSE, SMALL, WHOLE, config_budget, members, qkv, read, run
 
 import generate
 import retroinfer
@@ -32,12 +32,6 @@ from retroinfer import (
     split_large,
     weigh_channels,
 )
-
-
-def config_budget(wave, b=0, h=0):
-    """(clusters retrieved, clusters retrieved or estimated) of one head of a sequence."""
-    share = wave.budget().shares
-    return int(share.retrieve[b, h]), int(share.ranked[b, h])
 
 
 def n_clusters(config, tokens):
