@@ -50,7 +50,7 @@ bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts,
 	$(BIN)/python -m bench.traces --save results/block-cache.json
 
 bench-gpu:      ## the kernels and a whole model on a GPU beside dense attention, with PYTHON
-	$(PYTHON) bench_gpu.py $(ARGS)
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
 	$(BIN)/python -m evaluation.evaluate $(ARGS)

@@ -170,13 +170,13 @@ def tripartite_attention(q, steady, index, budget, fetch, method):
 
 
 def fit(budget):
-    """The Budget with caps, in runs of RUN, that its widest head fills. The host reads the shares.
+    """The Budget with caps, in runs of RUN, that its widest head fills. The host reads the limits.
 
     To the compiler these caps are sizes that are known at run time: still one graph.
     """
-    caps, shares = budget
+    caps, limits = budget
     widest = [share.max().minimum(torch.tensor(cap))
-              for cap, share in zip(caps, shares, strict=True)]
+              for cap, share in zip(caps, limits, strict=True)]
     tokens, values, retrieve, ranked = widest
     runs = [(n + RUN - 1) // RUN for n in (tokens, values, ranked)]
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
@@ -184,7 +184,7 @@ def fit(budget):
     for low, high in (1, N), (1, M), (M, N), (1, R), (R, K * RUN):
         torch._check(low <= high)
     ranked = caps.ranked if caps.ranked % RUN else K * RUN
-    return Budget(Caps(N * RUN, M * RUN, R, ranked), shares)
+    return Budget(Caps(N * RUN, M * RUN, R, ranked), limits)
 
 
 def stream_scores(q, k):

@@ -126,8 +126,8 @@ def meet(queries, keys, row, is_live, D: tl.constexpr, BD: tl.constexpr):
 # Grid (S, B*H). A program owns n_tiles tiles of centroids of one head: it reads them, with size,
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
-# the cluster may hold (possible_mass), beside every S-th tile of the steady zone; else the logit
-# of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes.
+# the cluster may hold (log_possible_mass), beside every S-th tile of the steady zone; else the
+# logit of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
                 n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
@@ -206,7 +206,7 @@ def weigh_kernel(ranks, stats, fits, weights, C, S, G: tl.constexpr, BG: tl.cons
 
 
 def weigh(x, stats, fits=None):
-    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
+    """Limits (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
     clusters, or of the tokens that fit (B, H, 2)."""
     (B, H, C, G), S = x.shape, stats.shape[2]
     weights, BG = x.new_empty(B, H, C), triton.next_power_of_2(G)
@@ -458,8 +458,8 @@ def attend(q, steady, index, stores, budget, method):
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
     from retroinfer import rank_by_centroid, rank_by_mass
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
-    shares = [x.expand(q.shape[:2]).contiguous() for x in budget.shares]    # (B, H) each
-    return attend_op(q, list(steady), list(index), list(stores), shares, list(budget.caps),
+    limits = [x.expand(q.shape[:2]).contiguous() for x in budget.limits]    # (B, H) each
+    return attend_op(q, list(steady), list(index), list(stores), limits, list(budget.caps),
                      method.rank is rank_by_mass)
 
 
@@ -481,14 +481,14 @@ def look(shared, n_values, M, tile):
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], shares: list[torch.Tensor], caps: list[int],
+              stores: list[torch.Tensor], limits: list[torch.Tensor], caps: list[int],
               by_mass: bool) -> torch.Tensor:
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_tokens, n_values, n_retrieve, n_ranked), (N, M, R, K) = shares, caps
+    (n_tokens, n_values, n_retrieve, n_ranked), (N, M, R, K) = limits, caps
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
     rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
@@ -514,7 +514,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
 
 
 @attend_op.register_fake
-def _(q, steady, index, stores, shares, caps, by_mass):
+def _(q, steady, index, stores, limits, caps, by_mass):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

@@ -18,15 +18,18 @@ spans all of it (tripartite attention):
     C cluster slots   P most tokens a cluster  W steady-zone slots
     R, E clusters retrieved, estimated         N retrieved tokens, M of them with values
 
+    N also stands for any number of rows; the shapes R+E and N are rounded up to multiples of 64
+
     python retroinfer.py --prompt-file x        # the command line, in app/
 
 Part I is the paper: Chen et al., RetroInfer, PVLDB 19(5) 2026 (arXiv 2505.02922). Part II is what
 this project does better, one named entry each, with the paper's choice in its place in Part I.
 RetroConfig.paper() selects no entry of Part II. Copied alone, this file needs torch 2.5 or later.
 
-Four differences from the published code are in Part I, because without them it is not
-deterministic or loses tokens: k-means seeds are normalised; sums run over sorted tokens and not
-over atomics; clusters above twice the mean size are split and never skipped; ranking is in fp32.
+Part I differs from the published code in six places. K-means seeds are normalised, or most
+clusters run empty. Sums run over sorted tokens and not over atomics: two runs build one index.
+Clusters above twice the mean size are split and never skipped. Ranking is in fp32. Every k-means
+pass and the mean of the keys are a segment's own. A tail shorter than `update` stays exact.
 """
 import functools
 import math
@@ -62,16 +65,16 @@ class RetroConfig:
     outliers: bool = True           # free cluster slots hold the tokens farthest from a centroid
     bits: int = 4                   # of a number in a centroid or mean value: 4 or 16
     by_mass: bool = True            # rank by the mass that a cluster may hold, not by its centroid
-    boost: int = 8                  # most times its share that a head of scattered logits retrieves
-    growth: float = 0.7             # above 8,192 tokens retrieved clusters grow by this power
+    boost: int = 8                  # a head whose clusters tell little retrieves up to this often its share
+    growth: float = 0.7             # above 8,192 tokens, retrieved clusters grow by this power of the text
     values: float = 0.2             # share of the retrieved tokens whose values are read
-    mean_room: bool = True          # retrieved clusters must fit their mean size; else whole ones
+    mean_room: bool = True          # read as many tokens as mean clusters have; no: all members
 
     @classmethod
     def paper(cls):
         """The published method and its settings."""
         return cls(sink=4, local=64, update=1024, segment=8192, cluster=16, iterations=10,
-                   retrieve=0.018, estimate=0.232, min_retrieve=1, **IDENTITY)
+                   retrieve=0.018, estimate=0.232, min_retrieve=1, **PART_II_OFF)
 
     def __post_init__(self):
         lowest = {"sink": 0, "local": 1, "update": 1, "segment": 1, "cluster": 1,
@@ -84,7 +87,7 @@ class RetroConfig:
         for field in fields(self):
             given = getattr(self, field.name)
             if field.type is float and not 0 <= given <= 1:
-                raise ValueError(f"{field.name} is {given}: give a share between 0 and 1")
+                raise ValueError(f"{field.name} is {given}: give a number between 0 and 1")
         for name in ("segment", "update"):
             given = getattr(self, name)
             if given % self.cluster:
@@ -105,13 +108,13 @@ class RetroConfig:
         return tokens // self.cluster + tokens // (8 * self.cluster)
 
     def method(self):
-        """The Method that this config selects."""
-        is_paper = all(getattr(self, name) == value for name, value in IDENTITY.items())
+        """The Method that this config selects. Part I alone can make the paper's."""
+        is_paper = all(getattr(self, name) == value for name, value in PART_II_OFF.items())
         return PAPER if is_paper else method_of(self)
 
 
 # The value of each field that selects no entry of Part II.
-IDENTITY = {"channel_power": 0.0, "outliers": False, "bits": 16, "by_mass": False, "boost": 1,
+PART_II_OFF = {"channel_power": 0.0, "outliers": False, "bits": 16, "by_mass": False, "boost": 1,
             "growth": 1.0, "values": 1.0, "mean_room": False}
 
 
@@ -119,24 +122,24 @@ IDENTITY = {"channel_power": 0.0, "outliers": False, "bits": 16, "by_mass": Fals
 
 class Index(NamedTuple):
     """What is known of C clusters. A cluster's tokens lie together in the store (CSR)."""
-    centroids: torch.Tensor     # (B, H, C, D) mean of the member keys
-    means: torch.Tensor         # (B, H, C, D) mean of the member values
-    sizes: torch.Tensor         # (B, H, C) members, fp32 as the logits they bias; 0: a free slot
+    centroids: torch.Tensor     # (B, H, C, D) mean of the member keys; in 4 bits (B, H, C, D/2)
+    means: torch.Tensor         # (B, H, C, D) mean of the member values, likewise
+    sizes: torch.Tensor         # (B, H, C) members, kept in fp32; 0: a free slot
     offsets: torch.Tensor       # (B, H, C) first row in the store
     spreads: torch.Tensor       # (B, H, C) Part II: variance of the member keys. The paper: 0
     scales: torch.Tensor        # (B, H, C, 2) Part II: of 4-bit centroid and mean. The paper: 1
 
 
 class Caps(NamedTuple):
-    """The most that any head may read in a step. Caps are shapes."""
+    """The most that any head may ever read in a step. Caps fix shapes: one graph for all steps."""
     tokens: int                 # N retrieved tokens
     values: int                 # M of them whose values are read
     retrieve: int               # R clusters
     ranked: int                 # R + E clusters
 
 
-class Shares(NamedTuple):
-    """What each head may read in a step, (B, H) each. Places beyond a share are masked."""
+class Limits(NamedTuple):
+    """What each head may read in this step, (B, H) each. Places beyond a limit are masked."""
     tokens: torch.Tensor
     values: torch.Tensor
     retrieve: torch.Tensor
@@ -146,7 +149,7 @@ class Shares(NamedTuple):
 class Budget(NamedTuple):
     """What a step may read."""
     caps: Caps
-    shares: Shares
+    limits: Limits
 
 
 # ---------------------------------------------------------------- what every method's cache needs
@@ -154,9 +157,10 @@ class Budget(NamedTuple):
 class Store:
     """Keys and values of all tokens of a layer, (B, H, T, D) each, on the device.
 
-    buffer.WaveBuffer has the same functions for a store on the host.
+    buffer.WaveBuffer has the same functions for a store on the host: there bring gives copies, and
+    put writes them back.
     """
-    attend = None       # a store that only its own code can read brings its own attention
+    attend = None       # what replaces hot.attend where k and v are not plain device tensors
 
     def __init__(self, cache, T, like):
         B, H = len(cache.n_tokens), like.shape[1]
@@ -168,7 +172,7 @@ class Store:
         return [x[row:row + 1, :, first:end] for x in (self.k, self.v)]
 
     def bring(self, row, first, known, end):
-        """view, on the device. Only the rows up to `known` hold tokens: the others are free."""
+        """view, on the device. Rows from `known` on hold no tokens yet."""
         return self.view(row, first, end)
 
     def put(self, row, first, k, v):
@@ -189,9 +193,11 @@ class LayerCache(nn.Module):
         store     sink | indexed tokens, in the method's order | latest tokens, as they came
         steady    sink | latest tokens, generated tokens | free slots
 
-    Prefill reads the past from the store in any order: positions are in the keys (RoPE), and a
-    softmax knows no order. A decode step appends to the steady zone. update(), between steps, moves
-    tokens from one to the other. Nothing reallocates, and no shape changes.
+    A sequence reads or decodes. While it reads, its latest tokens are in the store. A chunk attends
+    to all tokens before it, whose order does not matter: their positions are in the keys (RoPE).
+    While it decodes, its latest tokens are in the steady zone. update(), between steps, moves them
+    there, and indexes open tokens: past the sink, not indexed, older than the local window. Nothing
+    reallocates, and no shape changes.
 
     A method supplies allocate_index(like); absorb(row, k, v), which indexes the oldest open tokens
     k, v (1, H, n, D), may reorder them in place, and counts them in n_indexed; attend(q, steady), a
@@ -220,7 +226,7 @@ class LayerCache(nn.Module):
         """Hear queries q (B or 1, H*G, T, D) of tokens from `start` on, before they attend."""
 
     def append(self, k, v, row=0):
-        """prefill without attention: k, v (1, H, n, D) of the whole sequence, as it then lies."""
+        """Append k, v without attending: all k, v (1, H, n, D) of the sequence, in store order."""
         k_all, v_all = self.write(k, v, row)
         self.settle(row, k_all, v_all, k.shape[2])
         return k_all, v_all
@@ -252,7 +258,10 @@ class LayerCache(nn.Module):
         return o
 
     def settle(self, row, k_all, v_all, T):
-        """Index the segments that are full, and keep what changed: the last T tokens at least."""
+        """Index the segments that are full, and write back the rows that changed.
+
+        These are the T new rows, and the rows that absorb may reorder: from the oldest open one on.
+        """
         first = min(k_all.shape[2] - T, self.config.sink + int(self.n_indexed[row]))
         self.absorb_open(row, k_all, v_all, self.config.segment)
         self.store.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
@@ -280,9 +289,14 @@ class LayerCache(nn.Module):
     forward = decode                        # calling a cache is a step
 
     def update(self):
-        """Index the tokens that left the local window. How many steps fit until the next call."""
+        """Index the tokens that left the local window. Returns how many steps may follow.
+
+        ValueError after more steps than the last call returned.
+        """
         for row in range(len(self.is_in_store)):
             n_steady = int(self.n_tokens[row] - self.n_indexed[row])
+            if n_steady > self.config.steady and not self.is_in_store[row]:
+                raise ValueError("more steps were taken than update() had returned: call it sooner")
             if n_steady == self.config.steady:
                 self.move_to_store(row)
             if self.is_in_store[row]:
@@ -317,7 +331,7 @@ class LayerCache(nn.Module):
             yield steady[row, :, head:n - indexed], store[0, :, head + indexed:]
 
     def absorb_open(self, row, k, v, least):
-        """Absorb what is between the indexed tokens and the local window, segment by segment.
+        """Absorb the open tokens, segment by segment.
 
         k, v (1, H, n, D) end with the sequence's last token. A part shorter than `least` waits.
         """
@@ -367,7 +381,7 @@ class WaveIndex(LayerCache):
         self.q_energy = zeros(D, dtype=torch.float64)
         self.boosts = like.new_ones(B, H, dtype=torch.float32)
         self.n_clusters = self.n_clusters.to(like.device)
-        most = shares(self.config, torch.tensor(self.capacity), self.config.boost, self.method)
+        most = limits_of(self.config, torch.tensor(self.capacity), self.config.boost, self.method)
         N = round_up(int(most.tokens))
         self.caps = Caps(N, self.method.n_values(self.config, N),
                          min(int(most.retrieve), C), min(round_up(int(most.ranked)), C))
@@ -379,7 +393,7 @@ class WaveIndex(LayerCache):
 
     def budget(self):
         """The Budget of a step."""
-        each = shares(self.config, self.n_indexed[:, None], self.boosts, self.method)
+        each = limits_of(self.config, self.n_indexed[:, None], self.boosts, self.method)
         return Budget(self.caps, each)
 
     def absorb(self, row, k, v):
@@ -397,7 +411,7 @@ class WaveIndex(LayerCache):
         self.n_clusters[row] += n
 
     def observe(self, q, start, row=None):
-        """Add up the energy of the first segment's queries, which Part II looks at."""
+        """Add up the energy (squares) of the first segment's queries, for channel_weights."""
         heard = self.config.sink + self.config.segment
         q = q[:, :, :heard]
         is_heard = start + torch.arange(q.shape[2], device=q.device) < heard    # (B, T) or (T,)
@@ -408,13 +422,16 @@ class WaveIndex(LayerCache):
 
     def move_to_steady(self, row):
         super().move_to_steady(row)
-        n = self.n_tokens[row].clamp(max=self.config.sink + self.config.segment)
+        n = self.n_tokens[row].clamp(1, self.config.sink + self.config.segment)
         index = Index(*(x[row] for x in self.index))
         energy = self.q_energy[row] / n
         self.boosts[row] = self.method.head_boosts(energy, index, self.config)
 
     def state(self, row):
-        """All that is known of a sequence, by name: views (H, ...), and counters (2,)."""
+        """All that is known of a sequence, by name: views (H, ...), and counters (2,).
+
+        It moves the latest tokens to the store: call update() before the next decode.
+        """
         self.move_to_store(row)
         n, c = int(self.n_tokens[row]), int(self.n_clusters[row])
         k, v = self.store.view(row, 0, n)
@@ -434,24 +451,24 @@ class WaveIndex(LayerCache):
 
     def bytes_read(self):
         """Bytes of K, V and index that one decode step reads at most."""
-        index, each = self.index, self.budget().shares
+        index, each = self.index, self.budget().limits
         key, vector = self.store.k[0, 0, 0].nbytes, index.means[0, 0, 0].nbytes
         tokens = 2 * self.k_steady.shape[2] + each.tokens + each.values     # keys, then values
         vectors = index.sizes.shape[2] + each.ranked                        # centroids, then means
+        # of each cluster size, spread and scale: 4 + 2 + 2; an offset: 8; the scale of a mean: 2
         numbers = 8 * index.sizes.shape[2] + 8 * each.retrieve + 2 * each.ranked
         heads = index.sizes.shape[:2]
         return int((tokens * key + vectors * vector + numbers).expand(heads).sum())
 
     def facts(self):
-        """What a step does, as numbers; lists have one entry a sequence, means over its heads."""
-        each = self.budget().shares
-        _, H, _, D = self.store.k.shape
-        heads = self.index.sizes.shape[:2]
-        n_retrieve, n_ranked = (x.expand(heads).double().mean(-1) for x in (
-            each.retrieve, each.ranked))
+        """What a step may read, as numbers; of lists an entry a sequence, the mean over its heads."""
+        each, (_, H, _, D) = self.budget().limits, self.store.k.shape
+        clusters = (self.index.sizes > 0).sum(-1)                           # (B, H)
+        n_clusters, n_retrieve, n_ranked = (x.double().mean(-1) for x in (
+            clusters, each.retrieve.minimum(clusters), each.ranked.minimum(clusters)))
         key = H * D * self.store.k.element_size()                           # bytes
         return {"tokens": self.n_tokens.tolist(), "indexed_tokens": self.n_indexed.tolist(),
-                "clusters": (self.index.sizes[:, 0] > 0).sum(-1).tolist(),
+                "clusters": n_clusters.tolist(),
                 "retrieved_clusters": n_retrieve.tolist(),
                 "estimated_clusters": (n_ranked - n_retrieve).tolist(),
                 "bytes_read": self.bytes_read(), "bits": self.config.bits,
@@ -463,8 +480,8 @@ class WaveIndex(LayerCache):
                 "steady zone": self.k_steady.nbytes + self.v_steady.nbytes, **self.store.nbytes()}
 
 
-def shares(config, tokens, boosts=1, method=None):
-    """The Shares of heads, (B, H) or (B, 1), of sequences with so many indexed tokens (B, 1)."""
+def limits_of(config, tokens, boosts=1, method=None):
+    """The Limits of heads, (B, H) or (B, 1), of sequences with so many indexed tokens (B, 1)."""
     slots, clusters = config.slots(tokens), tokens // config.cluster
     method = method or config.method()
 
@@ -477,7 +494,7 @@ def shares(config, tokens, boosts=1, method=None):
     n_retrieve = portion(config.retrieve, factor).clamp(min=config.min_retrieve)
     n_ranked = portion(config.retrieve + config.estimate).maximum(n_retrieve)
     n_tokens = method.room(config, n_retrieve)
-    return Shares(n_tokens, method.n_values(config, n_tokens), n_retrieve, n_ranked)
+    return Limits(n_tokens, method.n_values(config, n_tokens), n_retrieve, n_ranked)
 
 
 # ---------------------------------------------------------------- tripartite attention (§4.2)
@@ -495,8 +512,9 @@ def attend(q, steady, index, stores, budget, method):
 def tripartite_attention(q, steady, index, budget, fetch, method):
     """attend, with fetch(ids, ends) for the members k, v and bias of clusters ids (B, H, R).
 
-    A centroid with bias log(size) weighs as much as its tokens would, if all were equal (eq. 2).
-    The output is one weighted mean: of values, and of clusters' mean values (eq. 3 and 4).
+    A centroid with bias log(size) weighs as much as its tokens would if their keys were equal
+    (eq. 2); by Jensen's inequality never more than they do (eq. 3).
+    The output is one weighted mean: of values, and of clusters' mean values (eq. 4).
     """
     q = q.float() * q.shape[-1] ** -0.5                                     # (B, H, G, D)
     k_s, v_s, bias_s = steady
@@ -548,21 +566,24 @@ def choose_clusters(order, index, budget):
     """Which of the ranked clusters `order` (B, H, R+E) are read, and which are estimated.
 
         order    c0    c1   c2     c3   c4   │ c5   c6   c7    │ c8 ...
-                 └──── share.retrieve ───────┘                 │
-                 └──── share.ranked ───────────────────────────┘
-        read     │c0   │c1  │c2    │ share.tokens: c3 does not fit
+                 └──── limits.retrieve ──────┘                 │
+                 └──── limits.ranked ──────────────────────────┘
+        read     │c0   │c1  │c2    │ limits.tokens: c3 does not fit
         ends           3    5      9
         bias     -inf  -inf -inf   0    0      0    0    0      -inf
+
+    Reading stops at the first cluster that does not fit: c3 and c4 get no rows. A ranked cluster
+    that has tokens and no rows is estimated.
     """
-    caps, share = budget
+    caps, limits = budget
     place = torch.arange(order.shape[-1], device=order.device)
-    sizes = index.sizes.gather(-1, order) * (place < share.ranked[..., None])   # (B, H, R+E)
-    asked = sizes * (place < share.retrieve[..., None])
+    sizes = index.sizes.gather(-1, order) * (place < limits.ranked[..., None])   # (B, H, R+E)
+    asked = sizes * (place < limits.retrieve[..., None])
     ends = asked[..., :caps.retrieve].long().cumsum(-1)                         # (B, H, R)
-    fits = ends <= share.tokens[..., None]
+    fits = ends <= limits.tokens[..., None]
     ends = ends.minimum(ends.masked_fill(~fits, 0).amax(-1, keepdim=True))
     n_read = F.pad(ends - before(ends), (0, order.shape[-1] - caps.retrieve))
-    is_estimated = sizes != n_read                                              # has tokens, unread
+    is_estimated = sizes != n_read                                              # all rows or none
     return Chosen(order[..., :caps.retrieve], ends, bias_of(~is_estimated))
 
 
@@ -642,7 +663,7 @@ def nearest(x, centroids):
 def segment_sum(x, order, sizes):
     """Sums (B, H, C, D), fp32, of x (B, H, L, D), put in order, over runs of sizes (B, H, C).
 
-    A bag is one loop, without atomics: two runs build one index.
+    embedding_bag sums each run in its order, without atomics: two runs build one index.
     """
     n, D = sizes.flatten(), x.shape[-1]
     rows = flat_rows(order, x.shape[2])
@@ -725,10 +746,11 @@ def round_up(n):
     return max(-(-n // RUN), 1) * RUN
 
 
-# ---------------------------------------------------------------- what the paper does not refine
+# ---------------------------------------------------------------- the parts that may be replaced
 
 class Hot(NamedTuple):
-    """The functions that take the time. Twins have the same names, arguments and results."""
+    """The functions that take the time. Faster ones elsewhere have the same arguments and results.
+    """
     attend: Callable
     nearest: Callable
     segment_sum: Callable
@@ -745,7 +767,8 @@ class Codec(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The choices of a method that Part II may replace, and the products that twins may."""
+    """The choices that Part II may replace. Each one that Part I does not define does nothing in
+    PAPER. The two products at the end are what generate.py writes otherwise for Inductor."""
     channel_weights: Callable   # energy of queries (H, D), config -> weights (1, H, 1, D) or 1
     fill_slots: Callable        # centred keys, order, ids, slots, hot -> order, ids (1, H, L)
     spreads: Callable           # k, centroids, order, sizes, hot -> (1, H, C)
@@ -807,8 +830,8 @@ def weigh_channels(energy, config):
     """**Channel weights** (channel_power). The paper: 1.
 
     A query must find what it looks for in one cluster, so channels that are loud in queries count
-    more when keys are clustered. Weights (1, H, 1, D) are the queries' mean squares, sums (H, D)
-    here, to a power. RoPE turns queries between the channels d and d + D/2: both weigh the same.
+    more when keys are clustered: weights (1, H, 1, D) are the energy of the queries (H, D) over its
+    mean, to a power. RoPE turns queries between channels d and d + D/2: both weigh the same.
     """
     pairs = energy + energy.roll(energy.shape[-1] // 2, -1)
     mean = pairs.mean(-1, keepdim=True)                                     # (H, 1)
@@ -902,16 +925,18 @@ def rank_by_mass(q, logits, x_steady, index):
     clusters are ranked by the largest mass that they may hold. It counts as a share of all
     attention, the steady zone's included: a query head that looks at the sink has no vote.
     """
-    possible = logits + possible_mass(q, index)                             # (B, H, G, C)
+    possible = logits + log_possible_mass(q, index)                             # (B, H, G, C)
     total = possible.logsumexp(-1).logaddexp(x_steady.logsumexp(-1))        # (B, H, G)
     return (possible - total[..., None]).exp().sum(2)                       # (B, H, C)
 
 
-def possible_mass(q, index):
+def log_possible_mass(q, index):
     """Log of what a cluster may hold, over exp of its centroid's logit: (B, H, G, C).
 
-    Of n normal logits with variance s the sum of exponentials is typically n exp(s/2), but none of
-    the n lies above sqrt(2 log n) deviations (the random energy model of Derrida).
+    The members' logits vary with deviation |q| sqrt(spread). Of n normal logits the sum of
+    exponentials is typically n exp(deviation^2 / 2), as long as the deviation is below
+    t = sqrt(2 log n): none of the n lies above t deviations. Beyond that, the largest logit counts
+    (the random energy model of Derrida).
     """
     sizes, spreads = index.sizes[:, :, None], index.spreads[:, :, None]     # (B, H, 1, C)
     deviation = (q.square().sum(-1, keepdim=True) * spreads).sqrt()         # (B, H, G, C)
@@ -922,7 +947,7 @@ def possible_mass(q, index):
 def head_boosts(energy, index, config):
     """**Budgets by head** (boost). The paper: all heads retrieve the same share.
 
-    Within clusters, a head's logits have the variance s = |q|^2 spread / D. When s is large, a
+    Within clusters, a head's logits have the variance s = |q|^2 spread / D. If s is large, a
     centroid says little of its members, and the ranking is close to random. Such heads retrieve
     exp(s - SCATTERED) times their share, from 1 to `boost` times. energy: mean squares (H, D).
     """
@@ -952,7 +977,8 @@ def mean_room(config, n_retrieve):
 
 
 def few_values(config, n_tokens):
-    """How many of so many retrieved tokens have their values read."""
+    """How many of so many retrieved tokens have their values read: the share, rounded up. In whole
+    numbers, so that all twins agree."""
     return -(-n_tokens * round(1000 * config.values) // 1000)
 
 
@@ -966,7 +992,7 @@ def share_values(w_r, v_r, w_e, chosen, budget):
     N, M, R = w_r.shape[-1], budget.caps.values, chosen.ends.shape[-1]
     best = w_r.sum(2).topk(M).indices                                       # (B, H, M)
     place = torch.arange(M, device=best.device)
-    is_asked = place < budget.shares.values[..., None]                      # (B, H, M)
+    is_asked = place < budget.limits.values[..., None]                      # (B, H, M)
     is_read = torch.zeros(v_r.shape[:3], dtype=torch.bool, device=best.device)
     is_read = is_read.scatter(-1, best, is_asked.expand_as(best))           # (B, H, N)
     owner = owners(chosen.ends, N)[:, :, None].expand_as(w_r)

@@ -41,7 +41,7 @@ from app import plan
 from bench.timing import BOOST, Parser, clock, exit_status, figure, table, write_json
 from generate import attend, compiled_step, prefill
 from model import DenseCache, Llama, ModelConfig
-from retroinfer import PLAIN, Budget, Hot, Index, RetroConfig, Shares, WaveIndex
+from retroinfer import PLAIN, Budget, Hot, Index, Limits, RetroConfig, WaveIndex
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -203,7 +203,7 @@ class Cell:
         """`args` of the last head of the last sequence alone."""
         q, steady, index, stores, budget, method = self.args
         q, *others = (x[-1:, -1:] for x in (q, *steady, *index, *stores))
-        shares = Shares(*(x.expand(self.args[0].shape[:2])[-1:, -1:] for x in budget.shares))
+        shares = Limits(*(x.expand(self.args[0].shape[:2])[-1:, -1:] for x in budget.limits))
         return (q, others[:3], Index(*others[3:-2]), others[-2:], Budget(budget.caps, shares),
                 method)
 
@@ -230,8 +230,8 @@ class Cell:
         live, n_steady = int((index.sizes > 0).sum()), int((steady[2] > -math.inf).sum())
         fits, N = launches["pack"][1]["fits"], B * H * budget.caps.tokens
         clusters, tokens = fits.sum((0, 1)).tolist()            # retrieved, in all heads together
-        given = int(fits[..., 1].minimum(budget.shares.values).sum())       # tokens with values
-        guessed = int(budget.shares.ranked.expand(B, H).sum()) - clusters   # clusters estimated
+        given = int(fits[..., 1].minimum(budget.limits.values).sum())       # tokens with values
+        guessed = int(budget.limits.ranked.expand(B, H).sum()) - clusters   # clusters estimated
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
                 "weigh": C * (4 * G + 4) + 4 * (tokens * G + N),

@@ -81,7 +81,7 @@ def our_work(config, tokens, batch, retro):
     cache = plan.cache_on_meta(plan.Run(config, tokens, batch, retro=retro))
     cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
     cache.boosts = torch.ones(heads)
-    n_tokens = int(cache.budget().shares.tokens.expand(heads).sum())
+    n_tokens = int(cache.budget().limits.tokens.expand(heads).sum())
     exact = layers * n_tokens * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 

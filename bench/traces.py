@@ -41,8 +41,8 @@ from retroinfer import (
     WaveIndex,
     before,
     gather_clusters,
+    limits_of,
     round_up,
-    shares,
     tripartite_attention,
 )
 
@@ -227,7 +227,7 @@ def measured(trace, policies):
 def cell(trace):
     """The facts of a trace: of the paper's share of the clusters, and of all it retrieved."""
     few = replace(trace.config, min_retrieve=1, retrieve=RetroConfig.paper().retrieve)
-    each = shares(few, torch.tensor(trace.capacity), torch.ones(()), few.method())
+    each = limits_of(few, torch.tensor(trace.capacity), torch.ones(()), few.method())
     return {"config": asdict(trace.config), "paper": measured(trace.best(int(each.retrieve)),
                                                               POLICIES),
             "all": measured(trace, ["LRU"])}

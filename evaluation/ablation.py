@@ -18,7 +18,7 @@ import torch
 from app.settings import parse_settings
 from evaluation import fidelity, texts
 from model import DEFAULT_NAME, load
-from retroinfer import IDENTITY, RetroConfig
+from retroinfer import PART_II_OFF, RetroConfig
 
 TRIES = 4               # trials until a variant reads as many bytes
 CLOSE = 0.01            # of them, what is close enough
@@ -28,10 +28,10 @@ def variants(base):
     """{name: config} of what is compared with ours: each entry of Part II removed."""
     paper = RetroConfig.paper()
     removed = {f"ours without {name}": replace(base, **{name: value})
-               for name, value in IDENTITY.items()}
+               for name, value in PART_II_OFF.items()}
     ours = RetroConfig()
     added = {f"paper with {name}": replace(paper, **{name: getattr(ours, name)})
-             for name in IDENTITY}
+             for name in PART_II_OFF}
     return removed, added
 
 

@@ -53,8 +53,8 @@ from retroinfer import (
     PLAIN,
     Budget,
     Index,
+    Limits,
     RetroConfig,
-    Shares,
     WaveIndex,
     before,
     gather_clusters,
@@ -207,7 +207,7 @@ def estimates(step, budget, method):
     logits = method.codec.score(step.q, step.index, method)                 # (B, H, G, C)
     order = rank_clusters(step.q, logits, step.x_steady, step.index, budget.caps.ranked, method)
     place = torch.arange(budget.caps.ranked, device=order.device)
-    is_near = place < budget.shares.ranked[..., None]                       # (B, H, R+E)
+    is_near = place < budget.limits.ranked[..., None]                       # (B, H, R+E)
     is_ranked = torch.zeros_like(step.index.sizes, dtype=torch.bool).scatter(
         -1, order, is_near.expand_as(order))
     masses = logits + method.log_count(step.q, step.index)
@@ -220,7 +220,7 @@ def lose_values(left, estimated, x, far, budget):
     weights here and in the step, four roundings each; any other counts as lost."""
     total = left.exact.logaddexp(estimated.logsumexp(-1, keepdim=True))     # (B, H, G, 1)
     weights = F.pad((x - total).exp().sum(2, keepdim=True), (0, 1))         # (B, H, 1, N+1)
-    n = budget.shares.values[..., None, None].expand(*weights.shape[:3], 1)
+    n = budget.limits.values[..., None, None].expand(*weights.shape[:3], 1)
     first = weights.sort(descending=True).values.gather(-1, n).clamp(min=1e-30)     # fp32: 0
     margin = (8 * left.rounding.amax(2, keepdim=True)).clamp(max=50).exp()  # (B, H, 1, 1)
     is_read = weights[..., :-1] > first * margin
@@ -297,7 +297,7 @@ class CheckedIndex(WaveIndex):
         index, bounds = (type(x)(*(y.flatten(0, 1)[:, None] for y in x))
                          for x in (index, self.bounds))
         step = look(q, (k, v, bias), index, bounds)
-        each = Shares(*(x.expand(B, H).reshape(-1, 1) for x in budget.shares))
+        each = Limits(*(x.expand(B, H).reshape(-1, 1) for x in budget.limits))
         budget = fit(Budget(budget.caps, each))
         o, certificate = certified_attention(q, step, stores, budget, method)
         self.kept = step, o, certificate

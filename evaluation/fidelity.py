@@ -33,9 +33,9 @@ from retroinfer import (
     RetroConfig,
     WaveIndex,
     gather_clusters,
+    limits_of,
     rank_clusters,
     scores,
-    shares,
     tripartite_attention,
 )
 
@@ -169,7 +169,7 @@ def rows_read(cache):
     """Rows of D numbers that the latest step of one head needed."""
     if isinstance(cache, WaveIndex):
         clusters = (cache.index.sizes[0] > 0).sum(-1).float()               # (H,)
-        n_ranked = float(cache.budget().shares.ranked[0].minimum(clusters).mean())
+        n_ranked = float(cache.budget().limits.ranked[0].minimum(clusters).mean())
         steady = int(cache.n_tokens[0] - cache.n_indexed[0])
         retrieved = float(cache.fetched[1].sum(-1).float().mean())
         return wave_rows(cache.config, steady, retrieved, float(clusters.mean()), n_ranked,
@@ -218,7 +218,7 @@ def ours_rows(n, steps, boost=1.0):
     """Rows of the default configuration behind n tokens, for those that are to read as much."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
-    each = shares(c, torch.tensor(indexed))
+    each = limits_of(c, torch.tensor(indexed))
     n_retrieve, n_ranked = int(each.retrieve), int(each.ranked)
     steady = n - indexed + indexed % c.cluster + steps / 2
     return wave_rows(c, steady, boost * n_retrieve * c.cluster, c.slots(indexed), n_ranked)

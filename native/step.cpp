@@ -509,7 +509,7 @@ struct Head {
             for (int i = 0; i < count; i += 2) {
                 vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
                 vec far = length * each(deviation + i), top = each(most + i);
-                top = top < far ? top : far;                        // as retroinfer.possible_mass
+                top = top < far ? top : far;                        // as retroinfer.log_possible_mass
                 store(logits + i * GROUP, y);
                 y += each(logs + i) + top * (far - top * .5f);
                 y = each(sizes + i) > 0 ? y : vec{} + NONE;

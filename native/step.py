@@ -44,8 +44,8 @@ def attend(q, steady, index, stores, budget, method):
     assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16"]
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
     by_mass = method.rank is rank_by_mass
-    shares = [x.expand(q.shape[:2]) for x in budget.shares]
-    return attend_op(q, list(steady), list(index), list(stores), shares,
+    limits = [x.expand(q.shape[:2]) for x in budget.limits]
+    return attend_op(q, list(steady), list(index), list(stores), limits,
                      [*budget.caps, int(by_mass)])
 
 
@@ -57,14 +57,14 @@ def name(x):
 # torch.library.custom_op would wrap six more calls of Python around every step.
 torch.library.define("retroinfer::attend_native",
                      "(Tensor q, Tensor[] steady, Tensor[] index, Tensor[] stores, "
-                     "Tensor[] shares, int[] caps) -> Tensor")
+                     "Tensor[] limits, int[] caps) -> Tensor")
 attend_op = torch.ops.retroinfer.attend_native.default
 
 
 @torch.library.impl("retroinfer::attend_native", "CPU")
-def _(q, steady, index, stores, shares, caps):
+def _(q, steady, index, stores, limits, caps):
     (k, v, bias), (B, H, G, D) = steady, q.shape
-    given = [x.contiguous() for x in (q, k, v, *index, *stores, *shares)]
+    given = [x.contiguous() for x in (q, k, v, *index, *stores, *limits)]
     given.insert(3, bias)
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
     sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
@@ -77,7 +77,7 @@ def _(q, steady, index, stores, shares, caps):
 
 
 @torch.library.register_fake("retroinfer::attend_native")
-def _(q, steady, index, stores, shares, caps):
+def _(q, steady, index, stores, limits, caps):
     return q.new_empty(q.shape)
 
 

@@ -24,10 +24,10 @@ from retroinfer import (
     Budget,
     Caps,
     RetroConfig,
-    Shares,
+    Limits,
     cluster_segment,
     gather_clusters,
-    shares,
+    limits_of,
     tripartite_attention,
 )
 
@@ -36,7 +36,7 @@ config = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
-given = shares(config, torch.tensor(N))
+given = limits_of(config, torch.tensor(N))
 R, ranked = int(given.retrieve), int(given.ranked)
 E = ranked - R
 print(f"of {N // config.cluster} clusters {R} are retrieved and {E} estimated")
@@ -129,7 +129,7 @@ def library(a, t, room, by_mass=False):
     n = text.n_prompt + t + 1 - N
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
     sizes = room, room, R, R + E                # tokens, values, clusters read, clusters ranked
-    budget = Budget(Caps(*sizes), Shares(*(torch.tensor([[x]]) for x in sizes)))
+    budget = Budget(Caps(*sizes), Limits(*(torch.tensor([[x]]) for x in sizes)))
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
         return gather_clusters(a.index, stores, room, ids, ends)
@@ -313,8 +313,8 @@ assert together > 0.9
 # (`by_mass`).
 #
 # An estimate should be tame; a guess at what to open should be bold. One token far above the mean
-# is all that some heads look for, so clusters are ranked by what they *may* hold (`possible_mass`): n
-# exp(σ²/2) as long as n tokens are enough to have such logits, and beyond that the largest of n,
+# is all that some heads look for, so clusters are ranked by what they *may* hold
+# (`log_possible_mass`): n exp(σ²/2) as long as n tokens are enough to have such logits, and beyond that the largest of n,
 # which lies about √(2 log n) deviations above the mean.
 
 # %%

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bench.footprint import counted, needs
-from retroinfer import Budget, Caps, Index, RetroConfig, Shares, attend, cluster_segment, shares
+from retroinfer import Budget, Caps, Index, RetroConfig, Limits, attend, cluster_segment, limits_of
 
 text, config = captured(), RetroConfig()
 H, T, D = text.k.shape[1:]
@@ -256,7 +256,7 @@ rest = tuple(torch.cat([x[:, :, :config.sink], x[:, :, middle.stop:]], 2) for x 
 steady = *rest, torch.zeros(1, H, 1, rest[0].shape[2])
 def budget_of(n):
     """The Budget of a step behind a text of n tokens, whose heads may read as much as there is."""
-    each = shares(config, torch.tensor([[n]]))
+    each = limits_of(config, torch.tensor([[n]]))
     return Budget(Caps(*map(int, each)), each)
 
 budget, method = budget_of(n_text), config.method()
@@ -322,7 +322,7 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(1, H_l, *shape, dtype=dtype, device="meta")
 
 def on_meta(budget):
-    return Budget(budget.caps, Shares(*(x.to("meta") for x in budget.shares)))
+    return Budget(budget.caps, Limits(*(x.to("meta") for x in budget.limits)))
 
 vectors = meta(C, D_l // 2, dtype=torch.uint8)
 index_l = Index(vectors, vectors, meta(C, dtype=torch.float32), meta(C, dtype=torch.int64),
@@ -384,8 +384,8 @@ assert largest[1] < largest[0] < BN[-1] and widest < BN[-1]
 
 # %% [markdown]
 # The library chooses its tiles by shape (`tile_rows`) so that 99 KB hold them, and a test compiles
-# every kernel for every shape and reads the same numbers. `python footprint.py 80 90 100` prints
-# them all; here a step of Llama's shape, for an A100, an H100 and a B200.
+# every kernel for every shape and reads the same numbers.
+# `python -m bench.footprint 80 90 100` prints them all; here a step of Llama's shape, for an A100, an H100 and a B200.
 
 # %%
 from bench.footprint import elsewhere

@@ -17,7 +17,7 @@ import torch
 from capture import captured
 from plots import BLUE, DARK, LIGHT, MIDDLE, label
 
-from retroinfer import RetroConfig, cluster_segment, rank_clusters, shares, weigh_channels
+from retroinfer import RetroConfig, cluster_segment, limits_of, rank_clusters, weigh_channels
 
 LAYER, HEAD = 23, (2, 1)                        # kv head, query head of its group
 ANSWER = "94826"
@@ -33,14 +33,15 @@ def attention_row(text, config):
     (h, g), H, D = HEAD, *text.k.shape[1::2]
     now = next(t for t in range(text.n_prompt, len(text.pieces)) if text.pieces[t + 1] == ANSWER[0])
     q, k, _ = (x[:, :, :now + 1] for x in text.layer(LAYER))
-    heard = q[0, :, :config.sink + config.segment].reshape(H, -1, D).double()               # (H, G*heard, D)
+    first = config.sink + config.segment
+    heard = q[0, :, :first].reshape(H, -1, D).double()                      # (H, G*first, D)
     weights = weigh_channels(heard.square().sum(1), config)
     q = q[:, :, now].view(1, H, -1, D) * D**-0.5                            # (B, H, G, D)
     n_text = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
     middle = torch.arange(config.sink, config.sink + n_text)
     place = middle.float()[:, None].expand(1, H, -1, 2)         # values that say where they were
     index, _, place = cluster_segment(k[:, :, middle], place, config, weights=weights)
-    given, method = shares(config, torch.tensor(n_text)), config.method()
+    given, method = limits_of(config, torch.tensor(n_text)), config.method()
     R, ranked = int(given.retrieve), int(given.ranked)
     near = torch.cat([k[:, :, :config.sink], k[:, :, config.sink + n_text:]], 2)
     far = method.codec.score(q, index, method)                              # (B, H, G, C)

@@ -12,8 +12,8 @@ from retroinfer import (
     Budget,
     Caps,
     Index,
+    Limits,
     RetroConfig,
-    Shares,
     WaveIndex,
     before,
     few_values,
@@ -58,7 +58,7 @@ def run(config, q, k, v, n_prompt):
 
 def config_budget(wave, b=0, h=0):
     """(clusters retrieved, clusters retrieved or estimated) of one head of a sequence."""
-    share = wave.budget().shares
+    share = wave.budget().limits
     return int(share.retrieve[b, h]), int(share.ranked[b, h])
 
 
@@ -109,7 +109,7 @@ class Case:
         n_tokens = caps[0] - 5 * torch.arange(B)[:, None] - fewer
         self.config = replace(RetroConfig.paper(), bits=bits, by_mass=by_mass)
         self.q, self.budget = 2 * randn(G), Budget(
-            Caps(caps[0], caps[0], *caps[1:]), Shares(n_tokens, n_tokens, n_retrieve, n_ranked))
+            Caps(caps[0], caps[0], *caps[1:]), Limits(n_tokens, n_tokens, n_retrieve, n_ranked))
         self.give_values(values)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
@@ -148,7 +148,7 @@ class Case:
                       offsets.masked_fill(is_empty, 2**40),
                       spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
         stores = [poison(x, self.is_free_row) for x in self.stores]
-        budget = Budget(self.budget.caps, Shares(*(x.to(device) for x in self.budget.shares)))
+        budget = Budget(self.budget.caps, Limits(*(x.to(device) for x in self.budget.limits)))
         steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
         o = attend(self.q.to(device), steady, Index(*index), stores, budget, self.method)
         return o.cpu()
@@ -186,7 +186,7 @@ class Case:
             near = q @ k_s[is_in].T                                                 # (G, steady)
             share = torch.cat([logits + q.new_tensor(hopes), near], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
-        n_tokens, n_values, n_retrieve, n_ranked = (int(n[b, h]) for n in self.budget.shares)
+        n_tokens, n_values, n_retrieve, n_ranked = (int(n[b, h]) for n in self.budget.limits)
         k, v, room = [k_s[is_in]], [v_s[is_in]], n_tokens
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         owner = [[-1] * int(is_in.sum())]           # of each entry: its cluster, if it is retrieved

@@ -53,7 +53,7 @@ def test_a_layer_holds_its_tokens_and_has_the_default_models_budget():
     assert k.shape == v.shape == (1, cpu.H, 1500, cpu.D) and cache.n_tokens == 1500
     budget = cache.budget()
     share = RetroConfig().retrieve * timing.BOOST * int(cache.n_indexed) // RetroConfig().cluster
-    assert (budget.shares.retrieve - max(share, RetroConfig().min_retrieve)).abs().max() <= 1
+    assert (budget.limits.retrieve - max(share, RetroConfig().min_retrieve)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("given, problem", [

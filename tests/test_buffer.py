@@ -165,7 +165,8 @@ def test_offload_changes_no_bit(data):
 
     cluster = some(1, 20)
     config = RetroConfig(sink=some(0, 5), local=some(1, 9), update=cluster * some(1, 4),
-                         min_retrieve=1, segment=cluster * some(1, 12), cluster=cluster, iterations=some(1, 3),
+                         min_retrieve=1, segment=cluster * some(1, 12), cluster=cluster,
+                         iterations=some(1, 3),
                          retrieve=data.draw(st.sampled_from([0, .05, .3, 1])), estimate=.2)
     lengths = [some(1, 200) for _ in range(some(1, 3))]
     q, k, v = qkv(max(lengths) + some(1, 30), B=len(lengths), G=some(1, 3), D=8 * some(1, 3),

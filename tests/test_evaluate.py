@@ -25,7 +25,14 @@ from evaluation.fidelity import (
 )
 from generate import eager_step, generate, prefill
 from model import DenseCache, load
-from retroinfer import PLAIN, RetroConfig, WaveIndex, gather_clusters, shares, tripartite_attention
+from retroinfer import (
+    PLAIN,
+    RetroConfig,
+    WaveIndex,
+    gather_clusters,
+    limits_of,
+    tripartite_attention,
+)
 
 TINY = RetroConfig(sink=2, local=6, update=8, segment=64, cluster=4, iterations=3, retrieve=0.1,
                    min_retrieve=3, estimate=0.4)
@@ -206,7 +213,8 @@ def test_rows_of_ours_are_those_a_step_reads(scale, least):
     """Those of long queries too, for which heads retrieve more."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5008, 64) for _ in range(3))
-    heard = scale * q[:, :, :RetroConfig().sink + RetroConfig().segment].square().sum(2, keepdim=True).sqrt()
+    first = RetroConfig().sink + RetroConfig().segment
+    heard = scale * q[:, :, :first].square().sum(2, keepdim=True).sqrt()
     past = heard, k[:, :, :5000], v[:, :, :5000]
     boost = fidelity.mean_boost(SimpleNamespace(past=[past]), RetroConfig())
     assert least <= boost < 8 * least
@@ -234,7 +242,7 @@ def test_rows_count_the_tokens_fetched_and_numbers_by_their_bits(bits):
     cache.hot = PLAIN._replace(attend=attend)
     _, = fidelity.feed(cache, *(x[:, :, -1:] for x in (q, k, v)))
     clusters = (cache.index.sizes > 0).sum(-1).float().mean()
-    n_ranked, vector = shares(config, cache.n_indexed).ranked, 64 * bits / 8    # bytes
+    n_ranked, vector = limits_of(config, cache.n_indexed).ranked, 64 * bits / 8    # bytes
     steady, retrieved = 1100 - cache.n_indexed, fetched[0]
     n_bytes = ((2 * steady + 1.2 * retrieved) * 128 + clusters * (vector + 8) + n_ranked * vector)
     assert fidelity.rows_read(cache) * 128 == pytest.approx(n_bytes.item())

@@ -1,4 +1,4 @@
-"""What the prose promises: the root's list, import arrows, and files that work when copied alone."""
+"""What the prose promises: the root's list, import arrows, files that work when copied alone."""
 import ast
 import re
 import subprocess
@@ -135,7 +135,7 @@ for config in (replace(small, retrieve=1.0), small):
         truth = oracle.dense(q[:, :, 899:], k, v)
         torch.testing.assert_close(o.double(), truth, rtol=1e-4, atol=1e-5)
         continue
-    n, share = int(wave.n_tokens - wave.n_indexed), wave.budget().shares
+    n, share = int(wave.n_tokens - wave.n_indexed), wave.budget().limits
     budget = (int(share.retrieve), int(share.ranked - share.retrieve), 10**6, 10**6)
     for h in range(2):
         spans = zip(wave.index.offsets[0, h].tolist(), wave.index.sizes[0, h].int().tolist())

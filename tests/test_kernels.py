@@ -155,7 +155,7 @@ def test_the_docstring_counts_the_bytes_of_each_kernel(values, monkeypatch):
     monkeypatch.setattr(kernels, "splits", lambda device, heads, n_tiles: S)
     case = Case((B, H, G, D, W, C), (N, R, R + E), [(R, R + E)], [(W, C)], values=values)
     every = (torch.tensor([[n]]) for n in (N, N, R, R + E))     # of every head
-    case.budget = case.budget._replace(shares=retroinfer.Shares(*every))
+    case.budget = case.budget._replace(limits=retroinfer.Limits(*every))
     case.give_values(values)
     M = case.budget.caps.values
     sizes = torch.full((B, H, C), float(size))
@@ -309,7 +309,7 @@ def test_operators_pass_opcheck(op):
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
     steady, index, stores = ([x.to(DEVICE) for x in xs]
                              for xs in (case.steady, case.index, case.stores))
-    shares = [n.to(DEVICE) for n in case.budget.shares]                     # (1, 1) each
+    shares = [n.to(DEVICE) for n in case.budget.limits]                     # (1, 1) each
     caps = list(case.budget.caps)
     args = {"attend": (x, steady, index, stores, shares, caps, True),
             "attend some": (x, steady, index, stores, shares, [caps[0], 1, *caps[2:]], True),

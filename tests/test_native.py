@@ -164,7 +164,7 @@ def test_what_it_does_not_know_is_refused(D, dtype, words):
 
 def test_the_operator_passes_opcheck():
     case = make("one token")
-    args = (case.q, list(case.steady), list(case.index), case.stores, list(case.budget.shares),
+    args = (case.q, list(case.steady), list(case.index), case.stores, list(case.budget.limits),
             [*case.budget.caps, 1])
     torch.library.opcheck(native.attend_op, args)
 

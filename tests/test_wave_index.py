@@ -25,8 +25,8 @@ from retroinfer import (
     count,
     gather_clusters,
     in_bytes,
+    log_possible_mass,
     pack,
-    possible_mass,
     scores,
     spherical_kmeans,
     split_large,
@@ -36,7 +36,7 @@ from retroinfer import (
 
 def n_clusters(config, tokens):
     """Clusters retrieved, retrieved or estimated, of texts of so many tokens."""
-    share = retroinfer.shares(config, tokens)
+    share = retroinfer.limits_of(config, tokens)
     return share.retrieve, share.ranked
 
 
@@ -211,7 +211,7 @@ def test_what_a_cluster_may_hold_is_between_the_typical_and_the_mean(n, deviatio
     g = torch.Generator().manual_seed(0)
     q, shape = torch.full((1, 1, 1, 4), deviation / 2), (1, 1, 1)
     index = Index(None, None, torch.full(shape, float(n)), None, torch.ones(shape), None)
-    mine = float(possible_mass(q, index))
+    mine = float(log_possible_mass(q, index))
     sums = (deviation * torch.randn(4000, n, generator=g).double()).logsumexp(-1)
     assert sums.median() - 0.05 <= mine <= math.log(n) + deviation ** 2 / 2 + 1e-5
     assert mine == pytest.approx(oracle.hope(n, deviation ** 2), abs=1e-5)
@@ -303,7 +303,7 @@ def test_tripartite_attention_is_the_papers_sum(backend, shares, ranking):
             steady = wave.k_steady[b, h, :n], wave.v_steady[b, h, :n]
             queries = q[b, 3 * h:3 * h + 3, -1]
             asked = oracle.in_bytes(queries) if bits == 4 else queries
-            share = wave.budget().shares
+            share = wave.budget().limits
             budget = (n_retrieve, n_ranked - n_retrieve, int(share.tokens[b, h]),
                       int(share.values[b, h]))
             mine = oracle.tripartite(queries, steady, members(wave, b, h), budget,
