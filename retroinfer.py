@@ -65,8 +65,8 @@ class RetroConfig:
     outliers: bool = True           # free cluster slots hold the tokens farthest from a centroid
     bits: int = 4                   # of a number in a centroid or mean value: 4 or 16
     by_mass: bool = True            # rank by the mass that a cluster may hold, not by its centroid
-    boost: int = 8                  # a head whose clusters tell little retrieves up to this often its share
-    growth: float = 0.7             # above 8,192 tokens, retrieved clusters grow by this power of the text
+    boost: int = 8                  # most times its share, for a head whose clusters tell little
+    growth: float = 0.7             # power of the text by which the share grows above 8,192 tokens
     values: float = 0.2             # share of the retrieved tokens whose values are read
     mean_room: bool = True          # read as many tokens as mean clusters have; no: all members
 
@@ -461,7 +461,7 @@ class WaveIndex(LayerCache):
         return int((tokens * key + vectors * vector + numbers).expand(heads).sum())
 
     def facts(self):
-        """What a step may read, as numbers; of lists an entry a sequence, the mean over its heads."""
+        """What a step may read, as numbers. A list has the mean over heads for each sequence."""
         each, (_, H, _, D) = self.budget().limits, self.store.k.shape
         clusters = (self.index.sizes > 0).sum(-1)                           # (B, H)
         n_clusters, n_retrieve, n_ranked = (x.double().mean(-1) for x in (

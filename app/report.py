@@ -15,7 +15,7 @@ def measure(session):
     found = {
         "context_tokens": first["tokens"], "read_tokens": session.n_read,
         "generated_tokens": session.n_said, "indexed_tokens": first["indexed_tokens"],
-        "clusters": first["clusters"],
+        "clusters": mean_of_layers(layers, "clusters"),
         "retrieved_clusters": mean_of_layers(layers, "retrieved_clusters"),
         "estimated_clusters": mean_of_layers(layers, "estimated_clusters"),
         "bits": first["bits"],

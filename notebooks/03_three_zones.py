@@ -314,8 +314,8 @@ assert together > 0.9
 #
 # An estimate should be tame; a guess at what to open should be bold. One token far above the mean
 # is all that some heads look for, so clusters are ranked by what they *may* hold
-# (`log_possible_mass`): n exp(σ²/2) as long as n tokens are enough to have such logits, and beyond that the largest of n,
-# which lies about √(2 log n) deviations above the mean.
+# (`log_possible_mass`): n exp(σ²/2) as long as n tokens are enough to have such logits, and beyond
+# that the largest of n, which lies about √(2 log n) deviations above the mean.
 
 # %%
 wide = replace(config, by_mass=True)

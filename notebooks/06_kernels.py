@@ -385,7 +385,8 @@ assert largest[1] < largest[0] < BN[-1] and widest < BN[-1]
 # %% [markdown]
 # The library chooses its tiles by shape (`tile_rows`) so that 99 KB hold them, and a test compiles
 # every kernel for every shape and reads the same numbers.
-# `python -m bench.footprint 80 90 100` prints them all; here a step of Llama's shape, for an A100, an H100 and a B200.
+# `python -m bench.footprint 80 90 100` prints them all; here a step of Llama's shape, for an A100,
+# an H100 and a B200.
 
 # %%
 from bench.footprint import elsewhere
