@@ -178,7 +178,7 @@ def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint):
     (["Lama"], "no shape or model is named Lama: give a path, or one of SmolLM2"),
     (["Llama-3.1-8B", "--capacity", "2048", "--memory", "14"],
      "what fits: nothing here, the weights alone are 15.0 GiB"),
-    (["Llama-3.1-8B", "--set", "retrieve=2"], "retrieve is 2.0: give a share between 0 and 1"),
+    (["Llama-3.1-8B", "--set", "retrieve=2"], "retrieve is 2.0: give a number between 0 and 1"),
     (["--set", "spread=1"], "--set does not know 'spread'"),
     (["--store", "x"], "--store goes with --offload"),
     (["--batch", "0"], "--batch is 0: at least 1 is needed"),
