@@ -13,6 +13,7 @@
 import sys; sys.path[:0] = [".."]
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from itertools import pairwise
 
@@ -285,7 +286,7 @@ def hidden(work, hit, gpu):
     *device, misses = parts(work, hit, gpu).values()
     return max(sum(device), misses)
 
-same = read(LAYERS[0], lambda wave: WaveBuffer(wave, cache_ratio=RATIO, overlap=True))[1]
+same = read(LAYERS[0], partial(WaveBuffer, cache_ratio=RATIO, overlap=True))[1]
 assert torch.equal(same, outputs[0])            # another order of copies, and not another bit
 
 # %%
