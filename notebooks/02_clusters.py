@@ -130,7 +130,8 @@ print(f"{agreement:.2%} of the keys are in the same cluster")
 # %% [markdown]
 # ## Sizes
 #
-# A cluster is as large as its theme. A store with room for *P* tokens a cluster would have to
+# Cluster sizes vary: a repeated topic makes a large cluster. A store with room for *P* tokens a
+# cluster would have to
 # leave out what is above; the library cuts such a cluster into even pieces when it builds the
 # index (`cluster_segment`), so that every token is in one.
 

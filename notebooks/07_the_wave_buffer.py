@@ -371,8 +371,8 @@ assert slowest > 0.65 and (none / room).max() < 0.5 and fits_all == [True, True,
 assert all(has_room(m, RATIO) for m in gpus)
 
 # %% [markdown]
-# The last of the three has no room for all, and runs with the cache. Where the page is alive: what
-# do other sizes do?
+# The last of the three has no room for all, and runs with the cache. In a running
+# notebook, move the slider to try other cache sizes.
 
 # %%
 def turned(ratio):
