@@ -137,12 +137,12 @@ def test_nothing_certified_is_ever_violated(kind, dtype, values, seed, longer, r
 
 @pytest.mark.parametrize("values", [0.0, 0.2, 1.0])
 def test_the_step_is_that_of_a_plain_index(values):
-    q, k, v = qkv(300, B=2)
+    q, k, v = qkv(150, B=2)
     config = RetroConfig(**FEW, values=values)
-    checked, _ = steps(config, q, k, v, 260)
-    plain = WaveIndex(config, 300, 2)
-    read(plain, *(x[:, :, :260] for x in (q, k, v)))
-    for t in range(260, 300):
+    checked, _ = steps(config, q, k, v, 110)        # 40 steps: with an update between them
+    plain = WaveIndex(config, 150, 2)
+    read(plain, *(x[:, :, :110] for x in (q, k, v)))
+    for t in range(110, 150):
         plain.update()
         o = plain.decode(*(x[:, :, t:t + 1] for x in (q, k, v)))
     assert torch.equal(checked.kept[1].view_as(o), o)       # bit for bit
@@ -237,6 +237,7 @@ def test_no_corner_of_the_intervals_is_worse(turns, monkeypatch):
 
 # ---------------------------------------------------------------- all of a model
 
+@pytest.mark.slow
 def test_nothing_is_violated_in_any_head_of_real_text(smollm2):
     """And what the command examines at a stroke is what is found query by query."""
     model, tokenizer, _ = smollm2

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 
-from evaluation import evaluate, fidelity, ruler, tables, texts
+from evaluation import ablation, evaluate, fidelity, ruler, tables, texts
 from evaluation.fidelity import (
     Case,
     Chosen,
@@ -26,6 +26,7 @@ from evaluation.fidelity import (
 from generate import eager_step, generate, prefill
 from model import DenseCache, load
 from retroinfer import (
+    PART_II_OFF,
     PLAIN,
     RetroConfig,
     WaveIndex,
@@ -324,6 +325,7 @@ def test_results_go_on_behind_the_last_whole_line(tmp_path):
         evaluate.Results(path, {"settings": {"steps": 4}})
 
 
+@pytest.mark.slow
 @needs_data
 def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
         checkpoint, tmp_path, monkeypatch, capsys):
@@ -443,3 +445,58 @@ def test_the_halves_of_a_text_share_no_paragraph(kind):
     assert min(len(one), len(other)) > 30_000
     assert not {x for x in one.splitlines() if len(x) > 120} & set(other.splitlines())
     assert texts.KINDS[kind]("final") == other
+
+
+# ---------------------------------------------------------------- ablation
+
+def ablation_words(checkpoint, *more):
+    model = checkpoint(max_position_embeddings=4096, num_hidden_layers=6)
+    return ["--model", str(model), "--length", "2100", "--steps", "2", "--texts", "code", *more]
+
+
+@pytest.mark.slow
+def test_the_ablation_has_every_refinement_at_equal_bytes(checkpoint, monkeypatch, capsys):
+    rows, show = {}, ablation.show
+
+    def keep(kind, dense_rows, name, kl, n_rows, base):
+        rows[name] = n_rows / base[1]
+        show(kind, dense_rows, name, kl, n_rows, base)
+    monkeypatch.setattr(ablation, "show", keep)
+    assert ablation.main(ablation_words(checkpoint)) == 0
+    removed = [f"ours without {name}" for name in PART_II_OFF]
+    added = [f"paper with {name}" for name in PART_II_OFF]
+    assert list(rows) == ["ours", *removed, "paper at the bytes of ours", "paper", *added]
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines] == list(rows)
+    is_marked = {name: "not at equal bytes" in line for name, line in zip(rows, lines, strict=True)}
+    assert [name for name in rows if is_marked[name]] == ["ours without bits"]
+    # The index of small clusters in 16 bits alone is larger than what ours reads.
+    assert rows.pop("ours without bits") > 1.1
+    assert all(abs(ratio - 1) <= 0.01 for ratio in rows.values()), rows
+
+
+def test_shares_of_layers_differ_by_less_than_a_cluster_and_their_mean_is_the_share():
+    config = RetroConfig(retrieve=0.1)
+    make = ablation.spread_over_layers(config, 2000)
+    shares = torch.tensor([make(100).config.retrieve for _ in range(30)])
+    cluster = config.cluster / 2000
+    assert shares.max() - shares.min() < cluster
+    assert shares.mean() == pytest.approx(0.1, abs=cluster / 30)
+
+
+@pytest.mark.parametrize("more, line", [
+    (["--length", "500"], "--length is 500: give 2,048 or more"),
+    (["--length", "5000"], "5,000 tokens, the model's context is 4,096: give a smaller --length"),
+    (["--steps", "0"], "--steps is 0: give 1 to 512"),
+    (["--set", "values=2"], "values is 2.0: give a number between 0 and 1"),
+    (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
+def test_bad_input_of_the_ablation_is_one_line(checkpoint, capsys, more, line):
+    assert ablation.main(ablation_words(checkpoint, *more)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and line in said[0]
+
+
+def test_the_ablation_refuses_a_text_that_is_too_short(checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(texts.KINDS, "code", lambda half: "x = 1\n" * 100)
+    assert ablation.main(ablation_words(checkpoint)) == 2
+    assert re.search(r"the text code has [\d,]+ tokens, 2,100 are needed", capsys.readouterr().err)
