@@ -1,4 +1,4 @@
-"""What can be said for certain of a step, from statistics of the clusters that it did not read.
+"""What is certain about a step: bounds from statistics of the clusters that it did not read.
 
 A cluster has n tokens with keys k_j and values v_j, which weigh w_j = exp(q·k_j) to a query q,
 scaled: its mass is M, the sum of w_j. Known are its stored centroid c and mean value m, and:
@@ -38,8 +38,8 @@ The bounds are true, and on real text they are vacuous: docs/bounds.md has the f
 
     B batch   H kv heads   G query heads per kv head   D head dim   C clusters   P tokens in one
 
-Does not include: the buffer of offloaded keys, Triton kernels. The statistics take 32 bytes a
-cluster, and checking a step costs more than taking it.
+Does not include: the buffer of offloaded keys, Triton kernels. The statistics take 32 bytes for
+each cluster. To check a step costs more time than the step.
 """
 import math
 from dataclasses import asdict
@@ -73,7 +73,7 @@ TURNS = 4                   # improvements of the ratio
 
 
 class Bounds(NamedTuple):
-    """Statistics of C clusters, each rounded up; the docstring's letters."""
+    """Statistics of C clusters, rounded up. The letters are those of the module's docstring."""
     radii: torch.Tensor         # (B, H, C) r
     ratios: torch.Tensor        # (B, H, C) t
     slacks: torch.Tensor        # (B, H, C) e
@@ -85,7 +85,7 @@ class Bounds(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """What is certain of a step; what was read, keys at least, beside the steady zone."""
+    """What is certain about a step, and of which clusters it read the keys."""
     low: torch.Tensor           # (B, H, G) at least this share of the attention mass is read
     high: torch.Tensor          # (B, H, G) at most
     error: torch.Tensor         # (B, H, G) |output - dense attention's| at most
@@ -95,7 +95,7 @@ class Certificate(NamedTuple):
 # ---------------------------------------------------------------- statistics of clusters
 
 def measure(index, stores):
-    """The Bounds of clusters that lie in stores k, v (B, H, T, D)."""
+    """The Bounds of the clusters of an index, whose members lie in stores k, v (B, H, T, D)."""
     P = max(int(index.sizes.max()), 1)
     place = torch.arange(P, device=index.sizes.device)
     parts = []
@@ -116,13 +116,16 @@ def measure(index, stores):
 
 
 def stored(x, scales):
-    """Centroids or means (B, H, C, D) of an index, unpacked: fp32 holds them as they are."""
+    """Centroids or means (B, H, C, D) of an index in fp32, which holds them without rounding."""
     return (torch.cat(unpack(x), -1) if x.dtype == torch.uint8 else x.float()) * scales[..., None]
 
 
 def deviations(x, is_member, mean):
-    """Of members x (B, H, C, P, D), 0 elsewhere: largest distance from their own mean, root of a
-    bound on their variance along any unit vector, distance of that mean from the stored one."""
+    """(radii, spreads, slacks), (B, H, C) each, of members x (B, H, C, P, D) that are 0 elsewhere.
+
+    A radius is the largest distance from the members' own mean. A spread is the root of a bound on
+    their variance along any unit vector. A slack is the distance of their mean from the stored one.
+    """
     n = is_member.sum(3).clamp(min=1)                                       # (B, H, C, 1)
     own = x.sum(3) / n                                                      # (B, H, C, D)
     x = (x - own[..., None, :]) * is_member
@@ -136,14 +139,14 @@ def deviations(x, is_member, mean):
 
 
 def round_up(x):
-    """x >= 0 in fp32, and no smaller."""
+    """x >= 0 in fp32, rounded up."""
     return (x * (1 + 2.0 ** -22)).float()
 
 
 # ---------------------------------------------------------------- what is certain of a step
 
 class Step(NamedTuple):
-    """A step's arguments, and what they leave certain before a member is read."""
+    """A step's arguments, and what is certain before any member is read."""
     q: torch.Tensor             # (B, H, G, D), scaled
     steady: tuple               # k, v, bias as tripartite_attention takes them
     index: Index
@@ -156,7 +159,7 @@ class Step(NamedTuple):
 
 
 def look(q, steady, index, bounds):
-    """The Step of q (B, H, G, D), not scaled."""
+    """The Step of q (B, H, G, D), which is not scaled yet."""
     q = q.float() * q.shape[-1] ** -0.5
     length = q.double().norm(dim=-1, keepdim=True)                          # (B, H, G, 1)
     longest = torch.maximum(steady[0].float().norm(dim=-1).amax(-1),
@@ -203,7 +206,7 @@ def certified_attention(q, step, stores, budget, method):
 
 
 def estimates(step, budget, method):
-    """Log mass (B, H, G, C) that each ranked cluster has if it is estimated; -inf: dropped."""
+    """Log mass (B, H, G, C) of each cluster if it is estimated, -inf if it is dropped."""
     logits = method.codec.score(step.q, step.index, method)                 # (B, H, G, C)
     order = rank_clusters(step.q, logits, step.x_steady, step.index, budget.caps.ranked, method)
     place = torch.arange(budget.caps.ranked, device=order.device)
@@ -216,8 +219,9 @@ def estimates(step, budget, method):
 
 def lose_values(left, estimated, x, far, budget):
     """Log of the sum of L R (B, H, G, 1), of tokens with logits x (B, H, G, N) and R far (B, H, N).
-    Read are surely those that outweigh the first that is not by what fp32 may make of their
-    weights here and in the step, four roundings each; any other counts as lost."""
+    A value is surely read if its token outweighs the first token whose value is not read, by more
+    than fp32 may change their weights, here and in the step: four roundings each. The other values
+    count as lost."""
     total = left.exact.logaddexp(estimated.logsumexp(-1, keepdim=True))     # (B, H, G, 1)
     weights = F.pad((x - total).exp().sum(2, keepdim=True), (0, 1))         # (B, H, 1, N+1)
     n = budget.limits.values[..., None, None].expand(*weights.shape[:3], 1)
@@ -229,14 +233,14 @@ def lose_values(left, estimated, x, far, budget):
 
 
 def bound_error(left, estimated, lost, o):
-    """(B, H, G), at least |o - dense attention's|: `left` is what was not read, `lost` log L R."""
+    """A bound (B, H, G) on |o - dense attention's output|. left: not read; lost: log of L R."""
     peak = torch.maximum(torch.cat([left.high, estimated], -1).amax(-1, keepdim=True), left.exact)
     exact, low, high, guess, lost = ((x - peak).exp() for x in (
         left.exact - left.rounding, left.low, left.high, estimated, lost))
     away = torch.cdist(o.float(), stored(left.index.means, left.index.scales[..., 1]),
                        compute_mode="donot_use_mm_for_euclid_dist").double()    # (B, H, G, C)
     slope, fixed = value_terms(left, peak, high)
-    fixed[..., :1] += lost                  # a constant of the sum: any cluster may bear it
+    fixed[..., :1] += lost                  # a constant of the sum: it may be added to any cluster
     ends = [(x, (x - guess).abs() * away + slope * x + fixed) for x in (low, high)]
     tiny, ratio = 1e-200, torch.zeros_like(exact)           # of the peak
     for _ in range(TURNS):
@@ -255,7 +259,7 @@ def bound_error(left, estimated, lost, o):
 
 
 def value_terms(left, peak, high):
-    """A bound s M + f, (B, H, G, C) both, on |sum w (v - m)|: of the two the smaller at most M."""
+    """s and f (B, H, G, C) of a bound s M + f on |sum w (v - m)|, the smaller of two at high M."""
     b = left.bounds
     length = left.q.double().norm(dim=-1, keepdim=True)
     once, twice = (log_spread(n * length * b.radii[:, :, None], b.ratios[:, :, None])
@@ -291,7 +295,7 @@ class CheckedIndex(WaveIndex):
         return room
 
     def certify(self, q, steady, index, stores, budget, method):
-        """tripartite_attention, certified; each of the B*H heads is a sequence of its own here."""
+        """tripartite_attention, certified. Each of the B*H heads becomes a sequence of its own."""
         B, H, G, D = q.shape
         q, k, v, bias, *stores = (x.flatten(0, 1)[:, None] for x in (q, *steady, *stores))
         index, bounds = (type(x)(*(y.flatten(0, 1)[:, None] for y in x))
@@ -307,7 +311,7 @@ class CheckedIndex(WaveIndex):
 # ---------------------------------------------------------------- a million pairs of head and query
 
 def copy_row(many, one):
-    """Fill each sequence of `many` with the text of `one`: its queries are asked side by side."""
+    """Fill each sequence of `many` with the text of `one`: a step then takes many queries."""
     many.allocate(one.store.k)
     for row in range(len(many.is_in_store)):
         many.restore(one.state(0), row=row)
@@ -340,7 +344,7 @@ def shared(x, y):
 
 
 def examine(cache, q, o):
-    """By name, of each head and query of the latest step (B*H*G,): true, certain, violated."""
+    """{name: (B*H*G,)}: what is true and certain of each head and query of the latest step."""
     step, _, found = cache.kept
     masses, steady, dense = truth(cache, q)
     low, high, is_read = (x.view(*cache.index.sizes.shape[:2], -1, masses.shape[-1])
@@ -358,7 +362,7 @@ def examine(cache, q, o):
 
 
 def examine_layers(config, case, n_steps, batch=32):
-    """What examine says of n_steps queries of every layer, each behind one text: (pairs,)."""
+    """{name: (pairs,)}: what examine finds for n_steps queries of every layer behind one text."""
     parts = []
     for past, (q, k1, v1, _) in zip(case.past, case.steps, strict=True):
         one, many = (CheckedIndex(config, past[1].shape[2] + 1, n) for n in (1, batch))
@@ -373,7 +377,7 @@ def examine_layers(config, case, n_steps, batch=32):
 
 
 def tightness(found):
-    """How many pairs, how many violated and vacuous, and quantiles of the rest."""
+    """How many pairs, how many violated, what share is vacuous, and quantiles of the numbers."""
     at = [0.01, 0.1, 0.5, 0.9, 0.99]
     numbers = {name: dict(zip(map(str, at), x.quantile(x.new_tensor(at)).tolist(), strict=True))
                for name, x in found.items() if name != "violated"}
@@ -392,7 +396,7 @@ RUNS = {                    # config, texts of texts.py, tokens of each that are
 
 
 def main():
-    """Examine every layer and head of the default model in each of RUNS; saved text by text."""
+    """Examine every layer and head of the default model in each of RUNS. Saves after each text."""
     import json
     import sys
     from pathlib import Path

@@ -8,9 +8,10 @@ dense attention and, from the same keys and values, through every method (fideli
 settings, ours, sink and window, the truly best tokens (an oracle: finding them is not counted), and
 pages ranked by a bound (Quest, arXiv 2406.10774); those that have a budget, at the bytes of ours.
 
-Results go to a file of lines: first command, versions and settings, then one line of JSON a result.
-A run that was stopped, or is to begin nothing after --minutes, goes on behind the last whole line;
---parts takes one after another. At the end: tables of what is there, and plots beside it.
+Each result is a line of JSON in the file of results. The first line of this file has the command,
+the versions and the settings. The same command continues a run that was stopped, or that --minutes
+ended: it measures what the file does not have. With --parts it measures one part only. In the end
+it prints tables of all results so far, and draws plots beside the file.
 """
 import argparse
 import functools
@@ -45,7 +46,7 @@ FULL = {"lengths": [4096, 8192], "steps": 128, "shares": [0.06, 0.08, 0.12, 0.2,
 # ---------------------------------------------------------------- prompts with an answer
 
 def needle_prompt(tokenizer, length, depth, seed):
-    """Ids of essays with one needle, its question and answer; positions; how many are answer."""
+    """Ids of essays with a needle, its question and answer; its positions; length of the answer."""
     dice = random.Random(f"{seed}, {length}, {depth}")
     key, value = dice.choice(texts.word_pairs()), str(dice.randint(10**6, 10**7 - 1))
     needle = ruler.NEEDLE.format(type_needle_v="numbers", key=key, value=value)
@@ -62,12 +63,12 @@ def needle_prompt(tokenizer, length, depth, seed):
 
 
 def ruler_answers(model, tokenizer, name, sample, methods):
-    """Points of each method for one sample: the prompt is read once, by dense attention."""
+    """{method: score} for one sample. Dense attention reads the prompt once for all methods."""
     prompt = ruler.ask(name, sample, lambda x: tokenizer.chat([{"role": "user", "content": x}]))
     ids = torch.tensor(tokenizer.encode(prompt))
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
     (logits, dense), points = fidelity.read_dense(model, ids, 0), {}
-    caches = [Beside([fidelity.filled(make, *c.past(len(ids)), n_answer)
+    caches = [SideBySide([fidelity.filled(make, *c.past(len(ids)), n_answer)
                       for make in methods.values()]) for c in dense]
     tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
     for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
@@ -77,8 +78,8 @@ def ruler_answers(model, tokenizer, name, sample, methods):
     return points
 
 
-class Beside:
-    """Caches of one sequence each as the cache of a batch: a step reads the weights once."""
+class SideBySide:
+    """Several caches of one sequence as one cache of a batch, so that a step reads weights once."""
 
     def __init__(self, caches):
         self.caches = caches
@@ -98,7 +99,7 @@ class Beside:
 # ---------------------------------------------------------------- cells of the results
 
 class Results:
-    """One line of JSON a result, behind a first line that says how they were made."""
+    """A file of results: a first line that says how they were made, then one line for each."""
 
     def __init__(self, path, header):
         self.path, self.cells = path, {}
@@ -108,7 +109,7 @@ class Results:
         self.header = json.loads(lines[0]) if lines else header
         for line in lines[1:]:
             self.cells |= json.loads(line)
-        path.parent.mkdir(exist_ok=True, parents=True)  # a line cut short is done again
+        path.parent.mkdir(exist_ok=True, parents=True)  # a line without its end is measured again
         lines = lines or [json.dumps(header)]
         path.write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -145,7 +146,7 @@ class Run:
         return {name: make for name, make in methods.items() if name in (self.wanted or methods)}
 
     def jobs(self, parts):
-        """Yield functions that fill the results with the cells that are not in them yet."""
+        """Yield functions, each of which measures some results that the file does not have yet."""
         have = self.settings
         if "texts" in parts:
             for length in have["lengths"]:
@@ -224,7 +225,7 @@ def ruler_cell(run, name, length, i):
 # ---------------------------------------------------------------- command line
 
 def settings_of(args):
-    """What the results depend on: a file holds results of one of these."""
+    """All that the results depend on. A file holds results of one such dict only."""
     settings = (FULL if args.full else QUICK) | {
         "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model}
     for name in ("lengths", "needle_lengths", "ruler_lengths"):

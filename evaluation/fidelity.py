@@ -1,12 +1,12 @@
-"""What a method loses against dense attention: the measures, and references to measure beside.
+"""What a method loses against dense attention: the measures, and simpler methods to compare with.
 
 Dense attention reads a text once (read -> Case). A method is a cache of model.py's seam; it gets
-dense attention's keys and values and the same next tokens one by one. Its hidden states are its own
-from there on (against_dense: KL, perplexity), or each head is judged on dense attention's queries
-(probe: output error, mass read exactly, true top 100 read, a needle's mass).
+dense attention's keys and values and the same next tokens one by one. There are two measures. In
+against_dense (KL, perplexity) the method's outputs go on to the next layer. In probe (output error,
+mass read exactly, true top 100 read, a needle's mass) every head gets dense attention's queries.
 
-A layer gets all T tokens before the next one, each through one decode: no token sees a later one,
-so that is what T steps of the whole model would give, at the price of one pass over the weights.
+Each layer takes all T tokens, one decode for each, before the next layer begins. No token sees a
+later one, so this equals T steps of the whole model. But it reads the weights only once.
 
     make = functools.partial(wave, RetroConfig())               # a cache of (capacity, batch)
     kl = against_dense(model, read(model, ids, n_steps=64), make)["kl"]
@@ -67,19 +67,19 @@ class Chosen(DenseCache):
 
 
 def window(cache, q, logits, n, sink=4):
-    """The first tokens and the latest: n together."""
+    """Marks the first `sink` tokens and the latest ones, n tokens in all."""
     place, total = torch.arange(logits.shape[-1]), logits.shape[-1]
     return ((place < sink) | (place >= total - n + sink)).expand(*logits.shape[:2], -1)
 
 
 def oracle(cache, q, logits, n):
-    """The n tokens that have the most attention mass of a group of heads."""
+    """Marks the n tokens with the most attention mass, summed over the G query heads."""
     best = logits.softmax(-1).sum(2).topk(min(n, logits.shape[-1])).indices
     return torch.zeros(logits.shape[:2] + logits.shape[3:], dtype=torch.bool).scatter_(-1, best, 1)
 
 
 def quest(cache, q, logits, n):
-    """The n pages with the largest bound on q·k, and what is in no page yet."""
+    """Marks the n pages with the largest bound on q·k, and the tokens that are in no page yet."""
     if not hasattr(cache, "bounds"):
         pages = cache.k[:, :, :logits.shape[-1] // PAGE * PAGE].unflatten(2, (-1, PAGE))
         cache.bounds = pages.amin(3), pages.amax(3)                         # (B, H, pages, D)
@@ -93,9 +93,9 @@ def quest(cache, q, logits, n):
 
 @functools.cache
 def remembered():
-    """PLAIN's nearest, for keys that are clustered again: for other budgets, with other values.
+    """PLAIN's nearest, which remembers its answers: each budget clusters the same keys again.
 
-    It remembers what was asked since read() has last cleared this function's own cache.
+    read() forgets them: it clears the cache of this function.
     """
     seen = {}
 
@@ -111,7 +111,8 @@ def remembered():
 class Watched(WaveIndex):
     """A wave index that says how many tokens it reads exactly. With two rows it says which.
 
-    The second row has positions as its values: wherever a value goes, a position comes along.
+    In the second row the value of a token is its position. So the values that a step fetches say
+    which tokens it has read.
     """
 
     def __init__(self, config, capacity, batch):
@@ -138,7 +139,7 @@ class Watched(WaveIndex):
         return mask[None, :, :n]
 
     def ranks(self, q, where):
-        """(H,) rank of the best cluster that holds one of the tokens `where`; 0: first, or none."""
+        """(H,) rank of the best cluster with one of the tokens `where`. 0: the first, or none."""
         index = Index(*(x[1:] for x in self.index))
         hit = torch.isin(self.store.v[1:, :, :, 0].long(), where).cumsum(-1)
         hit = F.pad(hit, (1, 0))                                            # (1, H, capacity + 1)
@@ -156,9 +157,9 @@ def wave(config, capacity, batch=1):
 
 
 def wave_rows(c, steady, retrieved, clusters, n_ranked, D=64):
-    """Rows of D numbers of 16 bits that a step of config c needs of a head: keys, values, index.
+    """How many rows of D 16-bit numbers a step reads for one head: of keys, values and the index.
 
-    A cluster has a size, of two such numbers, and if ranked by mass a spread and a scale.
+    A cluster has a size of two such numbers. If it is ranked by mass, a spread and a scale too.
     """
     vector = c.bits / 16
     index = clusters * (vector + (2 + 2 * c.by_mass) / D) + n_ranked * vector
@@ -166,7 +167,7 @@ def wave_rows(c, steady, retrieved, clusters, n_ranked, D=64):
 
 
 def rows_read(cache):
-    """Rows of D numbers that the latest step of one head needed."""
+    """How many rows of D numbers the latest step read for one head, on average over heads."""
     if isinstance(cache, WaveIndex):
         clusters = (cache.index.sizes[0] > 0).sum(-1).float()               # (H,)
         n_ranked = float(cache.budget().limits.ranked[0].minimum(clusters).mean())
@@ -199,9 +200,9 @@ def wave_at(config, rows, n, steps, boost=1.0):
 
 
 def methods_at(rows, n, steps, boost=1.0):
-    """{name: how to make its cache} of all that can keep to so many rows a step.
+    """{name: function that makes its cache} of the methods that can read so few rows in a step.
 
-    boost is mean_boost() of the text: ours reads more than its share.
+    boost is mean_boost() of the text: a head of ours retrieves so many times its share.
     """
     pages = n // PAGE
     made = {name: config and functools.partial(wave, config) for name, config in (
@@ -215,7 +216,7 @@ def methods_at(rows, n, steps, boost=1.0):
 
 
 def ours_rows(n, steps, boost=1.0):
-    """Rows of the default configuration behind n tokens, for those that are to read as much."""
+    """How many rows ours reads behind n tokens by default: the budget of the other methods."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
     each = limits_of(c, torch.tensor(indexed))
@@ -225,7 +226,7 @@ def ours_rows(n, steps, boost=1.0):
 
 
 def named_methods(n, steps, boost=1.0):
-    """The configurations side by side; those that have a budget get the bytes of ours."""
+    """{name: function that makes its cache}. Methods that have a budget get the bytes of ours."""
     same = methods_at(ours_rows(n, steps, boost), n, steps, boost)
     same["paper, bytes of ours"] = same.pop("paper", None)
     made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
@@ -235,8 +236,8 @@ def named_methods(n, steps, boost=1.0):
 
 # ---------------------------------------------------------------- one text, dense and otherwise
 
-class Heard(DenseCache):
-    """A dense cache that keeps the root of the summed squares of the queries it hears first."""
+class DenseWithQueries(DenseCache):
+    """A dense cache that keeps the root of the summed squares of its first queries."""
 
     def prefill(self, q, k, v, row=0):
         if self.k is None:
@@ -244,13 +245,13 @@ class Heard(DenseCache):
         return super().prefill(q, k, v, row)
 
     def past(self, n):
-        """The first n tokens, as `filled` takes them: q, k, v."""
+        """q, k, v of the first n tokens, the arguments of `filled`."""
         return self.q, self.k[:, :, :n], self.v[:, :, :n]
 
 
 def read_dense(model, ids, n_steps):
-    """Logits (1, V) behind ids (n,), and caches that have read them and have room for steps."""
-    caches = [Heard(len(ids) + n_steps) for _ in model.layers]
+    """Logits (1, V) behind ids (n,), and caches that have read them and can take n_steps more."""
+    caches = [DenseWithQueries(len(ids) + n_steps) for _ in model.layers]
     return prefill(model, caches, [ids], chunk=RetroConfig().sink + RetroConfig().segment), caches
 
 
@@ -258,7 +259,7 @@ def read_dense(model, ids, n_steps):
 class Case:
     """A text as dense attention reads it."""
     ids: torch.Tensor       # (n + T + 1,)
-    past: list              # each layer's q (1, H*G, 1, D), k, v (1, H, n, D), as Heard has them
+    past: list              # each layer's q (1, H*G, 1, D), k, v (1, H, n, D): arguments of filled
     steps: list             # each layer's q (1, H*G, T, D), k, v (1, H, T, D) and dense output
     logp: torch.Tensor      # (T, V)
 
@@ -268,7 +269,7 @@ class Case:
 
 
 def read(model, ids, n_steps):
-    """The Case of ids (N,): all but the last T + 1 tokens are prefilled, T are steps."""
+    """The Case of ids (N,). The last token is only predicted, and n_steps before it are steps."""
     remembered.cache_clear()
     n, steps = len(ids) - n_steps - 1, []
     _, caches = read_dense(model, ids[:n], n_steps)
@@ -288,9 +289,10 @@ def follow(model, ids, start, attends):
 
 
 def filled(make, q, k, v, n_steps, probe=None):
-    """A cache that has read k, v (1, H, n, D), and with `probe` those values in a second row.
+    """A cache that has read k, v (1, H, n, D). With `probe`, a second row has `probe` for values.
 
-    One query q (1, H*G, 1, D), as Heard keeps it, stands for all: only the state is wanted.
+    One query q (1, H*G, 1, D) stands for all, because only the cache's state is wanted: it has
+    the energy of the first queries (DenseWithQueries).
     """
     cache = make(k.shape[2] + n_steps, 1 if probe is None else 2)
     for row, values in enumerate([v] if probe is None else [v, probe]):
@@ -299,7 +301,7 @@ def filled(make, q, k, v, n_steps, probe=None):
 
 
 def mean_boost(case, config):
-    """How many times its share a head retrieves, on average over layers and heads."""
+    """By what factor heads retrieve more than their share, on average over layers and heads."""
     total = 0.0
     for past in case.past:
         cache = filled(functools.partial(wave, config), *past, 1)
@@ -309,7 +311,7 @@ def mean_boost(case, config):
 
 
 def feed(cache, q, k, v):
-    """Yield what decode gives T tokens (B, *, T, D) that come one by one: (B, H*G, 1, D)."""
+    """Yield the output (B, H*G, 1, D) of decode for each of T tokens (B, *, T, D)."""
     room = 0
     for t in range(q.shape[2]):
         room = room or cache.update()
@@ -318,7 +320,10 @@ def feed(cache, q, k, v):
 
 
 def against_dense(model, case, make):
-    """Each step's nll, KL to dense and agreement, and the rows a head reads, on its own path."""
+    """nll, KL to dense and agreement of each step, and the bytes that it reads.
+
+    The outputs of the method go on to the next layer.
+    """
     T, rows, caps = len(case.logp), [], []
 
     def attend(past, q, k, v):
@@ -338,7 +343,7 @@ def against_dense(model, case, make):
 
 
 def distances(p, q, ids):
-    """Of log-probabilities p, dense, and q (T, V), and the true next tokens ids (T,)."""
+    """Measures of log-probabilities p (dense) and q (T, V), with the true next tokens ids (T,)."""
     nll, own = (-x.gather(-1, ids[:, None])[:, 0] for x in (p, q))
     return {"nll_dense": nll.tolist(), "nll": own.tolist(),
             "kl": (p.exp() * (p - q)).sum(-1).tolist(),
@@ -346,7 +351,7 @@ def distances(p, q, ids):
 
 
 def probe(case, make):
-    """Yield, layer by layer and step by step of dense attention's own path, what a method does.
+    """Yield what a method does with dense attention's queries, for each step of each layer.
 
     (layer, t, q (H, G, D), weights (H, G, n) of dense attention, read (H, n) bool, the relative
     error of each head's output (H*G,), cache)
@@ -380,7 +385,8 @@ def by_head(case, make):
 
 
 def needle_mass(case, make, where):
-    """Dense mass on the tokens `where`, the share read exactly, and ranks where a head looks."""
+    """Dense mass on the tokens `where`, the share of it that is read exactly, and the rank of their
+    best cluster in each head that puts a tenth of its mass there."""
     total, kept, ranks = 0.0, 0.0, []
     for _, _, q, weights, is_read, _, cache in probe(case, make):
         mass = weights[..., where]                                          # (H, G, tokens)

@@ -13,7 +13,7 @@ The original has two dialects. "old" (2024; nvidia-long-context-eval, RetroInfer
 for the size of a haystack step by step and keeps the answer prefix in the input; "new" bisects,
 repeats essays, and keeps the prefix apart, for it follows the chat template. A sample depends on
 the tokenizer, through the search. Every draw happens in the original's order, even its slips, so
-that the same seed gives the same bytes; tests/test_ruler.py says where that was checked.
+that the same seed gives the same bytes. tests/test_ruler.py says for which tasks this is checked.
 
 Essays, questions and word lists are read from installed packages (requirements-eval.txt).
 
@@ -112,7 +112,7 @@ TASKS = {
 # ---------------------------------------------------------------- generators
 
 class TooShort(ValueError):
-    """No sample of a task fits the tokens given."""
+    """No sample of the task is as short as the length that was given."""
 
 
 class Generator:
@@ -135,11 +135,11 @@ class Generator:
         """What a family draws or reads before its first sample."""
 
     def shuffle(self, items):
-        """In place, and alike every time: the original seeds anew for every list."""
+        """Shuffles in place. Every list is shuffled with the same seed, as in the original."""
         random.Random(self.seed).shuffle(items)
 
     def tail(self, answers):
-        """What the old search counts behind a prompt."""
+        """The text behind a prompt that the old search counts too."""
         return f" {answers}"
 
     def tokens(self, text):
@@ -176,11 +176,11 @@ class Generator:
         return int(self.limit / tokens_a_unit * 3)
 
     def fit(self, size, index):
-        """(prompt, answers, tokens), drawn until it fits, smaller each time. ValueError: never."""
+        """(prompt, answers, tokens) of a sample that fits. Draws smaller ones until then."""
         for _ in range(TRIES):
             try:
                 text, answers, length = self.sample(size, index)
-            except ValueError:              # more to draw than there is: as bad as too long
+            except ValueError:              # it would draw more than there is: too long
                 length = math.inf
             if length <= self.limit:
                 return text, answers, length
@@ -197,7 +197,7 @@ class Generator:
         return text, answers, self.count(text) + self.n_answer
 
     def samples(self, n, start=0):
-        """n dicts with the original's fields; qa takes its questions from number `start` on."""
+        """Yields n dicts with the original's fields. The first question of qa is number `start`."""
         size = self.size()
         for index in range(n):
             yield self.record(index, *self.fit(size, index + start))
@@ -439,10 +439,10 @@ GENERATORS = {"niah": Needles, "vt": Chain, "cwe": CommonWords, "fwe": FrequentW
 def generate(name, count, length, n, dialect="new", start=0, **options):
     """n samples (dicts, the original's JSONL fields) of task `name` in at most `length` tokens.
 
-    count(text) gives the tokens of a text. start: the first question (qa). options: seed (42 plus
-    the number of a chunk), reserve (tokens of a chat template). ValueError: no such task or
-    dialect, a package that is missing (with the command that installs it), more questions than
-    there are; TooShort.
+    count(text) says how many tokens a text has. start: number of the first question (qa). options:
+    seed (42 plus the number of a chunk), reserve (tokens of a chat template). Raises ValueError for
+    an unknown task or dialect, a missing package (it names the command that installs the package),
+    and more questions than there are, and TooShort.
     """
     if name not in TASKS:
         raise ValueError(f"no task {name!r}: give one of {', '.join(TASKS)}")
@@ -463,7 +463,7 @@ def ask(name, sample, chat=lambda text: text):
 # ---------------------------------------------------------------- scores
 
 def score(name, prediction, references):
-    """0 to 100: the references found in a prediction, in any case, as the task counts them."""
+    """0 to 100: how many references the prediction contains, as the task counts. Ignores case."""
     text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
     found = [reference.lower() in text for reference in references]
     every = FAMILIES[TASKS[name].family].metric == "all"

