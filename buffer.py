@@ -45,9 +45,8 @@ from retroinfer import before, bias_of, flat_rows, round_up, take, unroll
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
 # Numbers of a RetroConfig that suit a buffer. A block brings all its values, so fewer clusters are
-# retrieved. The execution buffer has the size of the most that a head may retrieve, so no head has
-# more than its share.
-WHOLE = {"retrieve": 0.04, "min_retrieve": 16, "values": 1.0, "boost": 1}
+# retrieved.
+WHOLE = {"retrieve": 0.04, "min_retrieve": 16, "values": 1.0}
 
 
 # ---------------------------------------------------------------- which block is in which slot
@@ -149,7 +148,7 @@ class WaveBuffer:
     def __init__(self, wave, T, like, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
         check_ratio(cache_ratio)
         B, H, D = len(wave.n_tokens), like.shape[1], like.shape[3]
-        C, S, self.N = wave.index.sizes.shape[2], round(cache_ratio * T / BLOCK), wave.caps.tokens
+        C, S, self.N = wave.index.sizes.shape[2], round(cache_ratio * T / BLOCK), wave.most[2]
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
         self.stores = list(itertools.islice(memory, 2))
         if len(self.stores) < 2:

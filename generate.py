@@ -19,7 +19,7 @@ import shutil
 import torch
 
 import retroinfer
-from retroinfer import PLAIN, RUN, Budget, Caps, bias_of, take, unroll
+from retroinfer import PLAIN, RUN, bias_of, take, unroll
 
 
 def step(model, caches, tokens, run):
@@ -152,11 +152,13 @@ def attend(q, steady, index, stores, budget, method):
     It reads no more than its widest head retrieves, and sums over rows as they stream by: Inductor
     makes one loop of such a sum, where a matrix product of few rows is slow.
     """
-    if q.device.type == "cpu":
+    is_cpu = q.device.type == "cpu"
+    if is_cpu:
         budget = fit(budget)
 
     def fetch(ids, ends):
-        rows = unroll(index.offsets.gather(-1, ids), ends, budget.caps.tokens)  # (B, H, N)
+        N = fill(ends, budget) if is_cpu else budget.N
+        rows = unroll(index.offsets.gather(-1, ids), ends, N)               # (B, H, N)
         filled = keep(rows.clamp(min=0))
         return *(take(store, filled) for store in stores), bias_of(rows < 0)
     return tripartite_attention(q, steady, index, budget, fetch, method)
@@ -165,26 +167,48 @@ def attend(q, steady, index, stores, budget, method):
 def tripartite_attention(q, steady, index, budget, fetch, method):
     """retroinfer.tripartite_attention. A compiled step on a CPU streams its sums."""
     if q.device.type == "cpu" and torch.compiler.is_compiling():
-        method = method._replace(scores=stream_scores, mix=stream_mix)
+        method = method._replace(scores=stream_scores, mix=stream_mix, few=few_in_runs(method))
     return retroinfer.tripartite_attention(q, steady, index, budget, fetch, method)
 
 
 def fit(budget):
-    """The Budget with caps, in runs of RUN, that its widest head fills. The host reads the limits.
+    """The Budget with R and K, in runs of RUN, that its sequences fill. The host reads them.
 
-    To the compiler these caps are sizes that are known at run time: still one graph.
+    To the compiler they are sizes that are known at run time: still one graph.
     """
-    caps, limits = budget
-    widest = [share.max().minimum(torch.tensor(cap))
-              for cap, share in zip(caps, limits, strict=True)]
-    tokens, values, retrieve, ranked = widest
-    runs = [(n + RUN - 1) // RUN for n in (tokens, values, ranked)]
+    runs = (budget.ranked.max() + RUN - 1) // RUN
+    R, runs = numbers(budget.retrieve.max().clamp(max=budget.R), runs)
+    K = runs * RUN
+    if budget.K % RUN:                  # then the clusters are fewer than one run
+        return budget._replace(R=R)
+    torch._check(R <= K)
+    return budget._replace(R=R, K=K)
+
+
+def fill(ends, budget):
+    """N, in runs of RUN, for the retrieved tokens that end at `ends` (B, H, R)."""
+    runs, = numbers((ends[..., -1].max() + RUN - 1) // RUN)
+    N = runs * RUN
+    torch._check(few_runs(budget, N) <= N)
+    return N
+
+
+def numbers(*scalars):
+    """Tensors of one number each as numbers, 1 or more."""
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-        N, M, K, R = torch.stack([*runs, retrieve]).clamp(min=1).tolist()
-    for low, high in (1, N), (1, M), (M, N), (1, R), (R, K * RUN):
-        torch._check(low <= high)
-    ranked = caps.ranked if caps.ranked % RUN else K * RUN
-    return Budget(Caps(N * RUN, M * RUN, R, ranked), limits)
+        found = torch.stack(scalars).clamp(min=1).tolist()
+    for n in found:
+        torch._check(n >= 1)
+    return found
+
+
+def few_in_runs(method):
+    """method.few in whole runs of rows, for stream_mix."""
+    return few_runs if method.few is retroinfer.few else method.few
+
+
+def few_runs(budget, n):
+    return (retroinfer.few(budget, n) + RUN - 1) // RUN * RUN
 
 
 def stream_scores(q, k):

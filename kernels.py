@@ -8,7 +8,7 @@ all values are read, attend reads keys too, and the four kernels behind pack are
     rank      q, steady, centroids  -> logs of mass, possible mass (B, H, C, G); stats of each split
     weigh     possible mass, stats  -> share of each cluster, summed over G
     topk      share                 -> order (B, H, R+E)                               (PyTorch)
-    pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many fit
+    pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many they are
     look      steady | rows | order -> logits (B, H, W, G) and (B, H, N, G); max and sum likewise
     weigh     logits, max and sum   -> share of each token, summed over G
     topk      share                 -> places (B, H, M) in rows, of whose tokens values are read
@@ -24,20 +24,20 @@ all values are read, attend reads keys too, and the four kernels behind pack are
 What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;
 centroids and means in 4 bits):
 
-    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e read, 8*G*(C + S) written
+    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e + 4*S*D read, 8*G*(C + S) written
     weigh     4*G*(C + 2*S) read, 4*C written
-    pack      20*R + 16 read, 4*N + 8 written
+    pack      20*R + 8 read, 4*N + 8 written
     attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
 and in place of these, where M < N tokens give values, and the means of R clusters stand for others:
 
     weigh     4*G*(C + N + 4*S) + 4 read, 4*(C + N) written
-    pack      20*R + 16 read, 4*(N + R) + 8 written
+    pack      20*R + 8 read, 4*(N + R) + 8 written
     look      (W + N)*(D*e + 4) + E*(4*G + 8) + S*(G*D*e + 16) read, 4*G*(W + N + 2*S) written
-    mark      8*M + 8 read, 4*M written
+    mark      8*M + 4 read, 4*M written
     attend    W*(D*e + 4*G + 4) + M*(D*e + 12) + N*(4*G + 4) + R*(D//2 + 22)
-              + E*(D//2 + 14 + 4*G) + 24*S read, 4*S*G*(D + 2) written
+              + E*(D//2 + 14 + 4*G) + 16*S read, 4*S*G*(D + 2) written
 
 (weigh reads its 8*S*G once for 256 rows or fewer; where centroids alone rank, as in the paper, rank
 reads no W). A test finds these in what interpreted kernels move.
@@ -127,10 +127,11 @@ def meet(queries, keys, row, is_live, D: tl.constexpr, BD: tl.constexpr):
 # spread and scale, once (of a free slot only the size), and writes the logarithm of each one's
 # mass, 4*G bytes, and as many of what is ranked, -inf where a slot is free. BY_MASS: that is what
 # the cluster may hold (log_possible_mass), beside every S-th tile of the steady zone; else the
-# logit of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes.
+# logit of the centroid. PACKED: two numbers a byte, multiplied as two halves by queries in bytes,
+# beside 4*D bytes of the centre.
 @triton.jit
-def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ranks, stats, H, W, C,
-                n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
+def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, centre, masses, ranks, stats,
+                H, W, C, n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
                 G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
                 BC: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
@@ -143,6 +144,8 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
         fine = 127 / tl.maximum(tl.max(tl.abs(queries.to(tl.float32)) * D ** -0.5, 1), 1e-30)
         q_low = in_bytes(tl.load(q + h, is_half, 0.0), D, fine)                         # (BG, BD/2)
         q_high = in_bytes(tl.load(q + D // 2 + h, is_half, 0.0), D, fine)
+        middle = tl.load(centre + head * D + d, d < D, 0.0)                             # (BD,)
+        shift = tl.sum(queries.to(tl.float32) * middle, 1) * D ** -0.5                  # (BG,)
     m = tl.full([BG], float("-inf"), tl.float32)
     s = tl.zeros([BG], tl.float32)
     for t in range(split * n_tiles, split * n_tiles + n_tiles):
@@ -158,7 +161,10 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, masses, ra
             x = tl.dot(q_high, tl.trans(high), tl.dot(q_low, tl.trans(low))) / fine[:, None]
         else:
             x = meet(queries, centroids, head * C + c, is_live, D, BD)                  # (BG, BC)
-        x = tl.where(is_live, x * scale, float("-inf"))
+        x *= scale
+        if PACKED:
+            x += shift[:, None]
+        x = tl.where(is_live, x, float("-inf"))
         at, is_one = (head * C + c) * G + g[:, None], (c < C) & (g[:, None] < G)
         size = tl.where(is_live, size, 1.0)
         tl.store(masses + at, x + tl.log(size * (1 + half[:, None] * spread)), is_one)
@@ -227,41 +233,37 @@ def rank_clusters(q, k_steady, bias, index, n, by_mass):
     masses, ranks = index.sizes.new_empty(2, B, H, C, G)
     stats = index.sizes.new_empty(B, H, S, 2, G)
     launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
-           index.scales, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0), bias.stride(1),
-           BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC, **tile,
-           num_stages=3)
+           index.scales, index.centre, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0),
+           bias.stride(1), BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC,
+           **tile, num_stages=3)
     return masses, weigh(ranks, stats).topk(n, sorted=True).indices
 
 
 # ---------------------------------------------------------------- attention
 
 # Grid (B*H,). A program owns the work list of one head: in order of rank it reads 8 bytes of order,
-# 4 of size and 8 of offset of each retrieved cluster, while their tokens fit together, and writes
-# 4 bytes a token; then how many clusters and tokens fit. With `known`, also where in the list each
-# cluster ends, 4 bytes.
+# 4 of size and 8 of offset of each retrieved cluster, and writes 4 bytes a token; then how many
+# clusters and tokens these are. With `known`, also where in the list each cluster ends, 4 bytes.
 @triton.jit
-def pack_kernel(order, sizes, offsets, n_retrieve, n_tokens, rows, fits, known, C, K, R, N,
+def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, known, C, K, R, N,
                 BR: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
-    room = tl.minimum(tl.load(n_tokens + head), N)
     n = tl.minimum(tl.load(n_retrieve + head), R)
-    n_clusters, n_fit, end = 0, 0, 0
+    end = 0
     for start in range(0, n, BR):
         r = start + tl.arange(0, BR)
         ids = head * C + tl.load(order + head * K + r, r < n, 0)                        # (BR,)
         size = tl.load(sizes + ids, r < n, 0.0).to(tl.int32)
         ends = end + tl.cumsum(size, 0)
-        is_in = (r < n) & (ends <= room)
+        is_in = r < n
         first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
         for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
             tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
         if known is not None:
             tl.store(known + head * R + r, ends, is_in)
-        n_clusters += tl.sum(is_in.to(tl.int32), 0)
-        n_fit = tl.maximum(n_fit, tl.max(tl.where(is_in, ends, 0), 0))
         end += tl.sum(size, 0)
-    tl.store(fits + head * 2, n_clusters)
-    tl.store(fits + head * 2 + 1, n_fit)
+    tl.store(fits + head * 2, n)
+    tl.store(fits + head * 2 + 1, end)
 
 
 # Grid (S, B*H). A program owns every S-th tile of the entries of one head, as in attend_kernel: of
@@ -304,13 +306,19 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
     tl.store(stats + G, s, g < G)
 
 
+@triton.jit
+def few(n, values):
+    """retroinfer.few: of n tokens `values` in 1,000 have their values read."""
+    return (n * values + 999) // 1000
+
+
 # Grid (M/BM, B*H). A program owns BM of the best tokens: it reads 8 bytes of place of those whose
 # values are read, and writes 4, the -1 that a free place has.
 @triton.jit
-def mark_kernel(places, n_values, weights, M, N, BM: tl.constexpr):
+def mark_kernel(places, fits, values, weights, M, N, BM: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    is_read = i < tl.minimum(tl.load(n_values + head), M)
+    is_read = i < few(tl.load(fits + head * 2 + 1), values)
     place = tl.load(places + head * M + i, is_read, 0)
     tl.store(weights + head * N + place, -1.0, is_read)
 
@@ -352,7 +360,7 @@ def leave(m, s, weights, x_tokens, end, size, g, G: tl.constexpr):
 @triton.jit
 def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T,
                   N, C, K, bias_b, bias_h, v_steady, v_store, means, scales, parts, sizes, ends,
-                  n_values, x_steady, x_tokens, weights, places, R, M, PACKED: tl.constexpr,
+                  values, x_steady, x_tokens, weights, places, R, M, PACKED: tl.constexpr,
                   G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
                   BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
@@ -378,7 +386,7 @@ def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masse
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
     n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
     if places is not None:
-        n_tokens = tl.minimum(tl.minimum(tl.load(n_values + head), M), n_tokens).to(tl.int32)
+        n_tokens = few(n_tokens, values)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
     for t in range(first, tl.cdiv(n_tokens, BN), S):
@@ -458,12 +466,13 @@ def attend(q, steady, index, stores, budget, method):
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
     from retroinfer import rank_by_centroid, rank_by_mass
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
-    limits = [x.expand(q.shape[:2]).contiguous() for x in budget.limits]    # (B, H) each
-    return attend_op(q, list(steady), list(index), list(stores), limits, list(budget.caps),
+    limits = [x.expand(q.shape[:2]).contiguous() for x in (budget.retrieve, budget.ranked)]
+    numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values)]
+    return attend_op(q, list(steady), list(index), list(stores), limits, numbers,
                      method.rank is rank_by_mass)
 
 
-def look(shared, n_values, M, tile):
+def look(shared, values, M, tile):
     """What attend_kernel takes in place of keys, for what it shares with look_kernel.
 
     Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), shares of the latter
@@ -474,27 +483,28 @@ def look(shared, n_values, M, tile):
     launch(look_kernel, (stats.shape[2], B * H), *shared, x_steady, x_tokens, **tile, num_stages=3)
     weights = weigh(x_tokens, stats, shared[5])
     places = weights.topk(M, sorted=True).indices
-    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, n_values, weights, M, N, BM=256,
-           num_warps=4)
-    return n_values, x_steady, x_tokens, weights, places
+    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, shared[5], values, weights, M, N,
+           BM=256, num_warps=4)
+    return values, x_steady, x_tokens, weights, places
 
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], limits: list[torch.Tensor], caps: list[int],
+              stores: list[torch.Tensor], limits: list[torch.Tensor], numbers: list[int],
               by_mass: bool) -> torch.Tensor:
     from retroinfer import Index
     q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_tokens, n_values, n_retrieve, n_ranked), (N, M, R, K) = limits, caps
+    (n_retrieve, n_ranked), (N, R, K, values) = limits, numbers
+    M = (N * values + 999) // 1000
     (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
     masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
     rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
     ends = ends if M < N else None
-    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, n_tokens, rows,
-           fits, ends, C, K, R, N, BR=128, num_warps=4)
+    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits,
+           ends, C, K, R, N, BR=128, num_warps=4)
     tile = tile_sizes(G, D, q.element_size())
     tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
@@ -502,7 +512,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     shared = (q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N, C,
               K, bias.stride(0), bias.stride(1))
-    looked = look(shared, n_values, M, tile) if M < N else [None] * 5
+    looked = look(shared, values, M, tile) if M < N else [None] * 5
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
     launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales, parts,
@@ -514,7 +524,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
 
 
 @attend_op.register_fake
-def _(q, steady, index, stores, limits, caps, by_mass):
+def _(q, steady, index, stores, limits, numbers, by_mass):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

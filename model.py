@@ -247,8 +247,11 @@ class DenseCache(nn.Module):
         self.capacity, self.k = capacity, None
         self.n_tokens = torch.zeros(batch, dtype=torch.int64)
 
-    def append(self, k, v, row=0):
-        """Append tokens k, v (1, H, T, D) to a sequence: all its k, v. ValueError when full."""
+    def prefill(self, q, k, v, row=0):
+        """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full.
+
+        If q is None, they do not attend.
+        """
         if self.k is None:
             _, H, _, D = k.shape
             self.k = k.new_zeros(len(self.n_tokens), H, self.capacity, D)
@@ -261,11 +264,8 @@ class DenseCache(nn.Module):
         self.k[row, :, start:end] = k[0]
         self.v[row, :, start:end] = v[0]
         self.n_tokens[row] = end
-        return [x[row:row + 1, :, :end] for x in (self.k, self.v)]
-
-    def prefill(self, q, k, v, row=0):
-        """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full."""
-        return attend_causally(q, *self.append(k, v, row))
+        past = [x[row:row + 1, :, :end] for x in (self.k, self.v)]
+        return None if q is None else attend_causally(q, *past)
 
     def decode(self, q, k, v):
         """Append one token to each sequence, attend to all. Free slots are masked: one shape."""

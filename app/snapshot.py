@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 5"
+FORMAT = "retroinfer index 6"
 SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
-            "outliers", "channel_power")                # those that shape an index
+            "channel_power")                            # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from app.session import Writer
 from app.snapshot import Snapshot, save
 from bench.timing import (
-    BOOST,
     Parser,
     clock,
     exit_status,
@@ -99,9 +98,9 @@ def clumped_layer(T, seed):
         which = torch.randint(clumps.shape[2], (n,), generator=g)
         k = clumps[:, :, which] + torch.randn(1, H, n, D, generator=g)
         v = torch.randn(k.shape, generator=g)
-        k, v = cache.append(k.bfloat16(), v.bfloat16())                     # all so far
+        cache.prefill(None, k.bfloat16(), v.bfloat16())
+    k, v = cache.store.view(0, 0, T)
     cache.update()
-    cache.boosts.fill_(BOOST)
     return Layer(cache, k, v)
 
 
@@ -205,20 +204,19 @@ class Ours:
         logits = prefill(self.model, caches, [ids[:REAL]])
         seconds = time.perf_counter() - start
         for cache in caches:
-            repeat_keys(cache, self.model, len(ids))
+            repeat_keys(cache, len(ids))
         tokens = decode(self.model, caches, logits, n_steps, sampler(), self.step)
         return seconds, [clock(lambda: next(tokens)) for _ in range(n_steps)][2:]
 
 
-def repeat_keys(cache, model, T):
+def repeat_keys(cache, T):
     """Fill a cache to T tokens with copies of those it holds: for speed, not for sense."""
-    c = model.config
-    nothing = model.lm_head.weight.new_empty(1, c.num_key_value_heads, 0, c.head_dim)
-    k, v = cache.append(nothing, nothing)                                   # (1, H, T, D)
-    known = k.shape[2]
+    known = int(cache.n_tokens[0])
+    k, v = (x[:, :, :known] for x in (
+        cache.store.view(0, 0, known) if isinstance(cache, WaveIndex) else (cache.k, cache.v)))
     for start in range(known, T, known):
         n = min(known, T - start)
-        cache.append(k[:, :, :n], v[:, :, :n])
+        cache.prefill(None, k[:, :, :n], v[:, :, :n])
 
 
 class Transformers:

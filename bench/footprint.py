@@ -172,7 +172,7 @@ def step(dtype, G, D, bits=4):
     for values in (config.values, 1.0):
         cache = WaveIndex(replace(config, values=values), 131072,
                           hot=PLAIN._replace(attend=kernels.attend))
-        cache.append(k, k)
+        cache.prefill(None, k, k)
         cache.update()
         cache.decode(k.expand(1, G, 1, D), k, k)
 

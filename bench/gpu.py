@@ -38,10 +38,10 @@ from triton.testing import do_bench
 import kernels
 import retroinfer
 from app import plan
-from bench.timing import BOOST, Parser, clock, exit_status, figure, table, write_json
+from bench.timing import Parser, clock, exit_status, figure, table, write_json
 from generate import attend, compiled_step, prefill
 from model import DenseCache, Llama, ModelConfig
-from retroinfer import PLAIN, Budget, Hot, Index, Limits, RetroConfig, WaveIndex
+from retroinfer import PLAIN, Hot, Index, RetroConfig, WaveIndex, few
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -134,10 +134,10 @@ def fill(cache, tokens, H, D):
     held = []
     for row in range(len(cache.n_tokens)):
         k = clumps(H, tokens, D)
-        held.append(cache.append(k, torch.randn_like(k), row))
+        cache.prefill(None, k, torch.randn_like(k), row)
+        held.append(cache.store.view(row, 0, tokens) if isinstance(cache, WaveIndex) else
+                    [x[row:row + 1, :, :tokens] for x in (cache.k, cache.v)])
     cache.update()
-    if isinstance(cache, WaveIndex):
-        cache.boosts.fill_(BOOST)
     return held
 
 
@@ -203,9 +203,8 @@ class Cell:
         """`args` of the last head of the last sequence alone."""
         q, steady, index, stores, budget, method = self.args
         q, *others = (x[-1:, -1:] for x in (q, *steady, *index, *stores))
-        shares = Limits(*(x.expand(self.args[0].shape[:2])[-1:, -1:] for x in budget.limits))
-        return (q, others[:3], Index(*others[3:-2]), others[-2:], Budget(budget.caps, shares),
-                method)
+        budget = budget._replace(retrieve=budget.retrieve[-1:], ranked=budget.ranked[-1:])
+        return q, others[:3], Index(*others[3:-2]), others[-2:], budget, method
 
     def launches(self):
         """{kernel: (function that runs it alone, its last arguments by name)} of a step."""
@@ -228,10 +227,10 @@ class Cell:
         q, steady, index, _, budget, _ = self.args
         (B, H, G, D), e, C = q.shape, q.element_size(), index.sizes.numel()
         live, n_steady = int((index.sizes > 0).sum()), int((steady[2] > -math.inf).sum())
-        fits, N = launches["pack"][1]["fits"], B * H * budget.caps.tokens
+        fits, N = launches["pack"][1]["fits"], B * H * budget.N
         clusters, tokens = fits.sum((0, 1)).tolist()            # retrieved, in all heads together
-        given = int(fits[..., 1].minimum(budget.limits.values).sum())       # tokens with values
-        guessed = int(budget.limits.ranked.expand(B, H).sum()) - clusters   # clusters estimated
+        given = int(few(budget, fits[..., 1]).sum())        # tokens with values
+        guessed = int(budget.ranked.expand(B, H).sum()) - clusters   # clusters estimated
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
                 "weigh": C * (4 * G + 4) + 4 * (tokens * G + N),

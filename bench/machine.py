@@ -80,8 +80,9 @@ def our_work(config, tokens, batch, retro):
     heads, layers = (batch, config.num_key_value_heads), config.num_hidden_layers
     cache = plan.cache_on_meta(plan.Run(config, tokens, batch, retro=retro))
     cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
-    cache.boosts = torch.ones(heads)
-    n_tokens = int(cache.budget().limits.tokens.expand(heads).sum())
+    slots = *heads, cache.index.sizes.shape[2]
+    cache.index = cache.index._replace(sizes=torch.full(slots, float(retro.cluster)))
+    n_tokens = int(cache.budget().retrieve.expand(heads).sum()) * retro.cluster
     exact = layers * n_tokens * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 

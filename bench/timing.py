@@ -14,12 +14,6 @@ from pathlib import Path
 
 import torch
 
-# A head of the default model retrieves so many times its share, on average over the heads.
-# Benchmarks write it into `boosts` of random caches. A config with such a share would not do:
-# tensors have the size of the most that a head may retrieve, and that would be less.
-BOOST = 1.2
-
-
 # ---------------------------------------------------------------- time
 
 def clock(run):

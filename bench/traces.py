@@ -107,7 +107,7 @@ def record(model, prompts, n_steps, pick=None, config=None):
         def fetch(ids, ends):
             sizes = ends - before(ends)                                     # (B, H, R)
             asked.append((ids.flatten(0, 1), sizes.flatten(0, 1)))
-            return gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+            return gather_clusters(index, stores, budget.N, ids, ends)
         return tripartite_attention(q, steady, index, budget, fetch, method)
 
     capacity, hot = max(map(len, prompts)) + n_steps, PLAIN._replace(attend=attend)
@@ -227,9 +227,9 @@ def measured(trace, policies):
 def cell(trace):
     """The facts of a trace: of the paper's share of the clusters, and of all it retrieved."""
     few = replace(trace.config, min_retrieve=1, retrieve=RetroConfig.paper().retrieve)
-    each = limits_of(few, torch.tensor(trace.capacity), torch.ones(()), few.method())
-    return {"config": asdict(trace.config), "paper": measured(trace.best(int(each.retrieve)),
-                                                              POLICIES),
+    n_retrieve, _ = limits_of(few, torch.tensor(trace.capacity))
+    return {"config": asdict(trace.config),
+            "paper": measured(trace.best(int(n_retrieve)), POLICIES),
             "all": measured(trace, ["LRU"])}
 
 

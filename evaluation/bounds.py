@@ -48,15 +48,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from generate import fit
+from generate import fill, fit
 from retroinfer import (
     PLAIN,
-    Budget,
     Index,
-    Limits,
     RetroConfig,
     WaveIndex,
     before,
+    few,
     gather_clusters,
     owners,
     rank_clusters,
@@ -185,7 +184,7 @@ def certified_attention(q, step, stores, budget, method):
     fetched = []
 
     def fetch(ids, ends):
-        k, v, bias = gather_clusters(step.index, stores, budget.caps.tokens, ids, ends)
+        k, v, bias = gather_clusters(step.index, stores, fill(ends, budget), ids, ends)
         fetched.extend((ids, ends, k, v, bias))
         return fetched[2:]
 
@@ -198,8 +197,8 @@ def certified_attention(q, step, stores, budget, method):
     left = step._replace(exact=exact, low=step.low.masked_fill(is_read, -math.inf),
                          high=step.high.masked_fill(is_read, -math.inf))
     estimated = estimates(step, budget, method).masked_fill(is_read, -math.inf)
-    far = step.bounds.value_radii.gather(-1, ids).gather(-1, owners(ends, budget.caps.tokens))
-    lost = lose_values(left, estimated, x, far, budget)
+    far = step.bounds.value_radii.gather(-1, ids).gather(-1, owners(ends, k.shape[2]))
+    lost = lose_values(left, estimated, x, far, few(budget, ends[..., -1:]))
     low, high = (torch.sigmoid(exact + sign * 2 * step.rounding - x.logsumexp(-1, keepdim=True))
                  for sign, x in ((-1, left.high), (1, left.low)))
     return o, Certificate(low[..., 0], high[..., 0], bound_error(left, estimated, lost, o), is_read)
@@ -207,24 +206,25 @@ def certified_attention(q, step, stores, budget, method):
 
 def estimates(step, budget, method):
     """Log mass (B, H, G, C) of each cluster if it is estimated, -inf if it is dropped."""
-    logits = method.codec.score(step.q, step.index, method)                 # (B, H, G, C)
-    order = rank_clusters(step.q, logits, step.x_steady, step.index, budget.caps.ranked, method)
-    place = torch.arange(budget.caps.ranked, device=order.device)
-    is_near = place < budget.limits.ranked[..., None]                       # (B, H, R+E)
+    logits = method.centroid_logits(step.q, step.index, method)                 # (B, H, G, C)
+    order = rank_clusters(step.q, logits, step.x_steady, step.index, budget.K, method)
+    place = torch.arange(budget.K, device=order.device)
+    is_near = place < budget.ranked[..., None]                       # (B, H, R+E)
     is_ranked = torch.zeros_like(step.index.sizes, dtype=torch.bool).scatter(
         -1, order, is_near.expand_as(order))
     masses = logits + method.log_count(step.q, step.index)
     return masses.double().masked_fill(~is_ranked[:, :, None], -math.inf)
 
 
-def lose_values(left, estimated, x, far, budget):
+def lose_values(left, estimated, x, far, n_values):
     """Log of the sum of L R (B, H, G, 1), of tokens with logits x (B, H, G, N) and R far (B, H, N).
+    The values of n_values (B, H, 1) tokens are read.
     A value is surely read if its token outweighs the first token whose value is not read, by more
     than fp32 may change their weights, here and in the step: four roundings each. The other values
     count as lost."""
     total = left.exact.logaddexp(estimated.logsumexp(-1, keepdim=True))     # (B, H, G, 1)
     weights = F.pad((x - total).exp().sum(2, keepdim=True), (0, 1))         # (B, H, 1, N+1)
-    n = budget.limits.values[..., None, None].expand(*weights.shape[:3], 1)
+    n = n_values[:, :, None]                                                # (B, H, 1, 1)
     first = weights.sort(descending=True).values.gather(-1, n).clamp(min=1e-30)     # fp32: 0
     margin = (8 * left.rounding.amax(2, keepdim=True)).clamp(max=50).exp()  # (B, H, 1, 1)
     is_read = weights[..., :-1] > first * margin
@@ -301,8 +301,9 @@ class CheckedIndex(WaveIndex):
         index, bounds = (type(x)(*(y.flatten(0, 1)[:, None] for y in x))
                          for x in (index, self.bounds))
         step = look(q, (k, v, bias), index, bounds)
-        each = Limits(*(x.expand(B, H).reshape(-1, 1) for x in budget.limits))
-        budget = fit(Budget(budget.caps, each))
+        each = {name: getattr(budget, name).expand(B, H).reshape(-1, 1)
+                for name in ("retrieve", "ranked")}
+        budget = fit(budget._replace(**each))
         o, certificate = certified_attention(q, step, stores, budget, method)
         self.kept = step, o, certificate
         return o.view(B, H, G, D)

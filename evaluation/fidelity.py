@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from generate import fit, prefill
+from generate import fill, fit, prefill
 from model import DenseCache
 from retroinfer import (
     PLAIN,
@@ -123,7 +123,7 @@ class Watched(WaveIndex):
         budget = fit(budget)
 
         def fetch(ids, ends):
-            k, v, bias = gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+            k, v, bias = gather_clusters(index, stores, fill(ends, budget), ids, ends)
             self.fetched = v[-1, :, :, 0].long(), bias[-1, :, 0] == 0       # (H, N) both
             return k, v, bias
         return tripartite_attention(q, steady, index, budget, fetch, method)
@@ -146,8 +146,8 @@ class Watched(WaveIndex):
         ends = index.offsets + index.sizes.long()
         holds = hit.gather(-1, ends) > hit.gather(-1, index.offsets)
         q, live = q * q.shape[-1] ** -0.5, int(self.n_tokens[1] - self.n_indexed[1])
-        near, far = scores(q, self.k_steady[1:, :, :live]), self.method.codec.score(
-            q, index, self.method)
+        near = scores(q, self.k_steady[1:, :, :live])
+        far = self.method.centroid_logits(q, index, self.method)
         order = rank_clusters(q, far, near, index, index.sizes.shape[-1], self.method)
         return holds.gather(-1, order)[0].long().argmax(-1)
 
@@ -170,7 +170,7 @@ def rows_read(cache):
     """How many rows of D numbers the latest step read for one head, on average over heads."""
     if isinstance(cache, WaveIndex):
         clusters = (cache.index.sizes[0] > 0).sum(-1).float()               # (H,)
-        n_ranked = float(cache.budget().limits.ranked[0].minimum(clusters).mean())
+        n_ranked = float(cache.budget().ranked[0].minimum(clusters).mean())
         steady = int(cache.n_tokens[0] - cache.n_indexed[0])
         retrieved = float(cache.fetched[1].sum(-1).float().mean())
         return wave_rows(cache.config, steady, retrieved, float(clusters.mean()), n_ranked,
@@ -181,33 +181,33 @@ def rows_read(cache):
     return 2 * int(cache.n_tokens[0])
 
 
-def wave_at(config, rows, n, steps, boost=1.0):
+def wave_at(config, rows, n, steps, fullness=1.0):
     """The config that reads so many rows behind n tokens; None if the index alone is more."""
     rest = n - config.sink - config.local
     indexed = rest // config.segment * config.segment
     tail = (rest - indexed) // config.cluster * config.cluster
     indexed += tail if tail >= config.update else 0
     clusters = indexed // config.cluster
-    slots = config.slots(indexed) if config.outliers else 1.05 * clusters   # some are split
+    slots = 1.05 * clusters                                                 # some are split
     steady = n - indexed + steps / 2
     spent = wave_rows(config, steady, 0, slots, config.estimate * clusters)
-    cluster = (1 + config.values) * config.cluster + config.bits / 16
-    retrieve = round((rows - spent) / (boost * cluster))
+    cluster = (1 + config.values) * config.cluster * fullness + config.bits / 16
+    retrieve = round((rows - spent) / cluster)
     if not 1 <= retrieve <= clusters:
         return None
     return replace(config, min_retrieve=1, growth=1.0, retrieve=retrieve / clusters,
                    estimate=min(config.estimate, 1 - retrieve / clusters))
 
 
-def methods_at(rows, n, steps, boost=1.0):
+def methods_at(rows, n, steps, full=(1.0, 1.0)):
     """{name: function that makes its cache} of the methods that can read so few rows in a step.
 
-    boost is mean_boost() of the text: a head of ours retrieves so many times its share.
+    full: fullness() of the text, of ours and of the paper.
     """
     pages = n // PAGE
     made = {name: config and functools.partial(wave, config) for name, config in (
-        ("ours", wave_at(RetroConfig(), rows, n, steps, boost)),
-        ("paper", wave_at(RetroConfig.paper(), rows, n, steps)))}
+        ("ours", wave_at(RetroConfig(), rows, n, steps, full[0])),
+        ("paper", wave_at(RetroConfig.paper(), rows, n, steps, full[1])))}
     for choose, count in ((window, rows / 2), (oracle, rows / 2), (
             quest, (rows - 2 * pages - steps) / (2 * PAGE))):
         enough = count >= 1 and functools.partial(choose, n=int(count))
@@ -215,19 +215,19 @@ def methods_at(rows, n, steps, boost=1.0):
     return {name: make for name, make in made.items() if make}
 
 
-def ours_rows(n, steps, boost=1.0):
+def ours_rows(n, steps, fullness=1.0):
     """How many rows ours reads behind n tokens by default: the budget of the other methods."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
-    each = limits_of(c, torch.tensor(indexed))
-    n_retrieve, n_ranked = int(each.retrieve), int(each.ranked)
+    n_retrieve, n_ranked = map(int, limits_of(c, torch.tensor(indexed)))
     steady = n - indexed + indexed % c.cluster + steps / 2
-    return wave_rows(c, steady, boost * n_retrieve * c.cluster, c.slots(indexed), n_ranked)
+    retrieved = fullness * n_retrieve * c.cluster
+    return wave_rows(c, steady, retrieved, 1.05 * indexed // c.cluster, n_ranked)
 
 
-def named_methods(n, steps, boost=1.0):
+def named_methods(n, steps, full=(1.0, 1.0)):
     """{name: function that makes its cache}. Methods that have a budget get the bytes of ours."""
-    same = methods_at(ours_rows(n, steps, boost), n, steps, boost)
+    same = methods_at(ours_rows(n, steps, full[0]), n, steps, full)
     same["paper, bytes of ours"] = same.pop("paper", None)
     made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
     made |= same | {"ours": functools.partial(wave, RetroConfig())}
@@ -300,14 +300,15 @@ def filled(make, q, k, v, n_steps, probe=None):
     return cache
 
 
-def mean_boost(case, config):
-    """By what factor heads retrieve more than their share, on average over layers and heads."""
-    total = 0.0
-    for past in case.past:
+def fullness(case, config):
+    """Tokens of a retrieved cluster over the mean size, on average over layers and heads."""
+    tokens = clusters = 0.0
+    for past, (q, k, v, _) in zip(case.past, case.steps, strict=True):
         cache = filled(functools.partial(wave, config), *past, 1)
-        cache.update()
-        total += cache.boosts.mean().item()
-    return total / len(case.past)
+        next(feed(cache, q, k, v))
+        tokens += float(cache.fetched[1].sum(-1).float().mean())
+        clusters += float(cache.budget().retrieve)
+    return tokens / (clusters * config.cluster)
 
 
 def feed(cache, q, k, v):

@@ -12,7 +12,6 @@
 //
 //     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady slots
 //     C clusters a head   R, K clusters retrieved, ranked at most   N tokens retrieved at most
-//     M values of these read at most
 //
 // Threads take whole heads, so that what one loop leaves for the next is in their own cache. Where
 // the last ones would leave some threads idle, all share these by tiles. Tiles depend on shapes
@@ -309,18 +308,16 @@ quad fade(quad m, quad top) {
 uint64_t key(uint32_t share, int place) { return uint64_t(share) << 32 | ~uint32_t(place); }
 int place(uint64_t key) { return ~uint32_t(key); }
 
-constexpr int64_t ONE = int64_t(1) << 32;       // of what is counted; its tokens are counted below
-
 // Counts shares by their first 11 bits.
 struct Bins {
-    std::vector<int64_t> count = std::vector<int64_t>(2 * 2048);    // two, as neighbours are alike
-    uint32_t most = 0;                                              // the largest
-    void add(int place, uint32_t share, int tokens) {
-        count[share >> 20 << 1 | place % 2] += ONE + tokens;
+    std::vector<int> count = std::vector<int>(2 * 2048);    // two, as neighbours are alike
+    uint32_t most = 0;                                      // the largest
+    void add(int place, uint32_t share) {
+        count[share >> 20 << 1 | place % 2]++;
         most = std::max(most, share);
     }
     int top() const { return most >> 20; }
-    int64_t in(int bin) const { return count[2 * bin] + count[2 * bin + 1]; }
+    int in(int bin) const { return count[2 * bin] + count[2 * bin + 1]; }
 };
 
 // Of the first n keys those of a bin.
@@ -335,7 +332,7 @@ std::vector<uint64_t> in_bin(int bin, const std::vector<uint64_t>& keys, int n) 
 struct Nth {
     int bin, n;
     Nth(const Bins& bins, int nth) : bin(bins.top()), n(nth) {
-        for (int64_t more; n > (more = bins.in(bin) / ONE); bin--) n -= more;
+        for (int more; n > (more = bins.in(bin)); bin--) n -= more;
     }
     uint64_t of(const std::vector<uint64_t>& keys, int count) const {
         auto tied = in_bin(bin, keys, count);
@@ -350,7 +347,8 @@ typedef NUM Num;
 typedef ROW Row;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 
-struct Shape { int64_t B, H, G, W, T, C, N, M, R, K, by_mass, bias_b, bias_h, bias_w; };
+// values: how many of 1,000 retrieved tokens have their values read.
+struct Shape { int64_t B, H, G, W, T, C, N, R, K, values, by_mass, bias_b, bias_h, bias_w; };
 
 struct Tensors {
     const Num *q, *k_steady, *v_steady;
@@ -359,8 +357,9 @@ struct Tensors {
     const float* sizes;
     const int64_t* offsets;
     const bfloat16 *spreads, *scales;
+    const float* centre;
     const Num *k_store, *v_store;
-    const int64_t *n_tokens, *n_values, *n_retrieve, *n_ranked;
+    const int64_t *n_retrieve, *n_ranked;
     Num* o;
 };
 
@@ -377,6 +376,7 @@ struct Head {
     Queries<Pair, vec> q;                   // scaled
     Queries<Bytes, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
+    std::vector<quad> shift;                // (Q,) logits of the centre
     std::vector<float> logit, possible;     // (tiles, Q, TILE, GROUP) possible: of mass, over e^m
     std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
@@ -396,7 +396,8 @@ struct Head {
     std::vector<quad> part_m, part_s;       // (parts, Q) of tokens, then of means
     std::vector<Pair> part_o;               // (parts, Q, reads, GROUP)
 
-    int of_tokens() const { return tiles(n.W) + tiles(n.M); }
+    int few(int64_t count) const { return (count * n.values + 999) / 1000; }
+    int of_tokens() const { return tiles(n.W) + tiles(few(n.N)); }
     int parts() const { return of_tokens() + tiles(n.K); }
     Pair* o(int part) {
         int count = std::max(reads(D, WIDTH), reads(Row::SIZE, Row::STEP));
@@ -415,7 +416,7 @@ struct Head {
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
         guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
         left.assign(guess.size(), 0), top.assign(Q, quad{} + NONE);
-        weight.resize(tiles(n.N) * Q * TILE * GROUP), heavy.resize(tiles(n.M) * Q * TILE * GROUP);
+        weight.resize(tiles(n.N) * Q * TILE * GROUP), heavy.resize(tiles(few(n.N)) * Q * TILE * GROUP);
         key_m.assign(tiles(n.N) * Q, quad{} + NONE), key_s.assign(key_m.size(), quad{});
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
@@ -435,6 +436,7 @@ struct Head {
         q.x.assign(Q * count * GROUP, Pair{}), q.excess.assign(Q, vec{});
         q_packed.x.assign(Q * packed * GROUP, Bytes{}), q_packed.excess.assign(Q, ivec{});
         unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
+        shift.assign(Q, quad{});
         std::vector<float> x(D);
         float factor = std::pow(D, -0.5);
         for (int g = 0; g < n.G; g++) {
@@ -446,6 +448,7 @@ struct Head {
                 for (int i = 0; i < 16; i++) x[Num::place(e, i)] = ((float*)&read)[i];
             }
             for (float& value : x) value *= factor, half[p][lane] += value * value / 2;
+            for (int d = 0; d < D; d++) shift[p][lane] += x[d] * given.centre[at * D + d];
             for (float value : x) most = std::max(most, std::abs(value));
             float fine = 127 / std::max(most, 1e-30f);                  // as retroinfer.in_bytes
             real[p][lane] = 1;
@@ -507,7 +510,7 @@ struct Head {
             vec best = vec{} + NONE, units = twice(unit[p]), length = twice(2 * half[p]);
             for (float& value : (float(&)[LANES])length) value = std::sqrt(value);
             for (int i = 0; i < count; i += 2) {
-                vec y = load<vec>(logits + i * GROUP) * units * each(scales + i);
+                vec y = load<vec>(logits + i * GROUP) * units * each(scales + i) + twice(shift[p]);
                 vec far = length * each(deviation + i), top = each(most + i);
                 top = top < far ? top : far;                        // as retroinfer.log_possible_mass
                 store(logits + i * GROUP, y);
@@ -565,26 +568,18 @@ struct Head {
         return sum > 0 ? sum : vec{};
     }
 
-    // The keys, in no order, of the n_ranked best clusters at least. The best n_retrieve of all, as
-    // far as together they fit room, have keys from `last` on, the n_ranked best from `least` on.
-    void choose(int n_ranked, int n_retrieve, int64_t room) {
+    // The keys, in no order, of the n_ranked best clusters at least. The best n_retrieve have keys
+    // from `last` on, the n_ranked best from `least` on.
+    void choose(int n_ranked, int n_retrieve) {
         Bins bins;
-        for (size_t i = 0; i < share.size(); i++) bins.add(i, share[i], size[i]);
-        auto fits = [&](int64_t x) { return x / ONE <= n_retrieve && x % ONE <= room; };
-        int near = bins.top();                          // the bin that last lies in
-        int64_t whole = 0;                              // what lies above it
-        for (; near >= 0 && fits(whole + bins.in(near)); near--) whole += bins.in(near);
-        Nth far(bins, n_ranked);
+        for (size_t i = 0; i < share.size(); i++) bins.add(i, share[i]);
+        Nth far(bins, n_ranked), near(bins, n_retrieve);
         n_keys = 0;
         for (size_t i = 0; i < share.size(); i++) {
             keys[n_keys] = key(share[i], i);
             n_keys += share[i] >= std::max<uint32_t>(far.bin << 20, 1);
         }
-        last = uint64_t(near + 1) << 52;
-        auto tied = in_bin(near, keys, n_keys);
-        std::sort(tied.begin(), tied.end(), std::greater());
-        for (size_t i = 0; i < tied.size() && fits(whole += ONE + (int)size[place(tied[i])]); i++)
-            last = tied[i];
+        last = n_retrieve ? near.of(keys, n_keys) : UINT64_MAX;
         least = n_ranked ? far.of(keys, n_keys) : UINT64_MAX;
     }
 
@@ -594,9 +589,9 @@ struct Head {
         int clusters = 0;
         for (int x : live) clusters += x;
         int n_ranked = std::min<int64_t>({given.n_ranked[at], n.K, clusters});
-        int64_t room = std::clamp<int64_t>(given.n_tokens[at], 0, n.N), to = S * TILE;
-        choose(n_ranked, std::min<int64_t>({given.n_retrieve[at], n.R, n_ranked}), room);
-        k.resize(to + room), owner.resize(room);
+        choose(n_ranked, std::min<int64_t>({given.n_retrieve[at], n.R, n_ranked}));
+        int64_t to = S * TILE;
+        k.resize(to + n.N), owner.resize(n.N);
         const int64_t* offsets = given.offsets + at * n.C;
         for (int r = 0; r < n_keys; r++) {
             uint64_t key = keys[r], next = keys[std::min(r + STRIDE, n_keys - 1)];
@@ -606,7 +601,7 @@ struct Head {
             int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
                 k[to] = given.k_store + first + i * D, owner[to - S * TILE] = mean.size();
-            if (!tokens || given.n_values[at] < room) estimate(c, tokens);
+            if (!tokens || n.values < 1000) estimate(c, tokens);
         }
         k.resize(to);
     }
@@ -669,7 +664,7 @@ struct Head {
     // the queries. What the others weigh goes to the means of their clusters.
     void part() {
         int count = retrieved();
-        int some = std::clamp<int64_t>(given.n_values[at], 0, std::min<int64_t>(count, n.M));
+        int some = few(count);
         std::vector<quad> total(Q), factor(tiles(n.N) * Q), over(factor.size());
         for (int p = 0; p < Q; p++) {
             for (int i = p; i < (int)part_m.size(); i += Q) top[p] = larger(top[p], part_m[i]);
@@ -688,7 +683,7 @@ struct Head {
             for (int i = 0; i < count; i++) {
                 if (i % LANES == 0) sums = shares(weight, over, i);
                 uint32_t share = ((ivec)sums)[i % LANES];
-                keys[i] = key(share, i), bins.add(i, share, 0);
+                keys[i] = key(share, i), bins.add(i, share);
             }
             lowest = Nth(bins, some).of(keys, count);
         }

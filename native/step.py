@@ -41,12 +41,12 @@ def attend(q, steady, index, stores, budget, method):
     if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
         raise ValueError("native/step.py runs on a CPU with 16 to 256 head dims, and q has "
                          f"{q.shape[3]} on {q.device}: give --backend compile")
-    assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16"]
+    assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16", "float32"]
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
-    by_mass = method.rank is rank_by_mass
-    limits = [x.expand(q.shape[:2]) for x in budget.limits]
-    return attend_op(q, list(steady), list(index), list(stores), limits,
-                     [*budget.caps, int(by_mass)])
+    limits = [x.expand(q.shape[:2]) for x in (budget.retrieve, budget.ranked)]
+    numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values),
+               int(method.rank is rank_by_mass)]
+    return attend_op(q, list(steady), list(index), list(stores), limits, numbers)
 
 
 def name(x):
@@ -57,17 +57,17 @@ def name(x):
 # torch.library.custom_op would wrap six more calls of Python around every step.
 torch.library.define("retroinfer::attend_native",
                      "(Tensor q, Tensor[] steady, Tensor[] index, Tensor[] stores, "
-                     "Tensor[] limits, int[] caps) -> Tensor")
+                     "Tensor[] limits, int[] numbers) -> Tensor")
 attend_op = torch.ops.retroinfer.attend_native.default
 
 
 @torch.library.impl("retroinfer::attend_native", "CPU")
-def _(q, steady, index, stores, limits, caps):
+def _(q, steady, index, stores, limits, numbers):
     (k, v, bias), (B, H, G, D) = steady, q.shape
     given = [x.contiguous() for x in (q, k, v, *index, *stores, *limits)]
     given.insert(3, bias)
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
-    sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *caps,
+    sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *numbers,
              bias.stride(0), bias.stride(1), bias.stride(3))
     places = [x.data_ptr() for x in (*given, o)]
     library(name(q), name(index[0]), D).attend(
@@ -77,7 +77,7 @@ def _(q, steady, index, stores, limits, caps):
 
 
 @torch.library.register_fake("retroinfer::attend_native")
-def _(q, steady, index, stores, limits, caps):
+def _(q, steady, index, stores, limits, numbers):
     return q.new_empty(q.shape)
 
 

@@ -40,22 +40,23 @@ def tripartite(q, steady, clusters, budget, stored=None):
 
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
     each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and
-    clusters are ranked by probability over the centroids, summed over the queries. Of the
-    n_retrieve best those are exact that fit n_tokens together; the others are estimated. Of the
-    exact tokens of clusters, the n_values that weigh most over all queries have their own values,
-    the others the mean of their cluster's. budget: n_retrieve, n_estimate, n_tokens, n_values.
+    clusters are ranked by probability over the centroids, summed over the queries. The n_retrieve
+    best are exact, the n_estimate next are estimated. Of the exact tokens of clusters, `values` in
+    a thousand, rounded up, those that weigh most over all queries, have their own values, the
+    others the mean of their cluster's. budget: n_retrieve, n_estimate, values.
 
-    stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them, and q (G, D) as
-    it meets the centroids. A cluster then weighs its size times 1 + s/2 centroids, s being |q|^2
-    times its spread, and is ranked by the share of its hope in all, the steady zone's included.
+    stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them, the centre (D,)
+    that centroids are kept minus, and q (G, D) as it meets them. A cluster then weighs its size
+    times 1 + s/2 centroids, s being |q|^2 times its spread, and is ranked by the share of its hope
+    in all, the steady zone's included.
     """
     q, scale = q.double(), 1 / math.sqrt(q.shape[-1])
-    n_retrieve, n_estimate, n_tokens, n_values = budget
+    n_retrieve, n_estimate, values = budget
     sizes = torch.tensor([float(len(k)) for k, _ in clusters], dtype=torch.float64)
-    centroids, means, spreads, asked = stored or (
+    centroids, means, spreads, centre, asked = stored or (
         torch.stack([k.double().mean(0) for k, _ in clusters]),
-        torch.stack([v.double().mean(0) for _, v in clusters]), 0 * sizes, q)
-    logits = asked.double() @ centroids.T * scale                                       # (G, C)
+        torch.stack([v.double().mean(0) for _, v in clusters]), 0 * sizes, 0 * q[0], q)
+    logits = (asked.double() @ centroids.T + (q @ centre.double())[:, None]) * scale     # (G, C)
     share = logits.softmax(-1)
     masses = torch.zeros_like(share)
     for g, query in enumerate(q * scale):
@@ -68,12 +69,10 @@ def tripartite(q, steady, clusters, budget, stored=None):
                 for i, size in enumerate(sizes)], dtype=torch.float64)
             share[g] = hopes / (near + hopes.sum())
     rank = share.sum(0).argsort(descending=True).tolist()
-    fit, room = 0, n_tokens
-    while fit < min(n_retrieve, len(rank)) and len(clusters[rank[fit]][0]) <= room:
-        room, fit = room - len(clusters[rank[fit]][0]), fit + 1
     exact = [(None, *x) for x in zip(*steady, strict=True)] + [
-        (i, *x) for i in rank[:fit] for x in zip(*clusters[i], strict=True)]
-    estimated = rank[fit:n_retrieve + n_estimate]
+        (i, *x) for i in rank[:n_retrieve] for x in zip(*clusters[i], strict=True)]
+    n_values = math.ceil(values * sum(i is not None for i, *_ in exact) / 1000)
+    estimated = rank[n_retrieve:n_retrieve + n_estimate]
     weights = torch.tensor([[math.exp(query @ key.double() * scale) for _, key, _ in exact]
                             for query in q], dtype=torch.float64)               # (G, exact)
     total = weights.sum(1) + masses[:, estimated].sum(1)

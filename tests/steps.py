@@ -10,13 +10,11 @@ import torch
 import retroinfer
 from retroinfer import (
     Budget,
-    Caps,
     Index,
-    Limits,
     RetroConfig,
     WaveIndex,
     before,
-    few_values,
+    few,
     pack,
     rank_by_mass,
     unpack,
@@ -24,7 +22,7 @@ from retroinfer import (
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "min_retrieve": 1}
 WHOLE = SMALL | {"bits": 16}
-ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0, "mean_room": False}
+ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0}
 BACKENDS = ["eager", "compiled", "native", "kernels"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LONG = {"max_position_embeddings": 4096}     # of a tiny checkpoint
@@ -56,10 +54,10 @@ def run(config, q, k, v, n_prompt):
     return wave, torch.cat(outputs, 2)
 
 
-def config_budget(wave, b=0, h=0):
-    """(clusters retrieved, clusters retrieved or estimated) of one head of a sequence."""
-    share = wave.budget().limits
-    return int(share.retrieve[b, h]), int(share.ranked[b, h])
+def config_budget(wave, b=0):
+    """(clusters retrieved, clusters retrieved or estimated) of a sequence."""
+    budget = wave.budget()
+    return int(budget.retrieve[b]), int(budget.ranked[b])
 
 
 def members(wave, b, h):
@@ -85,14 +83,15 @@ def assert_as_exact(mine, eager, truth):
 class Case:
     """A step over random clusters that lie anywhere in the store, and its PyTorch and float64.
 
-    shares (B, 2): clusters each sequence retrieves, retrieves or estimates; a head 3 fewer than the
-    one before. lives (B, 2): steady slots and clusters it has. Everything else is NaN, or an offset
-    far outside the store.
+    shape: B, H, G, D, W, C. caps: R, K, and tokens of the largest cluster. shares (B, 2): clusters
+    each sequence retrieves, retrieves or estimates; a head 3 fewer than the one before. lives
+    (B, 2): steady slots and clusters it has. Everything else is NaN, or an offset far outside the
+    store.
     """
 
-    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, largest=9, by_mass=True,
-                 bits=4, values=1.0):
-        B, H, G, D, W, C = shape
+    def __init__(self, shape, caps, shares, lives, dtype=torch.float32, by_mass=True, bits=4,
+                 values=1.0):
+        (B, H, G, D, W, C), (R, K, largest) = shape, caps
         g = torch.Generator().manual_seed(0)
 
         def randn(*size):
@@ -106,10 +105,9 @@ class Case:
         T = int(sizes.sum(-1).max()) + 7
         fewer = 3 * torch.arange(H)
         n_retrieve, n_ranked = ((n[:, None] - fewer).clamp(min=0) for n in torch.tensor(shares).T)
-        n_tokens = caps[0] - 5 * torch.arange(B)[:, None] - fewer
         self.config = replace(RetroConfig.paper(), bits=bits, by_mass=by_mass)
-        self.q, self.budget = 2 * randn(G), Budget(
-            Caps(caps[0], caps[0], *caps[1:]), Limits(n_tokens, n_tokens, n_retrieve, n_ranked))
+        self.q = 2 * randn(G)
+        self.budget = Budget(n_retrieve, n_ranked, 1.0, R, K, largest * R)
         self.give_values(values)
         is_free = torch.arange(W) >= torch.tensor(lives)[:, :1]                     # (B, W)
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
@@ -118,17 +116,16 @@ class Case:
         spreads = 2 * by_mass * torch.rand(B, H, C, generator=g).bfloat16()
         (centroids, a), (means, b) = (pack(x.float()) if bits == 4 else (x, torch.ones(B, H, C))
                                       for x in (randn(C), randn(C)))
+        centre = torch.randn(B, H, 1, D, generator=g) * (bits == 4)
         self.index = Index(centroids, means, sizes.float(), offsets, spreads,
-                           torch.stack([a, b], -1).bfloat16())
+                           torch.stack([a, b], -1).bfloat16(), centre)
         row = torch.arange(T).expand(B, H, T)
         self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
 
     def give_values(self, share):
         """Read the values of this share of the retrieved tokens."""
         self.config = replace(self.config, values=share)
-        self.method, (caps, each) = self.config.method(), self.budget
-        n_values = [few_values(self.config, n) for n in (caps.tokens, each.tokens)]
-        self.budget = Budget(caps._replace(values=n_values[0]), each._replace(values=n_values[1]))
+        self.method, self.budget = self.config.method(), self.budget._replace(values=share)
 
     def eager(self):
         """PyTorch's answer."""
@@ -143,12 +140,13 @@ class Case:
         k, v, bias = self.steady
         is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
         steady = poison(k, is_free), poison(v, is_free), bias
-        centroids, means, sizes, offsets, spreads, scales = self.index
+        centroids, means, sizes, offsets, spreads, scales, centre = self.index
         index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
                       offsets.masked_fill(is_empty, 2**40),
-                      spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty))
+                      spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty), centre)
         stores = [poison(x, self.is_free_row) for x in self.stores]
-        budget = Budget(self.budget.caps, Limits(*(x.to(device) for x in self.budget.limits)))
+        retrieve, ranked, *numbers = self.budget
+        budget = Budget(retrieve.to(device), ranked.to(device), *numbers)
         steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
         o = attend(self.q.to(device), steady, Index(*index), stores, budget, self.method)
         return o.cpu()
@@ -176,7 +174,10 @@ class Case:
         sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
         live = [c for c, n in enumerate(sizes) if n]
         asked = q if self.index.centroids.dtype != torch.uint8 else oracle.in_bytes(q)
-        logits = asked @ centroids[live].T                                          # (G, live)
+        centre = self.index.centre[b, h, 0].double()
+        centroids = centroids + centre
+        shift = (q - asked) @ centre                        # the centre meets queries as they are
+        logits = asked @ centroids[live].T + shift[:, None]                         # (G, live)
         half = q.square().sum(-1, keepdim=True) / 2                                 # (G, 1)
         worth = {c: sizes[c] * (1 + half * self.index.spreads[b, h, c].double()) for c in live}
         is_in, share = bias[0] == 0, logits.softmax(-1)
@@ -186,16 +187,16 @@ class Case:
             near = q @ k_s[is_in].T                                                 # (G, steady)
             share = torch.cat([logits + q.new_tensor(hopes), near], -1).softmax(-1)[:, :len(live)]
         rank = [live[i] for i in share.sum(0).argsort(descending=True).tolist()]
-        n_tokens, n_values, n_retrieve, n_ranked = (int(n[b, h]) for n in self.budget.limits)
-        k, v, room = [k_s[is_in]], [v_s[is_in]], n_tokens
+        n_retrieve, n_ranked = int(self.budget.retrieve[b, h]), int(self.budget.ranked[b, h])
+        n_values = few(self.budget, sum(sizes[c] for c in rank[:n_retrieve]))
+        k, v = [k_s[is_in]], [v_s[is_in]]
         bias = [torch.zeros(len(q), int(is_in.sum()), dtype=q.dtype)]               # (G, ...) each
         owner = [[-1] * int(is_in.sum())]           # of each entry: its cluster, if it is retrieved
         for i, c in enumerate(rank[:n_ranked]):
             span = slice(offsets[c], offsets[c] + sizes[c])
-            room = room - sizes[c] if i < n_retrieve and sizes[c] <= room else -1
-            off = (asked - q) @ centroids[c:c + 1].T                    # queries meet it in bytes
+            off = (asked - q) @ (centroids[c] - centre)[:, None]        # queries meet it in bytes
             one = centroids[c:c + 1], means[c:c + 1], worth[c].log() + off, [-1]
-            for all_, x in zip((k, v, bias, owner), one if room < 0 else
+            for all_, x in zip((k, v, bias, owner), one if i >= n_retrieve else
                                (k_all[span], v_all[span], q.new_zeros(len(q), sizes[c]),
                                 [c] * sizes[c]), strict=True):
                 all_.append(x)
@@ -207,20 +208,20 @@ class Case:
         return weights @ v
 
 
-# (B, H, G, D, W, C), (N, R, R+E), then of each sequence: (retrieved, ranked), (steady, clusters)
+# (B, H, G, D, W, C), (R, K, P), then of each sequence: (retrieved, ranked), (steady, clusters)
 CASES = {
-    "plain": ((1, 2, 4, 64, 40, 90), (64, 12, 60), [(12, 60)], [(40, 90)]),
-    "three queries, 80 dims": ((1, 2, 3, 80, 37, 53), (50, 7, 33), [(7, 33)], [(36, 53)]),
-    "one query, 96 dims": ((1, 1, 1, 96, 65, 130), (70, 20, 129), [(20, 129)], [(1, 130)]),
-    "twenty queries": ((1, 1, 20, 64, 16, 40), (30, 5, 20), [(5, 20)], [(16, 40)]),
-    "256 dims": ((1, 1, 2, 256, 20, 30), (30, 4, 20), [(4, 20)], [(20, 30)]),
-    "ragged": ((3, 1, 3, 16, 40, 60), (64, 20, 50), [(3, 9), (20, 50), (1, 1)],
+    "plain": ((1, 2, 4, 64, 40, 90), (12, 60, 9), [(12, 60)], [(40, 90)]),
+    "three queries, 80 dims": ((1, 2, 3, 80, 37, 53), (7, 33, 9), [(7, 33)], [(36, 53)]),
+    "one query, 96 dims": ((1, 1, 1, 96, 65, 130), (20, 129, 9), [(20, 129)], [(1, 130)]),
+    "twenty queries": ((1, 1, 20, 64, 16, 40), (5, 20, 9), [(5, 20)], [(16, 40)]),
+    "256 dims": ((1, 1, 2, 256, 20, 30), (4, 20, 9), [(4, 20)], [(20, 30)]),
+    "ragged": ((3, 1, 3, 16, 40, 60), (20, 50, 9), [(3, 9), (20, 50), (1, 1)],
                [(40, 60), (7, 44), (1, 2)]),
-    "no index yet": ((2, 1, 2, 16, 33, 20), (32, 4, 16), [(4, 16)] * 2, [(33, 0), (1, 20)]),
-    "one token": ((1, 1, 1, 16, 1, 1), (16, 1, 1), [(1, 1)], [(1, 0)]),
-    "one cluster": ((1, 1, 3, 16, 5, 1), (16, 1, 1), [(1, 1)], [(0, 1)]),
-    "none retrieved": ((1, 2, 2, 32, 8, 70), (64, 8, 70), [(0, 70)], [(8, 70)]),
-    "no room": ((1, 2, 2, 32, 8, 70), (16, 40, 70), [(40, 70)], [(8, 70)]),
-    "many clusters": ((1, 1, 2, 16, 4, 300), (1310, 295, 300), [(295, 300)], [(4, 300)]),
-    "all retrieved": ((1, 2, 2, 32, 8, 70), (640, 70, 70), [(70, 70)], [(8, 70)]),
+    "no index yet": ((2, 1, 2, 16, 33, 20), (4, 16, 9), [(4, 16)] * 2, [(33, 0), (1, 20)]),
+    "one token": ((1, 1, 1, 16, 1, 1), (1, 1, 9), [(1, 1)], [(1, 0)]),
+    "one cluster": ((1, 1, 3, 16, 5, 1), (1, 1, 9), [(1, 1)], [(0, 1)]),
+    "none retrieved": ((1, 2, 2, 32, 8, 70), (8, 70, 9), [(0, 70)], [(8, 70)]),
+    "none estimated": ((1, 2, 2, 32, 8, 70), (40, 70, 9), [(40, 40)], [(8, 70)]),
+    "many clusters": ((1, 1, 2, 16, 4, 300), (295, 300, 9), [(295, 300)], [(4, 300)]),
+    "all retrieved": ((1, 2, 2, 32, 8, 70), (70, 70, 9), [(70, 70)], [(8, 70)]),
 }

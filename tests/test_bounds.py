@@ -196,7 +196,7 @@ def test_what_is_lost_are_the_values_of_those_that_weigh_least(values):
     keys = torch.cat([cache.store.k[0, 0, 2:2 + n], cache.k_steady[0, 0, :150 - n]]).double()
     w = (q[0, :, -1].double() @ keys.mT / 4).softmax(-1)[:, :n]             # (G, n)
     far = torch.repeat_interleave(radii, cache.index.sizes[0, 0].long())    # (n,)
-    n_values = int(cache.budget().limits.values[0])
+    n_values = math.ceil(n * values)
     is_lost = w.sum(0).argsort(descending=True).argsort() >= n_values
     assert is_lost.any()
     lost = (w * far)[:, is_lost].sum(-1)

@@ -195,8 +195,8 @@ def test_a_fetch_brings_the_bytes_of_the_store_whatever_is_in_the_slots(policy, 
         g = torch.Generator().manual_seed(seed // 2)                # every selection comes twice
         ids = torch.rand(2, 2, int(wave.n_clusters.min()), generator=g).argsort(-1)[..., :9]
         ends = wave.index.sizes.gather(-1, ids).long().cumsum(-1)
-        ends = ends.minimum(ends.masked_fill(ends > wave.caps.tokens, 0).amax(-1, keepdim=True))
-        want = gather_clusters(wave.index, stored, wave.caps.tokens, ids, ends)
+        ends = ends.clamp(max=wave.store.N)
+        want = gather_clusters(wave.index, stored, wave.store.N, ids, ends)
         n, got = wave.store.counts.clone(), wave.store.fetch(wave.index, ids, ends)
         is_free = want[2][:, :, 0].isinf()
         assert want[2].equal(got[2]) and not is_free.all()
@@ -331,7 +331,7 @@ def test_a_step_that_asks_the_host_is_found_out(model):
 def long_text(make):
     """The last outputs of 1,500 tokens of 64 heads: 96 MiB of K and V, which are never all there
     at once but in the store."""
-    config, outputs = RetroConfig(segment=64, update=64, min_retrieve=3, boost=1), []
+    config, outputs = RetroConfig(segment=64, update=64, min_retrieve=3), []
     wave, g = WaveIndex(config, 1500, make_store=make), torch.Generator().manual_seed(0)
     for n in [62] * 24 + [1] * 8:
         q, k, v = (torch.randn(1, 64, n, 128, generator=g) for _ in range(3))

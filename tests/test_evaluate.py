@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from steps import qkv
 
 from evaluation import ablation, evaluate, fidelity, ruler, tables, texts
 from evaluation.fidelity import (
@@ -137,7 +138,7 @@ def test_errors_mass_and_recall_are_those_of_float64(case, make):
 
 
 def test_what_is_read_exactly_is_all_that_an_index_without_estimates_attends_to(case):
-    config = replace(TINY, estimate=0.0, values=1.0, boost=1, mean_room=False)
+    config = replace(TINY, estimate=0.0, values=1.0)
     (_, k, v), (q, k1, v1, dense) = case.past[0], case.steps[0]
     keys, values = (torch.cat(x, 2)[0].double() for x in ((k, k1), (v, v1)))
     n_read = set()
@@ -196,7 +197,11 @@ def test_pages_are_ranked_by_a_bound_of_their_products():
 def test_methods_keep_to_the_bytes_they_are_given(n, share):
     torch.manual_seed(0)
     k, v, q = (torch.randn(1, heads, n + 8, 64) for heads in (2, 2, 4))
-    for name, make in fidelity.methods_at(share * 2 * n, n, 8).items():
+    past = q[:, :, :1], k[:, :, :n], v[:, :, :n]
+    steps = [(q[:, :, n:], k[:, :, n:], v[:, :, n:], None)]
+    case = SimpleNamespace(past=[past], steps=steps)
+    full = [fidelity.fullness(case, c) for c in (RetroConfig(), RetroConfig.paper())]
+    for name, make in fidelity.methods_at(share * 2 * n, n, 8, full).items():
         cache = filled(make, q[:, :, :1], k[:, :, :n], v[:, :, :n], 8)
         rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
             cache, *(x[:, :, n:] for x in (q, k, v)))]
@@ -209,20 +214,17 @@ def test_too_few_bytes_for_an_index_leave_the_method_out():
     assert set(fidelity.methods_at(0.02 * 4000, 2000, 8)) == {"window", "oracle"}
 
 
-@pytest.mark.parametrize("scale, least", [(1.0, 1.0), (2.9, 2.0)])
-def test_rows_of_ours_are_those_a_step_reads(scale, least):
-    """Those of long queries too, for which heads retrieve more."""
+def test_rows_of_ours_are_those_a_step_reads():
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 5008, 64) for _ in range(3))
-    first = RetroConfig().sink + RetroConfig().segment
-    heard = scale * q[:, :, :first].square().sum(2, keepdim=True).sqrt()
-    past = heard, k[:, :, :5000], v[:, :, :5000]
-    boost = fidelity.mean_boost(SimpleNamespace(past=[past]), RetroConfig())
-    assert least <= boost < 8 * least
+    q, k, v = qkv(5008, G=1, D=64)
+    past = q[:, :, :1], k[:, :, :5000], v[:, :, :5000]
+    steps = [(*(x[:, :, 5000:] for x in (q, k, v)), None)]
+    full = fidelity.fullness(SimpleNamespace(past=[past], steps=steps), RetroConfig())
+    assert 1 < full < 2
     cache = filled(functools.partial(wave, RetroConfig()), *past, 8)
     rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
         cache, *(x[:, :, 5000:] for x in (q, k, v)))]
-    assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(5000, 8, boost), rel=0.05)
+    assert sum(rows) / 8 == pytest.approx(fidelity.ours_rows(5000, 8, full), rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -237,13 +239,13 @@ def test_rows_count_the_tokens_fetched_and_numbers_by_their_bits(bits):
     def attend(q, steady, index, stores, budget, method):
         def fetch(ids, ends):
             fetched.append(ends[..., -1].float().mean())
-            return gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+            return gather_clusters(index, stores, budget.N, ids, ends)
         cache.watch(q, steady, index, stores, budget, method)
         return tripartite_attention(q, steady, index, budget, fetch, method)
     cache.hot = PLAIN._replace(attend=attend)
     _, = fidelity.feed(cache, *(x[:, :, -1:] for x in (q, k, v)))
     clusters = (cache.index.sizes > 0).sum(-1).float().mean()
-    n_ranked, vector = limits_of(config, cache.n_indexed).ranked, 64 * bits / 8    # bytes
+    (_, n_ranked), vector = limits_of(config, cache.n_indexed), 64 * bits / 8       # bytes
     steady, retrieved = 1100 - cache.n_indexed, fetched[0]
     n_bytes = ((2 * steady + 1.2 * retrieved) * 128 + clusters * (vector + 8) + n_ranked * vector)
     assert fidelity.rows_read(cache) * 128 == pytest.approx(n_bytes.item())

@@ -135,8 +135,8 @@ for config in (replace(small, retrieve=1.0), small):
         truth = oracle.dense(q[:, :, 899:], k, v)
         torch.testing.assert_close(o.double(), truth, rtol=1e-4, atol=1e-5)
         continue
-    n, share = int(wave.n_tokens - wave.n_indexed), wave.budget().limits
-    budget = (int(share.retrieve), int(share.ranked - share.retrieve), 10**6, 10**6)
+    n, share = int(wave.n_tokens - wave.n_indexed), wave.budget()
+    budget = int(share.retrieve), int(share.ranked - share.retrieve), 1000
     for h in range(2):
         spans = zip(wave.index.offsets[0, h].tolist(), wave.index.sizes[0, h].int().tolist())
         clusters = [(wave.store.k[0, h, i:i + m], wave.store.v[0, h, i:i + m])

@@ -14,7 +14,7 @@ from model import Llama
 from retroinfer import RetroConfig, Store, WaveIndex
 
 LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
-COUNTERS = {"n_tokens", "n_indexed", "n_clusters", "q_energy", "boosts"}    # too few bytes to plan
+COUNTERS = {"n_tokens", "n_indexed", "n_clusters", "q_energy"}             # too few bytes to plan
 
 
 def most_alive(work):
@@ -53,7 +53,6 @@ def measured(model, run):
     reading = most_alive(lambda: prefill(model, caches, [ids[-run.chunk:]] * run.batch))
     for cache in caches:
         cache.update()
-        cache.boosts.fill_(run.retro.boost)         # the plan counts the most a head may take
     step = most_alive(lambda: eager_step(model, caches, ids[:run.batch]))
     return alive(model, caches), reading, step
 

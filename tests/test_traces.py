@@ -132,7 +132,7 @@ def test_policies_differ_where_they_should():
 
 # ---------------------------------------------------------------- traces
 
-CONFIG = RetroConfig(segment=256, update=64, cluster=16, min_retrieve=5, boost=1)
+CONFIG = RetroConfig(segment=256, update=64, cluster=16, min_retrieve=5)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,6 @@ def test_a_trace_has_what_each_step_read(recorded):
     model, _, trace = recorded
     assert trace.ids.shape == trace.sizes.shape == (70, len(model.layers), 4, 5)
     assert trace.capacity == 512 and 0 < trace.sizes.max() <= CONFIG.largest
-    assert (trace.sizes.sum(-1) <= 80).all()                # 5 x 16 tokens
     for layer, head in trace.streams:
         size = {}
         for ids, sizes in zip(trace.ids[:, layer, head], trace.sizes[:, layer, head], strict=True):
