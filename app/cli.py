@@ -204,11 +204,10 @@ def answer(args):
     """Read the prompts, answer them, print the card. The exit status."""
     texts, lines = [read_prompt(path) for path in args.prompt_file], turns()
     pick = sampler(args.temperature, args.top_p, args.seed)
-    make_config(args, has_biases=False)         # wrong numbers are refused before a model is loaded
+    config = make_config(args)                  # wrong numbers are refused before a model is loaded
     device = choose_device(args.device)
     step, hot, backend = choose_backend(args.backend, device, args.offload)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
-    config = make_config(args, model.config.qkv_bias)
     snapshot = None
     if args.load_index:
         from app.snapshot import Snapshot
@@ -245,17 +244,12 @@ def say(args, session, n_tokens, tokenizer):
     return said
 
 
-def make_config(args, has_biases):
-    """The RetroConfig of a run.
-
-    A model whose keys have biases gets 16 bits: some channels are large in every key, and 4 bits
-    cannot hold the differences between them. --offload has its own numbers: see buffer.WHOLE.
-    """
-    usual = {"bits": 16} if has_biases else {}
-    if args.offload:
-        from buffer import WHOLE
-        usual |= WHOLE
-    return RetroConfig(**usual | args.set)
+def make_config(args):
+    """The RetroConfig of a run. --offload has its own numbers: see buffer.WHOLE."""
+    if not args.offload:
+        return RetroConfig(**args.set)
+    from buffer import WHOLE
+    return RetroConfig(**WHOLE | args.set)
 
 
 def cache_maker(args, model, config, hot, capacity, batch):

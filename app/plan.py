@@ -324,7 +324,7 @@ def show(args):
     config = shape(args.shape)
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
               args.cache_ratio if args.offload else None, bool(args.store), is_cpu,
-              make_config(args, config.qkv_bias))
+              make_config(args))
     print(f"{args.shape}, {run.capacity:,} tokens x {run.batch}, "
           f"{str(dtype).removeprefix('torch.')}\n{plan(run)}")
     memory = args.memory * GIB if args.memory else installed(device)

@@ -12,7 +12,6 @@
 # %%
 import sys; sys.path[:0] = [".."]
 import time
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -137,7 +136,7 @@ print(f"{agreement:.2%} of the keys are in the same cluster")
 
 # %%
 k = text.k[LAYER:LAYER + 1, :, config.sink:config.sink + N].float()     # (1, H, N, D)
-index, _, _ = cluster_segment(k, k, replace(config, outliers=False))
+index, _, _ = cluster_segment(k, k, config)
 before = torch.cat([i.bincount(minlength=C) for i in ids])              # (H*C,)
 after = index.sizes[index.sizes > 0].long()
 ax = axes(f"{int((before > config.largest).sum())} of {len(before)} clusters are too large and "
@@ -151,33 +150,6 @@ label(ax, config.largest + 2, 8, "before, in grey", dy=12)
 label(ax, 3, 150, "after", dx=-8, dy=0, ha="right")
 plt.show()
 assert before.sum() == after.sum() == H * N and after.max() <= config.largest < before.max()
-
-# %% [markdown]
-# ## What a mean hides
-#
-# A mean says nothing of a key that is alone among others. A head that looks for just this key asks
-# the centroid, and passes by: a needle in the wrong drawer. The store has an eighth more slots than
-# clusters, for the pieces. Those that are left go to the keys farthest from their centroids, a slot
-# each: they become clusters of one, which hide nothing.
-
-# %%
-def distances(outliers):
-    """Of every key (H*N,) from the centroid of its cluster, and how many clusters are of one."""
-    shown = replace(config, outliers=outliers, bits=16)
-    index, in_order, _ = cluster_segment(k, k, shown)
-    sizes, rows = index.sizes.flatten().long(), index.centroids.flatten(0, 2)
-    far = in_order.flatten(0, 2) - rows.repeat_interleave(sizes, 0)
-    return far.norm(dim=-1), int((sizes == 1).sum())
-
-(apart, n_alone), (closer, n_own) = distances(False), distances(True)
-ax = axes(f"{n_own - n_alone} keys more have a slot of their own, and the tail is gone",
-          "distance from the centroid", "keys", size=(7.5, 3))
-bins = torch.linspace(0, float(apart.max()), 60)
-ax.stairs(torch.histogram(apart, bins).hist, bins, fill=True, color=LIGHT)
-ax.stairs(torch.histogram(closer, bins).hist, bins, color=DARK)
-label(ax, float(apart.quantile(0.99)), 40, "before, in grey", dy=14)
-plt.show()
-assert closer.max() < 0.9 * apart.max()
 
 # %% [markdown]
 # ## Is it an index?

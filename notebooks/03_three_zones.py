@@ -22,9 +22,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
 
 from retroinfer import (
     Budget,
-    Caps,
     RetroConfig,
-    Limits,
     cluster_segment,
     gather_clusters,
     limits_of,
@@ -36,8 +34,7 @@ config = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
-given = limits_of(config, torch.tensor(N))
-R, ranked = int(given.retrieve), int(given.ranked)
+R, ranked = (int(n) for n in limits_of(config, torch.tensor(N)))
 E = ranked - R
 print(f"of {N // config.cluster} clusters {R} are retrieved and {E} estimated")
 
@@ -121,22 +118,22 @@ mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7, h)) for g
 
 # %% [markdown]
 # The library does it for a batch, with shapes that never change: a *budget* says how many clusters
-# and how many tokens there is room for, and `fetch` brings the tokens of those that are retrieved.
+# are read and ranked, and `fetch` brings the tokens of those that are read.
 
 # %%
-def library(a, t, room, by_mass=False):
-    """Output (H, G, D) of the library, with room for so many retrieved tokens."""
+def library(a, t, by_mass=False):
+    """Output (H, G, D) of the library."""
     n = text.n_prompt + t + 1 - N
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
-    sizes = room, room, R, R + E                # tokens, values, clusters read, clusters ranked
-    budget = Budget(Caps(*sizes), Limits(*(torch.tensor([[x]]) for x in sizes)))
+    budget = Budget(torch.tensor([[R]]), torch.tensor([[R + E]]), values=1.0, R=R, K=R + E,
+                    N=R * config.largest)
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
-        return gather_clusters(a.index, stores, room, ids, ends)
+        return gather_clusters(a.index, stores, budget.N, ids, ends)
     method = replace(config, by_mass=by_mass).method()
     return tripartite_attention(a.q[None, :, :, t], steady, a.index, budget, fetch, method)[0]
 
-torch.testing.assert_close(mine, library(a, 7, room=R * config.largest))
+torch.testing.assert_close(mine, library(a, 7))
 
 # %% [markdown]
 # ## Against a judge who knows
@@ -334,7 +331,7 @@ def error_by(by_mass, every=2):
         b = Layer(n, replace(wide, by_mass=by_mass))
         for t in range(0, b.q.shape[2], every):
             dense = outputs(b, t, R)["dense"]
-            o = library(b, t, R * config.largest, by_mass)
+            o = library(b, t, by_mass)
             found.append((o - dense).norm(dim=-1) / dense.norm(dim=-1))
     return torch.stack(found).view(len(layers), -1, H, G)
 
@@ -409,7 +406,7 @@ print("right" if check(logit) else "not yet")
 # ```python
 # means = a.index.means
 # a.index = a.index._replace(means=means * a.index.sizes[..., None])
-# twice = library(a, 7, room=R * config.largest)
+# twice = library(a, 7)
 # a.index = a.index._replace(means=means)
 # dense = outputs(a, 7, R)["dense"]
 # wrong, right = ((o - dense).norm() / dense.norm() for o in (twice, mine))
@@ -418,15 +415,17 @@ print("right" if check(logit) else "not yet")
 # ```
 # </details>
 #
-# **3.** `WaveIndex` makes room for the mean size of a cluster times the clusters retrieved; what
-# does not fit is estimated. Compare with room for all: how much of the error is that?
+# **3.** A step reads whole clusters. How many tokens is that, beside R clusters of the mean size?
+# Why is it more?
 #
 # <details><summary>Answer</summary>
 #
+# A cluster with many tokens near the query has a good chance to be among the best: large clusters
+# are asked for more often than small ones.
+#
 # ```python
-# dense = outputs(a, 7, R)["dense"]
-# for room in (R * config.cluster, R * config.largest):
-#     o = library(a, 7, room)
-#     print(f"room for {room} tokens: error {(o - dense).norm() / dense.norm():.2%}")
+# best = torch.stack([ranking(a, 7, h)[:R] for h in range(H)])
+# tokens = a.index.sizes[0].gather(-1, best).sum(-1)
+# print(f"{tokens.mean():.0f} tokens a head, {R * config.cluster} of mean clusters")
 # ```
 # </details>

@@ -125,7 +125,7 @@ class Watched(WaveIndex):
 
     def watch(self, q, steady, index, stores, budget, method):
         def fetch(ids, ends):
-            self.fetched = gather_clusters(index, stores, budget.caps.tokens, ids, ends)
+            self.fetched = gather_clusters(index, stores, budget.N, ids, ends)
             return self.fetched
         return tripartite_attention(q, steady, index, budget, fetch, method)
 
@@ -207,9 +207,7 @@ assert 0 < n_found < n_layers and hits.max() > len(needle) / 2 and share < 0.1
 
 # %% [markdown]
 # A few layers do it for all: it is there that the model finds things, and the others have other
-# work. Where do they look? Each row is a layer; dark is what its heads retrieve. A row that is
-# darker all along has a head that copies: its logits vary so much within clusters that centroids
-# tell little, and it retrieves up to eight times its share (`boosts` in retroinfer.py).
+# work. Where do they look? Each row is a layer; dark is what its heads retrieve.
 
 # %%
 rows = torch.zeros(n_layers, T)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bench.footprint import counted, needs
-from retroinfer import Budget, Caps, Index, RetroConfig, Limits, attend, cluster_segment, limits_of
+from retroinfer import Budget, Index, RetroConfig, attend, cluster_segment, limits_of
 
 text, config = captured(), RetroConfig()
 H, T, D = text.k.shape[1:]
@@ -255,9 +255,10 @@ index, *stores = cluster_segment(k[:, :, middle], v[:, :, middle], config)
 rest = tuple(torch.cat([x[:, :, :config.sink], x[:, :, middle.stop:]], 2) for x in (k, v))
 steady = *rest, torch.zeros(1, H, 1, rest[0].shape[2])
 def budget_of(n):
-    """The Budget of a step behind a text of n tokens, whose heads may read as much as there is."""
-    each = limits_of(config, torch.tensor([[n]]))
-    return Budget(Caps(*map(int, each)), each)
+    """The Budget of a step behind a text of n tokens."""
+    retrieve, ranked = limits_of(config, torch.tensor([[n]]))
+    R, K = int(retrieve), int(ranked)
+    return Budget(retrieve, ranked, config.values, R, K, N=R * config.largest)
 
 budget, method = budget_of(n_text), config.method()
 step = q, steady, index, stores, budget, method
@@ -281,8 +282,9 @@ def least(step):
     q, steady, index, _, budget, _ = step
     (B, H, G, D), e = q.shape, q.element_size()
     live = index.sizes.numel() if index.sizes.is_meta else int((index.sizes > 0).sum())
-    rows = 2 * G + 2 * steady[0].shape[2] + budget.caps.tokens + budget.caps.values
-    vectors, vector = live + B * H * budget.caps.ranked, index.means[0, 0, 0].nbytes
+    n = budget.R * config.cluster               # tokens, if the clusters have the mean size
+    rows = 2 * G + 2 * steady[0].shape[2] + n + int(n * config.values)
+    vectors, vector = live + B * H * budget.K, index.means[0, 0, 0].nbytes
     return B * H * rows * D * e + vectors * vector + 8 * live
 
 floor = least(step)
@@ -322,11 +324,11 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(1, H_l, *shape, dtype=dtype, device="meta")
 
 def on_meta(budget):
-    return Budget(budget.caps, Limits(*(x.to("meta") for x in budget.limits)))
+    return budget._replace(retrieve=budget.retrieve.to("meta"), ranked=budget.ranked.to("meta"))
 
 vectors = meta(C, D_l // 2, dtype=torch.uint8)
 index_l = Index(vectors, vectors, meta(C, dtype=torch.float32), meta(C, dtype=torch.int64),
-                meta(C), meta(C, 2))
+                meta(C), meta(C, 2), meta(1, D_l, dtype=torch.float32))
 large = (meta(G_l, D_l), (meta(W, D_l), meta(W, D_l), meta(1, W, dtype=torch.float32)), index_l,
          (meta(T_l, D_l), meta(T_l, D_l)), on_meta(budget_of(T_l)), method)
 with Ledger() as ledger:

@@ -41,22 +41,21 @@ def attention_row(text, config):
     middle = torch.arange(config.sink, config.sink + n_text)
     place = middle.float()[:, None].expand(1, H, -1, 2)         # values that say where they were
     index, _, place = cluster_segment(k[:, :, middle], place, config, weights=weights)
-    given, method = limits_of(config, torch.tensor(n_text)), config.method()
-    R, ranked = int(given.retrieve), int(given.ranked)
+    method = config.method()
+    R, ranked = (int(n) for n in limits_of(config, torch.tensor(n_text)))
     near = torch.cat([k[:, :, :config.sink], k[:, :, config.sink + n_text:]], 2)
-    far = method.codec.score(q, index, method)                              # (B, H, G, C)
+    far = method.centroid_logits(q, index, method)                              # (B, H, G, C)
     order = rank_clusters(q, far, q @ near.mT, index, index.sizes.shape[2], method)
     mass = far + method.log_count(q, index)
     logits = k[0, h] @ q[0, h, g]                                           # (T,)
     weights = logits.softmax(0)
-    zones, clusters, room = torch.zeros(now + 1, dtype=torch.int64), [], R * config.cluster
+    zones, clusters = torch.zeros(now + 1, dtype=torch.int64), []
     for rank, c in enumerate(order[0, h].tolist()):
         size, first = int(index.sizes[0, h, c]), int(index.offsets[0, h, c])
         if not size:
             break
         members = place[0, h, first:first + size, 0].long()
-        room = room - size if rank < R and size <= room else -1             # what does not fit
-        zone = 1 if room >= 0 else 2 if rank < ranked else 3
+        zone = 1 if rank < R else 2 if rank < ranked else 3
         zones[members] = zone
         clusters.append(SimpleNamespace(
             size=size, share=float(weights[members].sum()), zone=zone,

@@ -550,8 +550,3 @@ def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
 def test_native_code_is_for_a_cpu():
     with pytest.raises(ValueError, match="backend native needs a CPU"):
         cli.choose_backend("native", torch.device("cuda:0"))
-
-
-def test_keys_with_biases_are_indexed_in_sixteen_bits_unless_told_otherwise():
-    assert [cli.make_config(cli.parse_args(["--prompt-file", "x", *more]), has_biases).bits
-            for more in ([], ["--set", "bits=4"]) for has_biases in (False, True)] == [4, 16, 4, 4]

@@ -294,6 +294,19 @@ def test_what_four_bits_keep_is_within_half_a_step():
         torch.testing.assert_close(kept[2], true, rtol=0.005, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"], indirect=True)
+def test_what_is_large_in_every_key_changes_no_answer(backend):
+    """As biases make it. Without the centre, 4 bits would keep nothing else."""
+    q, k, v = qkv(400)
+    large = 40 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+    config = RetroConfig(**SMALL, retrieve=0.1, estimate=0.3)
+    (_, plain), (wave, shifted) = (run(config, q, x, v, 390) for x in (k, k + large))
+    torch.testing.assert_close(shifted[:, :, 390:], plain[:, :, 390:], rtol=1e-3, atol=1e-3)
+    wave.index.centre.zero_()
+    lost = wave.decode(q[:, :, -1:], (k + large)[:, :, -1:], v[:, :, -1:])
+    assert (lost - plain[:, :, -1:]).abs().max() > 0.1
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_shape_is_dense_when_all_is_retrieved(data):
