@@ -31,7 +31,8 @@ test: setup     ## the quick tests, a few minutes; the slowest ones are listed i
 test-slow: setup ## the tests that make test leaves out
 	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
 
-test-all: test test-slow ## every test
+test-all: export HYPOTHESIS_PROFILE = free
+test-all: test test-slow ## every test; random cases differ from run to run
 
 test-gpu:       ## the kernels on a GPU, with the torch and Triton of PYTHON
 	$(PYTHON) -m pytest tests/test_kernels.py tests/test_gpu_bench.py tests/test_footprint.py $(ARGS)

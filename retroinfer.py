@@ -1,11 +1,11 @@
 """RetroInfer: the KV cache as a vector store.
 
 Full attention reads every key and value at every decode step. RetroInfer
-reads a few per cent of them. It clusters the keys while they arrive (the wave
-index). A step ranks the clusters by their centroids, attends exactly to the
-members of the best clusters, estimates the next clusters from their centroids,
-and drops the rest. The first and the latest tokens are always exact. One
-softmax spans all of it (tripartite attention):
+reads a few per cent of them. It clusters the keys while they arrive (the
+wave index). A step ranks the clusters by their centroids, attends exactly
+to the members of the best clusters, estimates the next clusters from their
+centroids, and drops the rest. The first and the latest tokens are always
+exact. One softmax spans all of it (tripartite attention):
 
       sink │     clusters, best first for this query     │ local, generated
     ┌──────┬──────────────┬───────────────────┬──────────┬─────────────────┐
@@ -23,10 +23,10 @@ softmax spans all of it (tripartite attention):
     python retroinfer.py --prompt-file x        # the command line, in app/
 
 Part I is the paper: Chen et al., RetroInfer, PVLDB 19(5) 2026 (arXiv
-2505.02922). Part II is what this project does better: named entries, each with
-the paper's choice in its place in Part I. RetroConfig.paper() selects none of
-them. Copied alone, this file needs torch 2.5 or later and nothing else.
-docs/defaults.md says what differs from the published code.
+2505.02922). Part II is what this project does better: named entries, each
+with the paper's choice in its place in Part I. RetroConfig.paper() selects
+none of them. Copied alone, this file needs torch 2.5 or later and nothing
+else. docs/defaults.md says what differs from the published code.
 """
 import functools
 import math
@@ -44,7 +44,8 @@ RUN = 64        # shapes are multiples of this: loops over rows have no rest
 
 @dataclass(frozen=True)
 class RetroConfig:
-    """The numbers of the method. The comment beside a field is its help text.
+    """The numbers of the method. The comment beside a field is its help
+    text.
 
     The defaults are ours (docs/defaults.md says why). paper() has the
     published ones.
@@ -144,8 +145,8 @@ class Budget(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The choices that Part II may replace: PAPER below has the paper's. What
-    Part I does not define does nothing there. scores, mix and few are
+    """The choices that Part II may replace: PAPER below has the paper's.
+    What Part I does not define does nothing there. scores, mix and few are
     replaced by generate.py alone, which writes them for Inductor."""
     channel_weights: Callable   # q energy (H, D), config -> (1, H, 1, D) or 1
     spreads: Callable           # k, centroids, order, sizes, hot -> (1, H, C)
@@ -172,7 +173,8 @@ class Hot(NamedTuple):
 # ---------------------------------------------------------------- what every method's cache needs
 
 class Store:
-    """Keys and values of a layer's tokens, (B, H, T, D) each, on the device.
+    """Keys and values of a layer's tokens, (B, H, T, D) each, on the
+    device.
 
     buffer.WaveBuffer has the same functions for a store on the host: there
     bring returns copies, and put writes them back.
@@ -210,12 +212,13 @@ class LayerCache(nn.Module):
         store     sink | indexed tokens, in the method's order | latest tokens
         steady    sink | latest tokens, generated tokens | free slots
 
-    A sequence reads or decodes. While it reads, its latest tokens are in the
-    store, and a chunk attends to all tokens before it: their order does not
-    matter, because their positions are in the keys (RoPE). While it decodes,
-    its latest tokens are in the steady zone. update(), between steps, moves
-    them there, and indexes open tokens: past the sink, not indexed, older than
-    the local window. Nothing reallocates, and no shape changes.
+    A sequence reads or decodes. While it reads, its latest tokens are in
+    the store, and a chunk attends to all tokens before it: their order does
+    not matter, because their positions are in the keys (RoPE). While it
+    decodes, its latest tokens are in the steady zone. update(), between
+    steps, moves them there, and indexes open tokens: past the sink, not
+    indexed, older than the local window. Nothing reallocates, and no shape
+    changes.
 
     A method supplies allocate_index(like); absorb(row, k, v), which indexes
     the oldest open tokens k, v (1, H, n, D), may reorder them in place, and
@@ -245,8 +248,8 @@ class LayerCache(nn.Module):
         """Hear queries q (B or 1, H*G, T, D) of the tokens from `start` on."""
 
     def prefill(self, q, k, v, row=0):
-        """Append T tokens to a sequence, k, v (1, H, T, D): their exact causal
-        attention (1, H*G, T, D). If q is None, they do not attend.
+        """Append T tokens to a sequence, k, v (1, H, T, D): their exact
+        causal attention (1, H*G, T, D). If q is None, they do not attend.
 
         ValueError if they do not fit the capacity.
         """
@@ -295,8 +298,9 @@ class LayerCache(nn.Module):
     forward = decode            # calling a cache is a step
 
     def update(self):
-        """Index the tokens that left the local window. Returns how many steps
-        may follow. ValueError after more steps than it returned before."""
+        """Index the tokens that left the local window. Returns how many
+        steps may follow. ValueError after more steps than it returned
+        before."""
         most = self.config.steady
         for row, is_in_store in enumerate(self.is_in_store):
             n = int(self.n_tokens[row] - self.n_indexed[row])
@@ -352,8 +356,8 @@ class LayerCache(nn.Module):
 
 
 def attend_causally(q, k, v):
-    """Attention of the last Tq tokens' q (1, H*G, Tq, D) to k, v (1, H, T, D),
-    each to its past."""
+    """Attention of the last Tq tokens' q (1, H*G, Tq, D) to k, v (1, H, T,
+    D), each to its past."""
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                               enable_gqa=True)
@@ -406,8 +410,8 @@ class WaveIndex(LayerCache):
         return Budget(*limits, self.config.values, *self.most)
 
     def absorb(self, row, k, v):
-        """Cluster the next tokens k, v (1, H, L, D), and put them in cluster
-        order in place."""
+        """Cluster the next tokens k, v (1, H, L, D), and put them in
+        cluster order in place."""
         first = int(self.n_clusters[row])
         start = self.config.sink + int(self.n_indexed[row])
         weights = self.method.channel_weights(self.q_energy[row], self.config)
@@ -438,8 +442,8 @@ class WaveIndex(LayerCache):
 
     def state(self, row):
         """All that is known of a sequence, by name: views (H, ...), and
-        counters (2,). It moves the latest tokens to the store: call update()
-        before the next decode."""
+        counters (2,). It moves the latest tokens to the store: call
+        update() before the next decode."""
         self.move_to_store(row)
         c = int(self.n_clusters[row])
         k, v = self.store.view(row, 0, int(self.n_tokens[row]))
@@ -459,8 +463,8 @@ class WaveIndex(LayerCache):
                 x.copy_(state[name])
 
     def bytes_read(self):
-        """Bytes of K, V and index that one decode step reads at most: as if it
-        retrieved the largest clusters."""
+        """Bytes of K, V and index that one decode step reads at most: as if
+        it retrieved the largest clusters."""
         index, budget, c = self.index, self.budget(), self.config
         key, vector = self.store.k[0, 0, 0].nbytes, index.means[0, 0, 0].nbytes
         sizes = index.sizes.sort(-1, descending=True).values
@@ -475,8 +479,8 @@ class WaveIndex(LayerCache):
         return int((rows * key + vectors * vector + numbers).sum())
 
     def facts(self):
-        """What a step may read, as numbers. A list has one for each sequence,
-        the mean over its heads."""
+        """What a step may read, as numbers. A list has one for each
+        sequence, the mean over its heads."""
         budget, (_, H, _, D) = self.budget(), self.store.k.shape
         clusters = (self.index.sizes > 0).sum(-1)               # (B, H)
         retrieved = budget.retrieve.minimum(clusters)
@@ -499,8 +503,8 @@ class WaveIndex(LayerCache):
 
 
 def limits_of(config, tokens, method=None):
-    """How many clusters are retrieved, and how many are ranked, with so many
-    indexed tokens (B, 1)."""
+    """How many clusters are retrieved, and how many are ranked, with so
+    many indexed tokens (B, 1)."""
     slots, clusters = config.slots(tokens), tokens // config.cluster
 
     def portion(share, factor=1):       # 1 means all, split clusters included
@@ -517,23 +521,25 @@ def limits_of(config, tokens, method=None):
 # ---------------------------------------------------------------- tripartite attention (§4.2)
 
 def attend(q, steady, index, stores, budget, method):
-    """One step's attention (B, H, G, D) of q (B, H, G, D) to the steady zone
-    and the clusters.
+    """One step's attention (B, H, G, D) of q (B, H, G, D) to the steady
+    zone and the clusters.
 
-    steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is free.
-    stores: k, v (B, H, T, D). This is the reference of generate.attend,
-    kernels.attend and native.step.attend.
+    steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is
+    free. stores: k, v (B, H, T, D). This is the reference of
+    generate.attend, kernels.attend and native.step.attend.
     """
     fetch = functools.partial(gather_clusters, index, stores, budget.N)
     return tripartite_attention(q, steady, index, budget, fetch, method)
 
 
 def tripartite_attention(q, steady, index, budget, fetch, method):
-    """attend, with fetch(ids, ends) for the members k, v and bias of clusters.
+    """attend, with fetch(ids, ends) for the members k, v and bias of
+    clusters.
 
-    A centroid with bias log(size) weighs as much as its tokens would if their
-    keys were equal (eq. 2); by Jensen's inequality never more (eq. 3). The
-    output is one weighted mean of values and of mean values (eq. 4).
+    A centroid with bias log(size) weighs as much as its tokens would if
+    their keys were equal (eq. 2); by Jensen's inequality never more (eq.
+    3). The output is one weighted mean of values and of mean values (eq.
+    4).
     """
     q = q.float() * q.shape[-1] ** -0.5                         # (B, H, G, D)
     k_s, v_s, bias_s = steady
@@ -578,8 +584,8 @@ def rank_by_centroid(q, logits, x_steady, index):
 
 
 def choose_clusters(order, index, budget):
-    """Which of the ranked clusters `order` (B, H, K) are read, and which are
-    estimated: ids (B, H, R), ends (B, H, R), bias (B, H, 1, K).
+    """Which of the ranked clusters `order` (B, H, K) are read, and which
+    are estimated: ids (B, H, R), ends (B, H, R), bias (B, H, 1, K).
 
         order    c0    c1   c2   c3   │ c4   c5   c6    │ c7 ...
                  └─ budget.retrieve ──┘                 │
@@ -622,9 +628,9 @@ def mix_means(weights, index, order, method):
 def cluster_segment(k, v, config, hot=None, weights=1, centre=None):
     """Cluster L tokens k, v (1, H, L, D), L a multiple of the cluster size.
 
-    weights (1, H, 1, D) or 1: of the channels of k. centre (1, H, 1, D): that
-    of the text's first segment, unless this is the first. Returns the Index,
-    offsets from 0, and k, v in its order.
+    weights (1, H, 1, D) or 1: of the channels of k. centre (1, H, 1, D):
+    that of the text's first segment, unless this is the first. Returns the
+    Index, offsets from 0, and k, v in its order.
     """
     L, method, hot = k.shape[2], config.method(), hot or PLAIN
     slots = config.slots(L)
@@ -646,12 +652,12 @@ def cluster_segment(k, v, config, hot=None, weights=1, centre=None):
 
 
 def spherical_kmeans(x, C, iterations, hot=None):
-    """Cluster ids (B, H, L) of centred keys x (B, H, L, D): nearest by inner
-    product.
+    """Cluster ids (B, H, L) of centred keys x (B, H, L, D): nearest by
+    inner product.
 
     Centroids are unit vectors, seeded at even distances along the text. The
-    published code does not normalise the seeds: they then outshine every unit
-    vector, and most clusters run empty in the second pass.
+    published code does not normalise the seeds: they then outshine every
+    unit vector, and most clusters run empty in the second pass.
     """
     L, hot = x.shape[2], hot or PLAIN
     seeds = (torch.arange(C, device=x.device) * 2 + 1) * L // (2 * C)
@@ -667,18 +673,19 @@ def spherical_kmeans(x, C, iterations, hot=None):
 
 def nearest(x, centroids):
     """Ids (B, H, L) of the centroids (B, H, C, D) with the largest inner
-    products with x. Head by head: one head's products stay in a CPU's cache."""
+    products with x. Head by head: one head's products stay in a CPU's
+    cache."""
     heads = zip(x.flatten(0, 1), centroids.flatten(0, 1), strict=True)
     ids = torch.stack([(a @ b.mT).argmax(-1) for a, b in heads])
     return ids.view(x.shape[:3])
 
 
 def segment_sum(x, order, sizes):
-    """Sums (B, H, C, D), fp32, of x (B, H, L, D), put in order, over runs of
-    sizes (B, H, C).
+    """Sums (B, H, C, D), fp32, of x (B, H, L, D), put in order, over runs
+    of sizes (B, H, C).
 
-    embedding_bag sums each run in its order, without atomics: two runs of the
-    program build one index.
+    embedding_bag sums each run in its order, without atomics: two runs of
+    the program build one index.
     """
     n, D = sizes.flatten(), x.shape[-1]
     rows = flat_rows(order, x.shape[2])
@@ -688,12 +695,12 @@ def segment_sum(x, order, sizes):
 
 
 def split_large(ids, config, slots):
-    """Sorted ids (B, H, L), with clusters above P tokens cut into even pieces,
-    numbered anew.
+    """Sorted ids (B, H, L), with clusters above P tokens cut into even
+    pieces, numbered anew.
 
-    A head whose clusters need more pieces than there are slots is cut evenly
-    along its order. Then no piece is above the mean size, and some pieces hold
-    neighbours of two clusters.
+    A head whose clusters need more pieces than there are slots is cut
+    evenly along its order. Then no piece is above the mean size, and some
+    pieces hold neighbours of two clusters.
     """
     place = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     sizes = count(ids, ids.shape[-1])                           # (B, H, L)
@@ -708,16 +715,16 @@ def split_large(ids, config, slots):
 # ---------------------------------------------------------------- rows of clusters in a store
 
 def gather_clusters(index, stores, N, ids, ends):
-    """k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R) that
-    end at ends (B, H, R)."""
+    """k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R)
+    that end at ends (B, H, R)."""
     rows = unroll(index.offsets.gather(-1, ids), ends, N)       # (B, H, N)
     k, v = (take(store, rows.clamp(min=0)) for store in stores)
     return k, v, bias_of(rows < 0)
 
 
 def unroll(first, ends, N):
-    """Rows (B, H, N) of runs that begin at rows `first` (B, H, R), packed to
-    end at `ends`; -1 behind them."""
+    """Rows (B, H, N) of runs that begin at rows `first` (B, H, R), packed
+    to end at `ends`; -1 behind them."""
     place = torch.arange(N, device=ends.device)
     rows = (first - before(ends)).gather(-1, owners(ends, N)) + place
     return rows.masked_fill(place >= ends[..., -1:], -1)
@@ -816,10 +823,10 @@ def method_of(config):
 def weigh_channels(energy, config):
     """**Channel weights** (channel_power). The paper: 1.
 
-    A query must find what it looks for in few clusters. So channels that are
-    loud in queries count more when keys are clustered: weights (1, H, 1, D)
-    are the energy of the queries (H, D) over its mean, to a power. RoPE turns
-    queries between channels d and d + D/2: both weigh the same.
+    A query must find what it looks for in few clusters. So channels that
+    are loud in queries count more when keys are clustered: weights (1, H,
+    1, D) are the energy of the queries (H, D) over its mean, to a power.
+    RoPE turns queries between channels d and d + D/2: both weigh the same.
     """
     pairs = energy + energy.roll(energy.shape[-1] // 2, -1)
     mean = pairs.mean(-1, keepdim=True)                         # (H, 1)
@@ -833,8 +840,8 @@ def pack(x, dtype=None):
     Ranking reads every centroid, the largest read of a step. In 4 bits,
     clusters of 8 tokens are as cheap to rank as clusters of 32 in 16 bits.
     x (1, H, C, D) becomes bytes (1, H, C, D/2) and a scale a row (1, H, C).
-    Byte j has number j in its lower half and number j + D/2 in its upper half,
-    each plus 8.
+    Byte j has number j in its lower half and number j + D/2 in its upper
+    half, each plus 8.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"a head of {x.shape[-1]} dims cannot be kept in 4 "
@@ -854,16 +861,17 @@ def unpack(codes):
 def mean_key(k):
     """**Keys minus their mean** (bits). The paper: 0.
 
-    4 bits hold little of a channel that is large in every key. A softmax does
-    not see one vector subtracted from all keys, so centroids are kept minus
-    the mean (1, H, 1, D), fp32, of a text's first keys k (1, H, L, D).
+    4 bits hold little of a channel that is large in every key. A softmax
+    does not see one vector subtracted from all keys, so centroids are kept
+    minus the mean (1, H, 1, D), fp32, of a text's first keys k (1, H, L,
+    D).
     """
     return k.float().mean(2, keepdim=True)
 
 
 def score_packed(q, index, method):
-    """score_centroids on 4 bits. Queries are rounded to bytes: their sums with
-    4 bits are exact in any order."""
+    """score_centroids on 4 bits. Queries are rounded to bytes: their sums
+    with 4 bits are exact in any order."""
     numbers, unit = in_bytes(q)
     halves = zip(numbers.chunk(2, -1), unpack(index.centroids), strict=True)
     logits = sum(method.scores(*half) for half in halves)       # (B, H, G, C)
@@ -872,8 +880,8 @@ def score_packed(q, index, method):
 
 
 def in_bytes(q):
-    """Whole numbers up to 127, fp32, for q (B, H, G, D), and what one is worth
-    (B, H, G, 1)."""
+    """Whole numbers up to 127, fp32, for q (B, H, G, D), and what one is
+    worth (B, H, G, 1)."""
     fine = 127 / q.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     return (q * fine).round(), 1 / fine
 
@@ -908,10 +916,10 @@ def log_mass(q, index):
 def rank_by_mass(q, logits, x_steady, index):
     """**Ranking by mass** (by_mass). The paper: rank_by_centroid.
 
-    A cluster that is not read is lost for good, and one that is read in vain
-    costs little. So clusters are ranked by the largest mass that they may
-    hold. It counts as a share of all attention, the steady zone's included: a
-    query head that looks at the sink has no vote.
+    A cluster that is not read is lost for good, and one that is read in
+    vain costs little. So clusters are ranked by the largest mass that they
+    may hold. It counts as a share of all attention, the steady zone's
+    included: a query head that looks at the sink has no vote.
     """
     possible = logits + log_possible_mass(q, index)             # (B, H, G, C)
     near = x_steady.logsumexp(-1)                               # (B, H, G)
@@ -920,14 +928,14 @@ def rank_by_mass(q, logits, x_steady, index):
 
 
 def log_possible_mass(q, index):
-    """Log of what a cluster may hold, over exp of its centroid's logit:
-    (B, H, G, C).
+    """Log of what a cluster may hold, over exp of its centroid's logit: (B,
+    H, G, C).
 
     The members' logits vary with deviation |q| sqrt(spread). Of n normal
-    logits the sum of exponentials is typically n exp(deviation^2 / 2), as long
-    as the deviation is below t = sqrt(2 log n): none of the n lies above t
-    deviations. Beyond that, the largest logit counts (the random energy model
-    of Derrida).
+    logits the sum of exponentials is typically n exp(deviation^2 / 2), as
+    long as the deviation is below t = sqrt(2 log n): none of the n lies
+    above t deviations. Beyond that, the largest logit counts (the random
+    energy model of Derrida).
     """
     sizes, spreads = index.sizes[:, :, None], index.spreads[:, :, None]
     deviation = (q.square().sum(-1, keepdim=True) * spreads).sqrt()
@@ -946,8 +954,8 @@ def grow(config, tokens):
 
 
 def few(budget, n):
-    """How many of n retrieved tokens have their values read: the share, rounded
-    up. In whole numbers, so that all twins agree."""
+    """How many of n retrieved tokens have their values read: the share,
+    rounded up. In whole numbers, so that all twins agree."""
     return -(-n * round(1000 * budget.values) // 1000)
 
 

@@ -5,7 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# make test tries the same cases every time, make test-all others each time.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.register_profile("free")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

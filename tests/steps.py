@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import oracle
+import pytest
 import torch
 
 import retroinfer
@@ -23,7 +24,7 @@ from retroinfer import (
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "min_retrieve": 1}
 WHOLE = SMALL | {"bits": 16}
 ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0}
-BACKENDS = ["eager", "compiled", "native", "kernels"]
+BACKENDS = ["eager", "compiled", "native", pytest.param("kernels", marks=pytest.mark.slow)]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LONG = {"max_position_embeddings": 4096}     # of a tiny checkpoint
 

@@ -90,7 +90,8 @@ def accesses(n_steps, shape, M, n_blocks, S):
 
 
 @pytest.mark.parametrize("policy, oracle", [(LRU, DictLRU), (CLOCK, ListCLOCK)])
-@pytest.mark.parametrize("S", [0, 1, 7, 24, 60])
+@pytest.mark.parametrize("S", [0, 7, *(pytest.param(S, marks=pytest.mark.slow)
+                                       for S in (1, 24, 60))])
 def test_a_million_accesses_hit_and_leave_what_a_python_cache_does(policy, oracle, S):
     """Five sizes, from none to more than a step asks for, each with more than 200,000 accesses."""
     B, H, M, n_blocks = 4, 24, 24, 90
@@ -299,7 +300,8 @@ def asks(graphs):
             if n.target in ("item", "tolist", "nonzero", "cpu", "numpy")]
 
 
-@pytest.mark.parametrize("policy, overlap", [(LRU, False), (CLOCK, True)])
+@pytest.mark.parametrize("policy, overlap", [
+    (LRU, False), pytest.param(CLOCK, True, marks=pytest.mark.slow)])
 def test_a_step_with_the_buffer_in_it_is_one_graph_that_never_asks_the_host(model, policy, overlap):
     """Through index updates, for a ragged batch; and it hits what the eager step hits."""
     graphs = []
@@ -365,6 +367,7 @@ def in_a_process(*args):
                           cwd=ROOT, env=os.environ | env, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit on private memory")
 def test_a_store_larger_than_the_memory_decodes_from_a_file(tmp_path):
     """RLIMIT_DATA counts what is a process's own, and not a shared map of a file."""

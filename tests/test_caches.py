@@ -26,7 +26,8 @@ def make(request):
 
 @pytest.mark.parametrize("make, backend, chunks", [
     *((*where, chunks) for chunks in CHUNKS for where in QUICK),
-    *((*where, [40, 1, 49]) for where in (*TRACED, ("wave", "kernels")))],
+    *((*where, [40, 1, 49]) for where in TRACED),
+    pytest.param("wave", "kernels", [40, 1, 49], marks=pytest.mark.slow)],
     indirect=["make", "backend"], ids=str)
 def test_chunks_attend_exactly_to_all_before(make, backend, chunks):
     q, k, v = qkv(96, B=2)

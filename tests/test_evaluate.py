@@ -275,6 +275,7 @@ def test_the_rank_of_a_needle_is_that_of_its_best_cluster():
     assert last == [int((cache.index.sizes[1, h] > 0).sum()) - 1 for h in range(2)]
 
 
+@pytest.mark.slow
 @needs_data
 def test_a_needle_is_where_its_positions_say(smollm2):
     tokenizer = smollm2[1]

@@ -32,6 +32,7 @@ def check(facts):
     assert facts["spilled"] <= (0 if must_not and facts["D"] == 128 else 16), facts
 
 
+@pytest.mark.slow
 def test_a_step_compiles_for_an_h100():
     found = footprint.elsewhere(90, "--step", "bf16", 4, 64)
     assert {facts["kernel"] for facts in found} == STEP

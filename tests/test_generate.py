@@ -50,6 +50,7 @@ def test_all_retrieved_gives_dense_logits_through_many_updates(model, ids):
                                rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @settings(max_examples=8, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4))
@@ -69,6 +70,7 @@ def test_unequal_prompts_get_the_logits_they_get_alone(model, lengths):
     torch.testing.assert_close(said[0], torch.cat(said[1:]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=PER_FUNCTION)
 @given(turns=st.lists(st.tuples(st.integers(1, 120), st.integers(0, 60)), min_size=1, max_size=4))
 @example(turns=[(70, 0), (1, 40), (120, 60)])
@@ -109,7 +111,8 @@ def test_full_caches_are_reported(model, ids):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("lengths", [(90,), (1, 30, 90, 250)], ids=str)
+@pytest.mark.parametrize("lengths", [
+    (90,), pytest.param((1, 30, 90, 250), marks=pytest.mark.slow)], ids=str)
 def test_a_step_is_one_graph_and_never_compiles_again(model, lengths):
     """Over more than four updates of the index; layers share one region."""
     torch._dynamo.reset()

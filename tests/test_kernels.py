@@ -25,6 +25,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def first_of(values):
+    """The first is tried in make test, the others in make test-all: the interpreter is slow."""
+    return [values[0], *(pytest.param(x, marks=pytest.mark.slow) for x in values[1:])]
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """What torch.empty hands out is NaN, or the largest integer, in every test of this file."""
@@ -64,15 +69,15 @@ def kernel(case):
     return case.twin(kernels.attend, DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", first_of(DTYPES), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_as_exact_as_pytorch(name, dtype):
     case = Case(*CASES[name], dtype)
     assert_as_exact(kernel(case), case.eager(), case.truth())
 
 
-@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
-@pytest.mark.parametrize("values", [0.3, 0.05, 0.0])
+@pytest.mark.parametrize("dtype", first_of(DTYPES[::-2]), ids=str)
+@pytest.mark.parametrize("values", first_of([0.3, 0.05, 0.0]))
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_that_reads_some_values_is_as_exact_as_pytorch(name, values, dtype):
     case = Case(*CASES[name], dtype, values=values)

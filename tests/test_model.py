@@ -346,6 +346,7 @@ def long_prompt(tokenizer, n):
     return ids
 
 
+@pytest.mark.slow
 def test_default_model_continues_as_transformers_does(smollm2, one_thread):
     torch.set_num_threads(one_thread)  # all of them again
     model, tokenizer, file = smollm2

@@ -235,6 +235,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
                      "-DDIMS=64")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
     """Both begin at a damaged file, and end with a whole one, which a third only loads."""
     cache.mkdir()
