@@ -259,7 +259,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of needles and intervals")
     add("--parts", nargs="+", choices=["texts", "needles", "ruler"], help="only these now",
         default=["texts", "needles", "ruler"])
-    add("--methods", nargs="+", choices=fidelity.named_methods(8192, 32),
+    add("--methods", nargs="+", choices=fidelity.named_methods(2048, 32),
         help="only these, and no budgets")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
