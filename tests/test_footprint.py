@@ -18,7 +18,7 @@ from bench.timing import exit_status  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = (80, 90, 100)
-HELPERS = {"absorb", "grow", "in_bytes", "leave", "meet"}
+HELPERS = {"few", "absorb", "grow", "in_bytes", "leave", "meet"}
 STEP = {f"{name}_kernel" for name in ("rank", "weigh", "pack", "look", "mark", "attend", "combine")}
 
 
