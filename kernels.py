@@ -212,7 +212,7 @@ def weigh_kernel(ranks, stats, fits, weights, C, S, G: tl.constexpr, BG: tl.cons
 
 
 def weigh(x, stats, fits=None):
-    """Limits (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
+    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
     clusters, or of the tokens that fit (B, H, 2)."""
     (B, H, C, G), S = x.shape, stats.shape[2]
     weights, BG = x.new_empty(B, H, C), triton.next_power_of_2(G)
@@ -255,7 +255,7 @@ def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, known, C, K, R, N
         ids = head * C + tl.load(order + head * K + r, r < n, 0)                        # (BR,)
         size = tl.load(sizes + ids, r < n, 0.0).to(tl.int32)
         ends = end + tl.cumsum(size, 0)
-        is_in = r < n
+        is_in = (r < n) & (ends <= N)           # of a sound index all: no row lies outside
         first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
         for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
             tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
@@ -263,7 +263,7 @@ def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, known, C, K, R, N
             tl.store(known + head * R + r, ends, is_in)
         end += tl.sum(size, 0)
     tl.store(fits + head * 2, n)
-    tl.store(fits + head * 2 + 1, end)
+    tl.store(fits + head * 2 + 1, tl.minimum(end, N))
 
 
 # Grid (S, B*H). A program owns every S-th tile of the entries of one head, as in attend_kernel: of

@@ -1,7 +1,7 @@
 """The numbers of the method on a command line: --set NAME=VALUE ..., for several commands.
 
     add_set(parser.add_argument)                        # args.set is a dict of RetroConfig's fields
-    parse_settings(["retrieve=0.04", "by_mass=no"])    # {"retrieve": 0.04, "by_mass": False}
+    parse_settings(["retrieve=0.04", "by_mass=no"])     # {"retrieve": 0.04, "by_mass": False}
     print(listing())                                    # every name, its default, its meaning
 """
 import argparse

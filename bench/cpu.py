@@ -29,6 +29,7 @@ from bench.timing import (
     clock,
     exit_status,
     figure,
+    keys_and_values,
     memory_bandwidth,
     new_file,
     positive,
@@ -99,7 +100,7 @@ def clumped_layer(T, seed):
         k = clumps[:, :, which] + torch.randn(1, H, n, D, generator=g)
         v = torch.randn(k.shape, generator=g)
         cache.prefill(None, k.bfloat16(), v.bfloat16())
-    k, v = cache.store.view(0, 0, T)
+    k, v = keys_and_values(cache)
     cache.update()
     return Layer(cache, k, v)
 
@@ -212,8 +213,7 @@ class Ours:
 def repeat_keys(cache, T):
     """Fill a cache to T tokens with copies of those it holds: for speed, not for sense."""
     known = int(cache.n_tokens[0])
-    k, v = (x[:, :, :known] for x in (
-        cache.store.view(0, 0, known) if isinstance(cache, WaveIndex) else (cache.k, cache.v)))
+    k, v = keys_and_values(cache)
     for start in range(known, T, known):
         n = min(known, T - start)
         cache.prefill(None, k[:, :, :n], v[:, :, :n])

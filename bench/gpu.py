@@ -38,7 +38,7 @@ from triton.testing import do_bench
 import kernels
 import retroinfer
 from app import plan
-from bench.timing import Parser, clock, exit_status, figure, table, write_json
+from bench.timing import Parser, clock, exit_status, figure, keys_and_values, table, write_json
 from generate import attend, compiled_step, prefill
 from model import DenseCache, Llama, ModelConfig
 from retroinfer import PLAIN, Hot, Index, RetroConfig, WaveIndex, few
@@ -135,8 +135,7 @@ def fill(cache, tokens, H, D):
     for row in range(len(cache.n_tokens)):
         k = clumps(H, tokens, D)
         cache.prefill(None, k, torch.randn_like(k), row)
-        held.append(cache.store.view(row, 0, tokens) if isinstance(cache, WaveIndex) else
-                    [x[row:row + 1, :, :tokens] for x in (cache.k, cache.v)])
+        held.append(keys_and_values(cache, row))
     cache.update()
     return held
 

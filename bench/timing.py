@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from retroinfer import WaveIndex
+
 # ---------------------------------------------------------------- time
 
 def clock(run):
@@ -83,6 +85,16 @@ def figure(size, columns=1):
 
 def write_json(path, facts):
     Path(path).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+# ---------------------------------------------------------------- caches
+
+def keys_and_values(cache, row=0):
+    """Views k, v (1, H, n, D) of the n tokens that a sequence of a cache holds, in its order."""
+    n = int(cache.n_tokens[row])
+    if isinstance(cache, WaveIndex):
+        return cache.store.view(row, 0, n)
+    return [x[row:row + 1, :, :n] for x in (cache.k, cache.v)]
 
 
 # ---------------------------------------------------------------- the command line

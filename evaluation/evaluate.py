@@ -140,14 +140,10 @@ class Run:
     def left(self, key, names):
         return [name for name in names if f"{key}/{name}" not in self.results.cells]
 
-    def named(self, n, steps, full=(1.0, 1.0)):
-        methods = fidelity.named_methods(n, steps, full)
+    def named(self, n, steps, case=None):
+        methods = fidelity.named_methods(n, steps, case)
         methods["ours"] = functools.partial(fidelity.wave, self.config)
         return {name: make for name, make in methods.items() if name in (self.wanted or methods)}
-
-    def fullness(self, case):
-        """fidelity.fullness of ours, and of the paper."""
-        return [fidelity.fullness(case, config) for config in (self.config, RetroConfig.paper())]
 
     def jobs(self, parts):
         """Yield functions, each of which measures some results that the file does not have yet."""
@@ -171,11 +167,11 @@ def against_dense_cells(run, kind, length):
     steps, key = run.settings["steps"], f"dense/{kind}/{length}"
     n = length - steps - 1
 
-    def methods(full=(1.0, 1.0)):
-        made = {f"named/{name}": make for name, make in run.named(n, steps, full).items()}
+    def methods(case=None):
+        made = {f"named/{name}": make for name, make in run.named(n, steps, case).items()}
         for share in [] if run.wanted else run.settings["shares"]:
             made |= {f"{share}/{name}": make for name, make in fidelity.methods_at(
-                share * 2 * n, n, steps, full).items()}
+                share * 2 * n, n, steps, case).items()}
         return made
     left = run.left(key, methods())
     if not left:
@@ -185,7 +181,7 @@ def against_dense_cells(run, kind, length):
     if len(ids) < length:
         raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
     case = fidelity.read(run.model, torch.tensor(ids), steps)
-    made = methods(run.fullness(case))
+    made = methods(case)
     for name in left:
         cell = fidelity.against_dense(run.model, case, made[name])
         if name.startswith("named/") or run.settings["errors"]:
@@ -200,7 +196,7 @@ def needle_cells(run, length, depth):
             ids, needle, n_answer = needle_prompt(run.tokenizer, length, depth,
                                                   run.settings["seed"])
             case = fidelity.read(run.model, ids, n_answer)
-            methods = run.named(length, 8, run.fullness(case))
+            methods = run.named(length, 8, case)
         answer = torch.tensor(fidelity.against_dense(run.model, case, methods[name])["nll"])
         run.add(f"{key}/{name}", {"answer": answer.neg().exp().mean().item(),
                                   **fidelity.needle_mass(case, methods[name], needle)})

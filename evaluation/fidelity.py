@@ -181,8 +181,19 @@ def rows_read(cache):
     return 2 * int(cache.n_tokens[0])
 
 
-def wave_at(config, rows, n, steps, fullness=1.0):
-    """The config that reads so many rows behind n tokens; None if the index alone is more."""
+def wave_at(config, rows, n, steps, case=None):
+    """The config that reads so many rows behind n tokens; None if the index alone is more.
+
+    With a case, a retrieved cluster has as many tokens as on this text, else the mean size.
+    """
+    found = wave_if(config, rows, n, steps, 1.0)
+    if not (found and case):
+        return found
+    return wave_if(config, rows, n, steps, fullness(case, found))
+
+
+def wave_if(config, rows, n, steps, full):
+    """wave_at, if a retrieved cluster has `full` times as many tokens as one of the mean size."""
     rest = n - config.sink - config.local
     indexed = rest // config.segment * config.segment
     tail = (rest - indexed) // config.cluster * config.cluster
@@ -191,7 +202,7 @@ def wave_at(config, rows, n, steps, fullness=1.0):
     slots = 1.05 * clusters                                                 # some are split
     steady = n - indexed + steps / 2
     spent = wave_rows(config, steady, 0, slots, config.estimate * clusters)
-    cluster = (1 + config.values) * config.cluster * fullness + config.bits / 16
+    cluster = (1 + config.values) * config.cluster * full + config.bits / 16
     retrieve = round((rows - spent) / cluster)
     if not 1 <= retrieve <= clusters:
         return None
@@ -199,15 +210,15 @@ def wave_at(config, rows, n, steps, fullness=1.0):
                    estimate=min(config.estimate, 1 - retrieve / clusters))
 
 
-def methods_at(rows, n, steps, full=(1.0, 1.0)):
+def methods_at(rows, n, steps, case=None):
     """{name: function that makes its cache} of the methods that can read so few rows in a step.
 
-    full: fullness() of the text, of ours and of the paper.
+    case: the text, once it is read. Without it the bytes are only about right.
     """
     pages = n // PAGE
     made = {name: config and functools.partial(wave, config) for name, config in (
-        ("ours", wave_at(RetroConfig(), rows, n, steps, full[0])),
-        ("paper", wave_at(RetroConfig.paper(), rows, n, steps, full[1])))}
+        ("ours", wave_at(RetroConfig(), rows, n, steps, case)),
+        ("paper", wave_at(RetroConfig.paper(), rows, n, steps, case)))}
     for choose, count in ((window, rows / 2), (oracle, rows / 2), (
             quest, (rows - 2 * pages - steps) / (2 * PAGE))):
         enough = count >= 1 and functools.partial(choose, n=int(count))
@@ -215,19 +226,20 @@ def methods_at(rows, n, steps, full=(1.0, 1.0)):
     return {name: make for name, make in made.items() if make}
 
 
-def ours_rows(n, steps, fullness=1.0):
+def ours_rows(n, steps, full=1.0):
     """How many rows ours reads behind n tokens by default: the budget of the other methods."""
     c = RetroConfig()
     indexed = n - c.sink - c.local
     n_retrieve, n_ranked = map(int, limits_of(c, torch.tensor(indexed)))
     steady = n - indexed + indexed % c.cluster + steps / 2
-    retrieved = fullness * n_retrieve * c.cluster
+    retrieved = full * n_retrieve * c.cluster
     return wave_rows(c, steady, retrieved, 1.05 * indexed // c.cluster, n_ranked)
 
 
-def named_methods(n, steps, full=(1.0, 1.0)):
+def named_methods(n, steps, case=None):
     """{name: function that makes its cache}. Methods that have a budget get the bytes of ours."""
-    same = methods_at(ours_rows(n, steps, full[0]), n, steps, full)
+    full = fullness(case, RetroConfig()) if case else 1.0
+    same = methods_at(ours_rows(n, steps, full), n, steps, case)
     same["paper, bytes of ours"] = same.pop("paper", None)
     made = {"dense": DenseCache, "paper": functools.partial(wave, RetroConfig.paper())}
     made |= same | {"ours": functools.partial(wave, RetroConfig())}

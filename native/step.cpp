@@ -416,7 +416,8 @@ struct Head {
         part_o.resize(o(parts()) - o(0)), stretch.resize(K * TILE + LANES);
         guess.resize(K * Q * TILE * GROUP), worth.resize(guess.size());
         left.assign(guess.size(), 0), top.assign(Q, quad{} + NONE);
-        weight.resize(tiles(n.N) * Q * TILE * GROUP), heavy.resize(tiles(few(n.N)) * Q * TILE * GROUP);
+        weight.resize(tiles(n.N) * Q * TILE * GROUP);
+        heavy.resize(tiles(few(n.N)) * Q * TILE * GROUP);
         key_m.assign(tiles(n.N) * Q, quad{} + NONE), key_s.assign(key_m.size(), quad{});
         k.clear(), v.clear(), mean.clear(), bias.clear();
         for (int w = 0; w < n.W; w++) {
@@ -597,7 +598,8 @@ struct Head {
             uint64_t key = keys[r], next = keys[std::min(r + STRIDE, n_keys - 1)];
             if (next >= last) __builtin_prefetch(offsets + place(next));
             if (key < least) continue;
-            int c = place(key), tokens = key >= last ? size[c] : 0;
+            int64_t left_over = S * TILE + n.N - to;        // of a sound index it is enough
+            int c = place(key), tokens = key >= last ? std::min<int64_t>(size[c], left_over) : 0;
             int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
                 k[to] = given.k_store + first + i * D, owner[to - S * TILE] = mean.size();

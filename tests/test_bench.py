@@ -35,10 +35,6 @@ def test_a_reloaded_index_is_timed_beside_the_text(tiny_model, capsys):
     assert found["bytes"] > 2 * 4 * 600 * functools.reduce(int.__mul__, sizes)  # K and V, fp32
 
 
-def held_by(cache):
-    return (cache.k, cache.v) if isinstance(cache, DenseCache) else (cache.store.k, cache.store.v)
-
-
 @pytest.mark.parametrize("kind", [DenseCache, functools.partial(WaveIndex, RetroConfig())])
 def test_a_long_cache_holds_copies_of_the_keys_that_were_read(kind, tiny_model):
     c, g = tiny_model.config, torch.Generator().manual_seed(0)
@@ -48,7 +44,7 @@ def test_a_long_cache_holds_copies_of_the_keys_that_were_read(kind, tiny_model):
     cache.prefill(None, k, v)
     cpu.repeat_keys(cache, 100)
     assert cache.n_tokens == 100
-    for held, x in zip((y[:, :, :100] for y in held_by(cache)), (k, v), strict=True):
+    for held, x in zip(timing.keys_and_values(cache), (k, v), strict=True):
         assert torch.equal(held, torch.cat([x, x, x[:, :, :20]], 2))
 
 
