@@ -46,7 +46,7 @@ RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
 # Numbers of a RetroConfig that suit a buffer. A block brings all its values, so fewer clusters are
 # retrieved.
-WHOLE = {"retrieve": 0.035, "min_retrieve": 16, "values": 1.0}
+WHOLE = {"retrieve": 0.03, "min_retrieve": 16, "values": 1.0}
 
 
 # ---------------------------------------------------------------- which block is in which slot

@@ -75,14 +75,17 @@ def published_work(config, tokens, batch):
     return Work(config.num_hidden_layers, plan.weights(config) + moved, exact)
 
 
-def our_work(config, tokens, batch, retro):
-    """Work of a step of ours: what is retrieved is written and read once more."""
+def our_work(config, tokens, batch, retro, blocks=1.0):
+    """Work of a step of ours: what is retrieved is written and read once more.
+
+    blocks: of a retrieved cluster, on average. A block that is partly filled is moved whole.
+    """
     heads, layers = (batch, config.num_key_value_heads), config.num_hidden_layers
     cache = plan.cache_on_meta(plan.Run(config, tokens, batch, retro=retro))
     cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
     slots = *heads, cache.index.sizes.shape[2]
     cache.index = cache.index._replace(sizes=torch.full(slots, float(retro.cluster)))
-    n_tokens = int(cache.budget().retrieve.expand(heads).sum()) * retro.cluster
+    n_tokens = int(cache.budget().retrieve.expand(heads).sum()) * blocks * BLOCK
     exact = layers * n_tokens * 4 * config.head_dim
     return Work(layers, plan.weights(config) + layers * cache.bytes_read() + exact, exact)
 

@@ -232,7 +232,7 @@ ax.legend(loc="lower right")
 plt.show()
 assert lru_hits[RATIO] == hit and 0 < gap < 0.2
 default = signature(WaveBuffer).parameters["cache_ratio"].default
-assert default == 0.05 and 0.7 * default < step_share < 1.3 * default
+assert default == 0.05 and 0.8 * default < step_share < 1.2 * default
 for lru, fifo, clock, belady in zip(*curves.values(), strict=True):
     assert max(fifo, clock) < lru < belady
 
@@ -252,7 +252,9 @@ for lru, fifo, clock, belady in zip(*curves.values(), strict=True):
 
 # %%
 llama, TOKENS = plan.shape("Llama-3.1-8B"), 120_000
-work, gpu = our_work(llama, TOKENS, 1, replace(config, growth=1.0)), MACHINES["A100-PCIe"]
+blocks = float(trace.n_blocks[trace.sizes > 0].mean())                      # of a retrieved cluster
+work = our_work(llama, TOKENS, 1, replace(config, growth=1.0), blocks)
+gpu = MACHINES["A100-PCIe"]
 weights = plan.weights(llama)
 
 def parts(work, hit, gpu):
@@ -367,7 +369,7 @@ none, cached, room = three_gpus()
 slowest, gain = (cached / room).min(), (cached / none).min()
 print(f"keys and values take {store / plan.GIB:.1f} GiB, the weights {weights / plan.GIB:.1f}; "
       f"the slots of the cache {RATIO * store / plan.GIB:.1f}")
-assert slowest > 0.65 and (none / room).max() < 0.6 and fits_all == [True, True, False]
+assert slowest > 0.65 and (none / room).max() < 0.5 and fits_all == [True, True, False]
 assert all(has_room(m, RATIO) for m in gpus)
 
 # %% [markdown]
