@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-RUN = 64        # shapes are multiples of this: loops over rows have no rest
+RUN = 64        # shapes are multiples of this: loops over rows leave none
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class RetroConfig:
     channel_power: float = 0.35     # k-means weighs channels by their queries
     bits: int = 4                   # of a number in a centroid: 4 or 16
     by_mass: bool = True            # rank clusters by what they may hold
-    growth: float = 0.7             # power of a long text's length: the share
-    values: float = 0.2             # share of retrieved tokens with values
+    growth: float = 0.7             # clusters retrieved grow by this power
+    values: float = 0.2             # share of the retrieved values read
 
     @classmethod
     def paper(cls):

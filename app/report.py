@@ -81,7 +81,7 @@ def zone_lines(facts):
 
 def reads_line(facts):
     ours, dense = facts["bytes_a_step"], facts["dense_bytes_a_step"]
-    return (f"reads      {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
+    return (f"reads      at most {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
             f"{ours / dense:.1%}; index in {facts['bits']} bits")
 
 

@@ -41,9 +41,9 @@ def tripartite(q, steady, clusters, budget, stored=None):
     q (G, D) are the queries of one head; steady is (k, v); clusters is a list of (k, v), a cluster
     each, in any order. Centroids are means of keys, the numerator takes sums of values (eq. 4), and
     clusters are ranked by probability over the centroids, summed over the queries. The n_retrieve
-    best are exact, the n_estimate next are estimated. Of the exact tokens of clusters, `values` in
-    a thousand, rounded up, those that weigh most over all queries, have their own values, the
-    others the mean of their cluster's. budget: n_retrieve, n_estimate, values.
+    best are exact, the n_estimate next are estimated. The exact tokens of clusters that weigh most
+    over all queries keep their own values: `values` in a thousand, rounded up. Each other one has
+    the mean value of its cluster. budget: n_retrieve, n_estimate, values.
 
     stored: centroids (C, D), means (C, D) and spreads (C,) as an index keeps them, the centre (D,)
     that centroids are kept minus, and q (G, D) as it meets them. A cluster then weighs its size
