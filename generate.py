@@ -187,7 +187,7 @@ def fit(budget):
 
 def fill(ends, budget):
     """N, in runs of RUN, for the retrieved tokens that end at `ends` (B, H, R)."""
-    runs, = numbers((ends[..., -1].max() + RUN - 1) // RUN)
+    runs, = numbers((ends.max() + RUN - 1) // RUN)      # the last end of a head is its largest
     N = runs * RUN
     torch._check(few_runs(budget, N) <= N)
     return N

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-RUN = 64        # shapes are multiples of this: loops over rows leave none
+RUN = 64        # all shapes are multiples: loops have no remainder
 
 
 @dataclass(frozen=True)

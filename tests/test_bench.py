@@ -76,3 +76,12 @@ def test_runners_take_turns_behind_a_first_call_each():
 
 def test_a_ratio_is_the_median_of_the_repeats_own_ratios():
     assert timing.speed_up([1, 1, 2], [3, 4, 20]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wave index", cpu.BEST])
+def test_a_step_over_several_layers_compiles(name):
+    """As the benchmark of one layer runs it: layers of one sequence in one graph."""
+    layers = [cpu.clumped_layer(3000, seed) for seed in range(2)]
+    cpu.attention_runners(layers, 3000)[name]()
+    assert [int(layer.cache.n_tokens) for layer in layers] == [3001, 3001]
