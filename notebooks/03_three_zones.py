@@ -426,6 +426,6 @@ print("right" if check(logit) else "not yet")
 # ```python
 # best = torch.stack([ranking(a, 7, h)[:R] for h in range(H)])
 # tokens = a.index.sizes[0].gather(-1, best).sum(-1)
-# print(f"{tokens.mean():.0f} tokens a head, {R * config.cluster} of mean clusters")
+# print(f"{tokens.float().mean():.0f} tokens a head, {R * config.cluster} of mean clusters")
 # ```
 # </details>

@@ -167,7 +167,7 @@ assert abs(a - b) < 3 and b > 80
 
 # %% [markdown]
 # It holds: there are more and more clusters, and a step opens a share of them, `retrieve`. (Of a
-# text too short for that it opens `least`.)
+# text too short for that it opens `min_retrieve`.)
 
 # %% [markdown]
 # ## The needle
@@ -295,7 +295,7 @@ print("right" if check(n_updates) else "not yet")
 # <details><summary>Answer</summary>
 #
 # ```python
-# config = RetroConfig(retrieve=config.retrieve / 8, least=1)
+# config = RetroConfig(retrieve=config.retrieve / 8, min_retrieve=1)
 # few = [retrieved_by(n) for n in range(0, n_layers, 3)]
 # n_few = sum(any(tokens & set(needle) for tokens in heads) for heads in few)
 # print(f"{n_few} of {len(few)} layers; with all {int((hits[::3].amax(1) > 0).sum())}")

@@ -5,6 +5,7 @@
 """
 import base64
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ LIMIT = 300                                     # kB a notebook: it lies in the 
 
 def execute(source):
     """The notebook of a source, run in its folder, alike from run to run but for its outputs."""
+    os.environ.pop("MPLBACKEND", None)          # the kernel draws into the notebook
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {"kernelspec": KERNEL}
     NotebookClient(notebook, timeout=600, record_timing=False,
