@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from generate import tripartite_attention
-from retroinfer import before, bias_of, flat_rows, round_up, take, unroll
+from retroinfer import InputError, before, bias_of, flat_rows, round_up, take, unroll
 
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
@@ -142,7 +142,7 @@ class WaveBuffer:
     wave, T, like: as retroinfer.Store takes them. memory: yields two tensors of the host, as
     host_memory does. cache_ratio: slots as a share of the store's rows, 0 to 1. The last block of
     a cluster may be partly filled, so a ratio of 1 keeps most of the store and not all of it.
-    ValueError if there is no such memory.
+    InputError if there is no such memory.
     """
 
     def __init__(self, wave, T, like, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
@@ -254,9 +254,9 @@ class WaveBuffer:
 
 
 def check_ratio(cache_ratio):
-    """ValueError if it is no share."""
+    """InputError if it is no share."""
     if not 0 <= cache_ratio <= 1:
-        raise ValueError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
+        raise InputError(f"cache ratio is {cache_ratio}: give a share between 0 and 1")
 
 
 def send(x, to):
@@ -325,12 +325,12 @@ def host_memory(n, shape, dtype, device, path=None):
     """An iterator over n tensors of the host: plain, pinned for a GPU, or mapped from a file.
 
     The file must be new. It gets all its space at once, so that no later write can fail. It loses
-    its name at once, so that its space is free when the process ends. ValueError if there is no
+    its name at once, so that its space is free when the process ends. InputError if there is no
     such memory.
     """
     nbytes, is_pinned = math.prod(shape) * dtype.itemsize, device.type == "cuda"
     if path and is_pinned:
-        raise ValueError(f"a store in a file, {path}, is for a CPU: a GPU reads pinned memory only")
+        raise InputError(f"a store in a file, {path}, is for a CPU: a GPU reads pinned memory only")
     pieces = mapped(path, n, nbytes) if path else plain(n, nbytes, is_pinned)
     return iter([x.view(dtype).view(shape) for x in pieces])
 
@@ -340,7 +340,7 @@ def plain(n, nbytes, is_pinned):
     try:
         return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(n)]
     except RuntimeError as e:
-        raise ValueError(f"the store needs {n * nbytes / 2**30:.1f} GiB of host memory, which is "
+        raise InputError(f"the store needs {n * nbytes / 2**30:.1f} GiB of host memory, which is "
                          f"not to be had ({str(e).splitlines()[0]}): lower --capacity, or keep it "
                          "in a file with --store") from None
 
@@ -356,7 +356,7 @@ def mapped(path, n, nbytes):
             finally:
                 os.unlink(path)
     except OSError as e:
-        raise ValueError(f"cannot keep a store of {n * pitch / 2**30:.1f} GiB in {path}: "
+        raise InputError(f"cannot keep a store of {n * pitch / 2**30:.1f} GiB in {path}: "
                          f"{e.strerror}") from None
     return [torch.frombuffer(x, dtype=torch.uint8) for x in maps]
 

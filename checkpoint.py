@@ -6,7 +6,7 @@ config     a dict of model.ModelConfig's fields
 tensors    an iterator of (name, tensor): names are Hugging Face's, without the leading "model."
 tokenizer  encode, decode, chat, eos_ids: one face for tokenizers, sentencepiece and GGUF
 
-Whatever is wrong with a file is a ValueError of one line. Pickles are refused: opening one runs
+Whatever is wrong with a file is an InputError of one line. Pickles are refused: opening one runs
 its code.
 
 Does not include: slow tokenizers written in Python, tool calls in chat templates, split GGUF files.
@@ -18,6 +18,8 @@ import struct
 
 import torch
 
+from retroinfer import InputError
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -25,9 +27,9 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 def open_checkpoint(path):
     """(config, tensors, tokenizer) of a Hugging Face directory or a GGUF file."""
     if path.suffix in (".bin", ".pt", ".pth"):
-        raise ValueError(f"{path} is a pickle, which runs code when opened: convert to safetensors")
+        raise InputError(f"{path} is a pickle, which runs code when opened: convert to safetensors")
     if not path.exists():
-        raise ValueError(f"no model at {path}: give a directory with config.json and "
+        raise InputError(f"no model at {path}: give a directory with config.json and "
                          "*.safetensors, or a .gguf file")
     config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
     check(config, path)
@@ -35,25 +37,25 @@ def open_checkpoint(path):
 
 
 def check(config, path):
-    """ValueError for a shape that no model can have, or a RoPE that lacks its numbers."""
+    """InputError for a shape that no model can have, or a RoPE that lacks its numbers."""
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads", "head_dim", "context"):
         if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, not a positive whole number")
+            raise InputError(f"{path}: {name} is {config[name]!r}, not a positive whole number")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
-        raise ValueError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
+        raise InputError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
     rope = config["rope"]
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(rope["rope_type"], ("factor",)):
         if not isinstance(rope.get(name), (int, float)):
-            raise ValueError(f"{path}: RoPE {rope['rope_type']!r} lacks its number {name}")
+            raise InputError(f"{path}: RoPE {rope['rope_type']!r} lacks its number {name}")
 
 
 def refuse(condition, what, given, known):
     if condition:
         known = ", ".join(map(str, known))
-        raise ValueError(f"{what} {given!r} is not supported (supported: {known})")
+        raise InputError(f"{what} {given!r} is not supported (supported: {known})")
 
 
 def one_line(e):
@@ -70,13 +72,13 @@ def open_directory(path):
         files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        raise ValueError(f"{path} holds only pickles ({pickles[0]}), which run code when opened: "
+        raise InputError(f"{path} holds only pickles ({pickles[0]}), which run code when opened: "
                          "convert them to safetensors" if pickles else
                          f"{path} holds no *.safetensors file")
     try:
         config = config_from_json(config)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path / 'config.json'} lacks or garbles {one_line(e)}") from None
+        raise InputError(f"{path / 'config.json'} lacks or garbles {one_line(e)}") from None
     return config, read_safetensors(files), directory_tokenizer(path, config["eos_ids"])
 
 
@@ -111,9 +113,9 @@ def read_json(path, default=None):
     try:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON: {one_line(e)}") from None
+        raise InputError(f"{path} is not JSON: {one_line(e)}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return {key: value for key, value in data.items() if value is not None}  # null says nothing
 
 
@@ -121,7 +123,7 @@ def read_text(path):
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} cannot be read: {one_line(e)}") from None
+        raise InputError(f"{path} cannot be read: {one_line(e)}") from None
 
 
 def read_safetensors(files):
@@ -132,7 +134,7 @@ def read_safetensors(files):
                 for name in f.keys():  # noqa: SIM118 (the handle is no dict)
                     yield name.removeprefix("model."), f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file} is missing, truncated or foreign: {one_line(e)}") from None
+            raise InputError(f"{file} is missing, truncated or foreign: {one_line(e)}") from None
 
 
 # ---------------------------------------------------------------- a GGUF file
@@ -151,12 +153,12 @@ def open_gguf(path):
     try:
         reader = gguf.GGUFReader(path)
     except Exception as e:  # the package lets through whatever numpy raises
-        raise ValueError(f"{path} is truncated or not GGUF: {one_line(e)}") from None
+        raise InputError(f"{path} is truncated or not GGUF: {one_line(e)}") from None
     tensors = {t.name: t for t in reader.tensors}
 
     def get(key, *default):
         if key not in reader.fields and not default:
-            raise ValueError(f"{path} lacks the key {key}")
+            raise InputError(f"{path} lacks the key {key}")
         return reader.fields[key].contents() if key in reader.fields else default[0]
 
     config = config_from_gguf(get, tensors)
@@ -237,7 +239,7 @@ class Tokenizer:
     def chat(self, messages):
         """The prompt for [{"role", "content"}, ...]; without a template the last content as it is.
 
-        The template is foreign code: it runs in jinja2's sandbox, its failure is a ValueError.
+        The template is foreign code: it runs in jinja2's sandbox, its failure is an InputError.
         """
         if not self.template:
             return messages[-1]["content"]
@@ -252,7 +254,7 @@ class Tokenizer:
                 messages=messages, add_generation_prompt=True,
                 bos_token=self.bos, eos_token=self.eos)
         except Exception as e:  # foreign code may raise anything
-            raise ValueError(f"the model's chat template failed: {one_line(e)}") from None
+            raise InputError(f"the model's chat template failed: {one_line(e)}") from None
 
 
 def raise_exception(message):
@@ -294,8 +296,8 @@ def directory_tokenizer(path, eos_ids):
                 if settings.get("add_bos_token", True) else ""
             return PieceTokenizer(backend, eos_ids, template, bos, eos)
     except Exception as e:  # both packages raise bare exceptions
-        raise ValueError(f"the tokenizer in {path} cannot be read: {one_line(e)}") from None
-    raise ValueError(f"{path} holds neither tokenizer.json nor tokenizer.model")
+        raise InputError(f"the tokenizer in {path} cannot be read: {one_line(e)}") from None
+    raise InputError(f"{path} holds neither tokenizer.json nor tokenizer.model")
 
 
 # How a text is cut before byte pairs are merged, by the name that GGUF gives the rule: GPT-2's,

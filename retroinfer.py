@@ -30,9 +30,13 @@ else. docs/defaults.md says what differs from the published code.
 """
 import functools
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +44,11 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 RUN = 64        # all shapes are multiples: loops have no remainder
+MASK = 2**24    # the most entries of a mask of queries and keys
+
+
+class InputError(ValueError):
+    """What was given cannot be used. The message is one line for a person."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +87,19 @@ class RetroConfig:
                   "cluster": 1, "iterations": 1, "min_retrieve": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least "
+                raise InputError(f"{name} is {getattr(self, name)}: at least "
                                  f"{low} is needed")
         if self.bits not in (4, 16):
-            raise ValueError(f"bits is {self.bits}: give 4 or 16")
+            raise InputError(f"bits is {self.bits}: give 4 or 16")
         for field in fields(self):
             given = getattr(self, field.name)
             if field.type is float and not 0 <= given <= 1:
-                raise ValueError(f"{field.name} is {given}: give a number "
+                raise InputError(f"{field.name} is {given}: give a number "
                                  "between 0 and 1")
         for name in ("segment", "update"):
             given = getattr(self, name)
             if given % self.cluster:
-                raise ValueError(f"{name} is {given}: give a multiple of "
+                raise InputError(f"{name} is {given}: give a multiple of "
                                  f"cluster, {self.cluster}")
 
     @property
@@ -247,6 +256,7 @@ class LayerCache(nn.Module):
     def observe(self, q, start, row=None):
         """Hear queries q (B or 1, H*G, T, D) of the tokens from `start` on."""
 
+    @torch.no_grad()
     def prefill(self, q, k, v, row=0):
         """Append T tokens to a sequence, k, v (1, H, T, D): their exact
         causal attention (1, H*G, T, D). If q is None, they do not attend.
@@ -273,6 +283,7 @@ class LayerCache(nn.Module):
         self.store.put(row, first, k_all[:, :, first:], v_all[:, :, first:])
         return o
 
+    @torch.no_grad()
     def decode(self, q, k, v):
         """Append one token to each sequence, q (B, H*G, 1, D), and attend:
         (B, H*G, 1, D).
@@ -287,6 +298,7 @@ class LayerCache(nn.Module):
         batch = torch.arange(B, device=k.device)
         slot = torch.arange(self.k_steady.shape[2], device=k.device)
         last = self.n_tokens - self.n_indexed                   # (B,)
+        last = last.clamp(max=slot.shape[0] - 1)    # update() finds a step too many
         self.k_steady[batch, :, last] = k[:, :, 0]
         self.v_steady[batch, :, last] = v[:, :, 0]
         self.n_tokens.add_(1)
@@ -358,11 +370,19 @@ class LayerCache(nn.Module):
 def attend_causally(q, k, v):
     """Attention of the last Tq tokens' q (1, H*G, Tq, D) to k, v (1, H, T,
     D), each to its past."""
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                              enable_gqa=True)
-    causal = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, causal, enable_gqa=True)
+    attend, (Tq, T) = F.scaled_dot_product_attention, (q.shape[2], k.shape[2])
+    if Tq == T:
+        return attend(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type != "cpu":          # these kernels keep no mask
+        return attend(q, k, v, causal_lower_right(Tq, T), enable_gqa=True)
+    G, parts, end = q.shape[1] // k.shape[1], [], T - Tq
+    k, v = (x[0, :, None].expand(-1, G, -1, -1) for x in (k, v))    # no copies
+    for part in q[0].unflatten(0, (-1, G)).split(max(MASK // T, 1), 2):
+        end += part.shape[2]
+        mask = torch.ones(part.shape[2], end, dtype=torch.bool)
+        mask = mask.tril_(end - part.shape[2])
+        parts.append(attend(part, k[:, :, :end], v[:, :, :end], mask))
+    return torch.cat(parts, 2).flatten(0, 1)[None]              # (1, H*G, Tq, D)
 
 
 # ---------------------------------------------------------------- the wave index (§4.2)
@@ -844,7 +864,7 @@ def pack(x, dtype=None):
     half, each plus 8.
     """
     if x.shape[-1] % 2:
-        raise ValueError(f"a head of {x.shape[-1]} dims cannot be kept in 4 "
+        raise InputError(f"a head of {x.shape[-1]} dims cannot be kept in 4 "
                          "bits: give bits 16")
     scale = (x.abs().amax(-1) / 7).bfloat16()
     numbers = x / scale.float().clamp(min=1e-30)[..., None]

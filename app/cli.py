@@ -9,29 +9,28 @@
 
 Answers go to standard output. The progress bar and the card go to standard error. --json adds one
 line for machines at the end of standard output. An error that a person can cause is one line, with
-exit status 2.
+exit status 2. In a chat Ctrl-C ends an answer, and a second one the chat.
 """
-import argparse
 import json
 import math
+import os
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from app.command import Parser, run_command
+from app.relay import TITLES, Relay, Spec, best_hot
 from app.report import card, measure
 from app.session import Session, Writer, stream, turns
 from app.settings import add_set
-from generate import compiled_step, eager_step, has_compiler, hot_functions, sampler
-from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex
+from generate import CHUNK, compiled_step, eager_step, hot_functions, sampler, try_compiler
+from model import DEFAULT_NAME, SLOW_DTYPES, DenseCache, load
+from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors: main() makes one line of them."""
-
-    def error(self, message):
-        raise ValueError(message)
+CPU = torch.device("cpu")
 
 
 def parse_args(argv):
@@ -80,7 +79,8 @@ def add_model(add):
 def add_memory(add):
     add("--capacity", metavar="N", type=int, help="most tokens that the caches hold")
     add("--beyond-context", action="store_true", help="allow more than the model's context")
-    add("--prefill-chunk", metavar="N", type=int, help="read the prompt N tokens at a time")
+    add("--prefill-chunk", metavar="N", type=int, default=CHUNK,
+        help="read the prompt N tokens at a time (default %(default)s)")
     add("--offload", action="store_true",
         help="keep K and V in host memory; the next two go with it")
     add("--cache-ratio", metavar="X", type=float, help="share of K and V cached on the device")
@@ -88,22 +88,22 @@ def add_memory(add):
 
 
 def check_flags(args):
-    """ValueError for what can be refused before a model is loaded."""
+    """InputError for what can be refused before a model is loaded."""
     check_counts(args, "max_new_tokens", "prefill_chunk", "capacity")
     n_prompts = len(args.prompt_file)
     if not (n_prompts or args.load_index or args.chat):
-        raise ValueError("nothing to answer: give --prompt-file, --load-index or --chat")
+        raise InputError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and n_prompts > 1:
-            raise ValueError(f"{flag(name)} takes one --prompt-file, {n_prompts} are given")
+            raise InputError(f"{flag(name)} takes one --prompt-file, {n_prompts} are given")
     if args.prompt_file.count("-") > (0 if args.chat else 1):
-        raise ValueError("--prompt-file - reads all of standard input: it goes with one prompt, "
+        raise InputError("--prompt-file - reads all of standard input: it goes with one prompt, "
                          "and without --chat")
     if args.compare and args.chat:
-        raise ValueError("--compare takes one answer: leave out --chat")
+        raise InputError("--compare takes one answer: leave out --chat")
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
-            raise ValueError(f"{flag(name)} goes with --offload")
+            raise InputError(f"{flag(name)} goes with --offload")
     if args.offload:
         check_offload(args)
     if args.save_index:
@@ -112,11 +112,11 @@ def check_flags(args):
 
 
 def check_counts(args, *names):
-    """ValueError if a flag that counts something is below 1."""
+    """InputError if a flag that counts something is below 1."""
     for name in names:
         given = getattr(args, name)
         if given is not None and given < 1:
-            raise ValueError(f"{flag(name)} is {given}: at least 1 is needed")
+            raise InputError(f"{flag(name)} is {given}: at least 1 is needed")
 
 
 def flag(name):
@@ -125,13 +125,13 @@ def flag(name):
 
 
 def check_offload(args):
-    """ValueError if buffer.py is not here, or a flag does not go with --offload."""
+    """InputError if buffer.py is not here, or a flag does not go with --offload."""
     try:
         from buffer import check_ratio
     except ModuleNotFoundError:
-        raise ValueError("--offload needs buffer.py, which is not here") from None
+        raise InputError("--offload needs buffer.py, which is not here") from None
     if args.backend == "native":
-        raise ValueError("--offload attends through its buffer: leave out --backend native")
+        raise InputError("--offload attends through its buffer: leave out --backend native")
     if args.cache_ratio is not None:
         check_ratio(args.cache_ratio)
 
@@ -141,11 +141,11 @@ def read_prompt(path):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = raw.decode("utf-8")
     except OSError as e:
-        raise ValueError(f"cannot read the prompt {path}: {e.strerror}") from None
+        raise InputError(f"cannot read the prompt {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise ValueError(f"the prompt {path} is not UTF-8 text (byte {e.start})") from None
+        raise InputError(f"the prompt {path} is not UTF-8 text (byte {e.start})") from None
     if not text.strip():
-        raise ValueError(f"the prompt {path} is empty")
+        raise InputError(f"the prompt {path} is empty")
     return text
 
 
@@ -154,48 +154,131 @@ def choose_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} is not available: {str(e).splitlines()[0]}") from None
+        raise InputError(f"--device {name} is not available: {str(e).splitlines()[0]}") from None
 
 
-def choose_backend(name, device, is_offloaded=False):
-    """(the function that takes a step, its hot functions, a line: the backend and why it is used).
+def check_backend(args, device):
+    """InputError if the backend that a person asked for cannot run here at all."""
+    try:
+        hot_functions(device, args.backend)
+    except ModuleNotFoundError as e:
+        if args.backend:
+            raise InputError(f"--backend {args.backend} needs {e.name}, which is not here"
+                             ) from None
 
-    ValueError if the backend that a person asked for cannot run here.
+
+def choose_step(args, spec, device):
+    """(the function that takes a step, its hot functions, a function that says in words what took
+    the steps).
+
+    InputError if the backend that a person asked for does not compile here.
     """
-    reason = "asked for" if name else "the default"
-    if device.type == "cpu" and name != "eager" and not has_compiler():
-        if name:
-            raise ValueError(f"--backend {name} needs a C++ compiler on a CPU: install g++ or set "
-                             "CXX, or pass --backend eager")
-        name, reason = "eager", "there is no C++ compiler"
-    if device.type == "cpu" and is_offloaded and not name:
-        name = "compile"                        # the buffer brings its own attention
+    if args.backend == "eager":
+        words = f"eager on {place(device)}, asked for"
+        return eager_step, hot_functions(device, "eager"), lambda: words
+    if device.type == "cpu":
+        return choose_on_cpu(args, spec)
+    name, reason = args.backend, "asked for" if args.backend else "the default"
     try:
         hot = hot_functions(device, name)
     except ModuleNotFoundError as e:
-        if name:
-            raise ValueError(f"--backend {name} needs {e.name}, which is not here") from None
         hot, reason = hot_functions(device, "compile"), f"{e.name} is not here"
-    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    if name == "eager":
-        return eager_step, hot, f"eager on {where}, {reason}"
-    titles = {"generate": "torch.compile", "native.step": "native/step.cpp and torch.compile",
-              "kernels": "Triton and torch.compile"}
-    return compiled_step, hot, f"{titles[hot.attend.__module__]} on {where}, {reason}"
+    words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
+    return compiled_step, hot, lambda: words
+
+
+def choose_on_cpu(args, spec):
+    """choose_step on a CPU. Nothing waits for a compiler unless a person asked for one, or eager
+    steps would be slower than that."""
+    if not (args.backend or args.compare or args.offload or spec.dtype in SLOW_DTYPES):
+        relay = Relay(spec, args.max_new_tokens, args.chat)
+        return relay, PLAIN, relay.words
+    hot, problem = best_hot(spec)
+    if args.backend == "native" and problem:
+        raise InputError(f"--backend native does not run here: {problem}")
+    if args.backend == "compile" or args.offload:       # the buffer brings its own attention
+        hot = hot_functions(CPU, "compile")
+    try:
+        try_compiler()
+    except InputError as e:
+        if args.backend:
+            raise
+        words = f"eager on {place(CPU)}, {e}"
+        return eager_step, hot_functions(CPU, "eager"), lambda: words
+    reason = "asked for" if args.backend else problem or "the default"
+    words = f"{TITLES[hot.attend.__module__]} and torch.compile on {place(CPU)}, {reason}"
+    return compiled_step, hot, lambda: words
+
+
+def place(device):
+    """A device, and with how many threads it works."""
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
 def choose_capacity(args, context, n_prompt):
     """(capacity of the caches, tokens to generate) after the longest prompt."""
     limit = math.inf if args.beyond_context else context
     if n_prompt >= limit:
-        raise ValueError(f"the prompt has {n_prompt:,} tokens, the model's context is {context:,}: "
-                         "shorten it, or pass --beyond-context")
+        raise too_long(n_prompt, context)
     wanted = n_prompt + args.max_new_tokens
-    capacity = args.capacity or min(max(wanted, context) if args.chat else wanted, limit)
+    wanted = min(round_capacity(max(wanted, context) if args.chat else wanted), limit)
+    capacity = args.capacity or wanted
     if not n_prompt < capacity <= limit:
-        raise ValueError(f"--capacity is {capacity:,}: the prompt has {n_prompt:,} tokens, the "
+        raise InputError(f"--capacity is {capacity:,}: the prompt has {n_prompt:,} tokens, the "
                          f"model's context is {context:,} (--beyond-context allows more)")
     return capacity, min(args.max_new_tokens, capacity - n_prompt)
+
+
+def round_capacity(n):
+    """Capacities have few sizes: each size is a graph to compile."""
+    step = max(1024, 2 ** (n.bit_length() - 1) // 8)
+    return -(-n // step) * step
+
+
+def too_long(n_prompt, context):
+    return InputError(f"the prompt has {n_prompt:,} tokens, the model's context is {context:,}: "
+                      "shorten it, or pass --beyond-context")
+
+
+def check_lengths(args, texts, tokenizer, context):
+    """InputError for a text whose beginning alone is longer than the model's context: it is not
+    read to its end."""
+    for text in texts:
+        n = 16 * context
+        while n < len(text) and not args.beyond_context:
+            if (found := len(tokenizer.ids(text[:n], False))) > context:
+                raise too_long(found, context)
+            n *= 4
+
+
+def check_memory(args, model, spec, device):
+    """InputError if the caches do not fit the free memory; the plan says what would fit."""
+    c, row = spec.model, 2 * spec.dtype.itemsize * spec.capacity * spec.batch
+    need = row * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    free = free_memory(device)
+    if need < 0.8 * free or args.store:
+        return
+    try:
+        from app.plan import Run, fit
+    except ModuleNotFoundError:
+        raise InputError(f"K and V of {spec.capacity:,} tokens take {need / 2**30:.1f} GiB, "
+                         f"{free / 2**30:.1f} are free: lower --capacity") from None
+    free += sum(x.nbytes for x in model.parameters())           # which a plan counts
+    ratio = (0.05 if args.cache_ratio is None else args.cache_ratio) if args.offload else None
+    is_cpu = device.type == "cpu"
+    fit(Run(c, spec.capacity, spec.batch, spec.dtype, args.prefill_chunk, ratio, False, is_cpu,
+            spec.config), free, free if is_cpu else free_memory(torch.device("cpu")))
+
+
+def free_memory(device):
+    """Bytes that a program may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---------------------------------------------------------------- reading and answering
@@ -206,8 +289,9 @@ def answer(args):
     pick = sampler(args.temperature, args.top_p, args.seed)
     config = make_config(args)                  # wrong numbers are refused before a model is loaded
     device = choose_device(args.device)
-    step, hot, backend = choose_backend(args.backend, device, args.offload)
+    check_backend(args, device)
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
+    check_lengths(args, texts, tokenizer, model.config.context)
     snapshot = None
     if args.load_index:
         from app.snapshot import Snapshot
@@ -216,6 +300,9 @@ def answer(args):
     prompts = write_prompts(args, texts, writer, snapshot, lines)
     longest = max(len(head) + len(tail) for head, tail in prompts)
     capacity, n_tokens = choose_capacity(args, model.config.context, longest)
+    spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
+    check_memory(args, model, spec, device)
+    step, hot, words = choose_step(args, spec, device)
     make_cache = cache_maker(args, model, config, hot, capacity, len(prompts))
     session = Session(model, make_cache, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, tokenizer, snapshot)
@@ -223,10 +310,14 @@ def answer(args):
     said = say(args, session, n_tokens, tokenizer)
     if args.chat:
         said += chat(session, writer, said[0], lines, args.max_new_tokens)
-    facts = {"answers": [tokenizer.decode(tokens) for tokens in said], "backend": backend,
-             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **measure(session)}
+    ends = model.config.eos_ids
+    facts = {"answers": [tokenizer.decode(tokens) for tokens in said],
+             "ends": ["stop" if tokens[-1] in ends else "length" for tokens in said],
+             "backend": words(), "dtype": str(spec.dtype).removeprefix("torch."),
+             **measure(session)}
     if args.compare:
-        facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), tokenizer)
+        found = compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), n_tokens)
+        facts |= found | {"dense_answer": tokenizer.decode(found["dense_answer"])}
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
@@ -235,13 +326,41 @@ def answer(args):
 
 def say(args, session, n_tokens, tokenizer):
     """The tokens of each answer. One answer is printed as it is generated, a batch at its end."""
-    is_batch = len(session.n_read) > 1
-    said = session.answer(n_tokens, (lambda _: None) if is_batch else stream(tokenizer))
-    if is_batch:
-        for path, tokens in zip(args.prompt_file, said, strict=True):
-            print(f"== {path}\n{tokenizer.decode(tokens)}")
+    if len(session.n_read) == 1:
+        said = say_one(session, n_tokens, tokenizer, args.chat)
+        return [said]
+    said = session.answer(n_tokens)
+    for path, tokens in zip(args.prompt_file, said, strict=True):
+        print(f"== {path}\n{tokenizer.decode(tokens)}")
     print(flush=True)
     return said
+
+
+def say_one(session, n_tokens, tokenizer, is_chat):
+    """The tokens of an answer, printed as it is generated. In a chat Ctrl-C ends it."""
+    show, interrupt = stream(tokenizer), Interrupt()
+    with interrupt if is_chat else nullcontext():
+        said, = session.answer(n_tokens, lambda tokens: show(tokens) or interrupt.came)
+    print(flush=True)
+    return said
+
+
+class Interrupt:
+    """While it is entered, a first Ctrl-C is noted, and a second one ends the program."""
+
+    def __init__(self):
+        self.came = False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self.hear)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def hear(self, *_):
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
 
 
 def make_config(args):
@@ -270,7 +389,7 @@ def write_prompts(args, texts, writer, snapshot, lines):
     if snapshot:
         return [(snapshot.ids.to(writer.device), writer.prompt("", asked)[1])]
     if not asked:
-        raise ValueError("there is nothing to answer on standard input")
+        raise InputError("there is nothing to answer on standard input")
     return [writer.prompt(asked, None)]
 
 
@@ -281,7 +400,7 @@ def read(args, session, prompts, tokenizer, snapshot):
         heads = [snapshot.unread(heads[0])]
         snapshot.restore(session.caches)
     if not all(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)):
-        raise ValueError(f"{args.load_index} holds all of the prompt: add a --question")
+        raise InputError(f"{args.load_index} holds all of the prompt: add a --question")
     status = 0
     if args.save_index:
         if len(heads[0]):
@@ -299,7 +418,7 @@ def save_index(path, session, tokenizer, ids):
     from app.snapshot import save
     try:
         save(path, session.model, tokenizer, session.caches, ids)
-    except ValueError as e:
+    except InputError as e:
         print(f"retroinfer: {e}", file=sys.stderr)
         return 2
     return 0
@@ -316,13 +435,12 @@ def chat(session, writer, said, lines, n_tokens):
                   "it shorter, or start again with a larger --capacity", file=sys.stderr)
             continue
         session.read([turn])
-        said, = session.answer(min(n_tokens, room), stream(writer.tokenizer))
-        print(flush=True)
+        said = say_one(session, min(n_tokens, room), writer.tokenizer, True)
         answers.append(said)
     return answers
 
 
-def compare(session, ids, said, logits, tokenizer):
+def compare(session, ids, said, logits, n_tokens):
     """What dense attention answers to ids (T,), and how far our logits (n, V) are from its logits.
 
     For the distance dense attention reads our answer, so that both models saw the same words.
@@ -331,7 +449,7 @@ def compare(session, ids, said, logits, tokenizer):
     dense = Session(session.model, lambda: DenseCache(capacity), session.pick, session.step,
                     session.chunk)
     dense.read([ids])
-    answer, = dense.answer(capacity - len(ids))
+    answer, = dense.answer(n_tokens)
     speed = dense.speed()
     for cache in dense.caches:
         cache.n_tokens.fill_(len(ids))          # forget its own answer
@@ -340,20 +458,11 @@ def compare(session, ids, said, logits, tokenizer):
     theirs = dense.record()
     dense.answer(len(said))
     p, q = (x.double().log_softmax(-1) for x in (torch.cat(theirs), logits))    # (n, V)
-    return {"dense_answer": tokenizer.decode(answer), "dense_decode_tokens_per_s": speed,
+    return {"dense_answer": answer, "dense_decode_tokens_per_s": speed,
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
             "kl": (p.exp() * (p - q)).sum(-1).mean().item()}
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 after one line that says what was given and what to do."""
-    try:
-        return answer(parse_args(argv))
-    except (ValueError, ImportError) as e:
-        print(f"retroinfer: {e}", file=sys.stderr)
-        return 2
-    except (torch.AcceleratorError, torch.OutOfMemoryError) as e:
-        print(f"retroinfer: the device failed: {str(e).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """The exit status."""
+    return run_command("retroinfer", lambda: answer(parse_args(argv)))

@@ -21,7 +21,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +29,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from app.cli import Parser, check_counts, choose_device, make_config
+from app.cli import check_counts, choose_device, make_config
+from app.command import Parser, run_command
 from app.settings import add_set
 from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
-from generate import eager_step
+from generate import CHUNK, eager_step
 from model import DEFAULT_NAME, Llama, ModelConfig, default_model
-from retroinfer import RetroConfig, Store, WaveIndex, cluster_segment, round_up
+from retroinfer import (
+    MASK,
+    InputError,
+    RetroConfig,
+    Store,
+    WaveIndex,
+    cluster_segment,
+    round_up,
+)
 
 GIB = 2**30
 REMEDIES = {    # what is tried where a run does not fit
@@ -58,13 +66,13 @@ KEYS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hid
 def shape(name):
     """ModelConfig of a named shape, the default model, a directory or a .gguf file.
 
-    No weight is read. ValueError if there is no such name or file.
+    No weight is read. InputError if there is no such name or file.
     """
     if name in SHAPES:
         numbers = dict(zip(KEYS, SHAPES[name], strict=True)) | {"max_position_embeddings": 131072}
         return ModelConfig(**config_from_json(numbers))
     if name != DEFAULT_NAME and not Path(name).exists():
-        raise ValueError(f"no shape or model is named {name}: give a path, or one of "
+        raise InputError(f"no shape or model is named {name}: give a path, or one of "
                          f"{', '.join([DEFAULT_NAME, *SHAPES])}")
     path = default_model() if name == DEFAULT_NAME else Path(name)
     config, _, _ = open_checkpoint(path)
@@ -78,7 +86,7 @@ class Run:
     capacity: int                       # tokens of a sequence, read and generated
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
-    chunk: int | None = None            # tokens a prefill reads at a time; None: the whole prompt
+    chunk: int = CHUNK                  # tokens a prefill reads at a time
     cache_ratio: float | None = None    # of an offloaded store, on the device; None: no offload
     in_file: bool = False               # the offloaded store is in a file
     is_cpu: bool = False                # device and host share one memory
@@ -109,7 +117,7 @@ class Plan:
     def __str__(self):
         rows = [(part, self.device.get(part, 0), self.host.get(part, 0))
                 for part in dict.fromkeys([*self.device, *self.host])]
-        chunk = min(self.run.chunk or self.run.capacity, self.run.capacity)
+        chunk = min(self.run.chunk, self.run.capacity)
         rows += [(f"activations, prefill of {chunk:,}", self.prefill, 0),
                  ("activations, step", self.step, 0),
                  ("peak", self.peak, sum(self.host.values()))]
@@ -207,7 +215,7 @@ def plan(run):
 
 def prefill_bytes(model, run):
     """Activations of a prefill's last chunk in one layer, which completes a segment."""
-    chunk = min(run.chunk or run.capacity, run.capacity)
+    chunk = min(run.chunk, run.capacity)
     ids = torch.empty(1, chunk, dtype=torch.int64, device="meta")
     L = min(run.retro.segment, run.capacity) // run.retro.cluster * run.retro.cluster
     segment = keys_on_meta(run, 1, L)
@@ -215,8 +223,9 @@ def prefill_bytes(model, run):
 
     def attend(q, k, v):
         o = torch.empty_like(q)
-        if is_masked:       # 8 bytes while it is made, a bool, and one as wide as the keys
-            mask = ids.new_empty(chunk, run.capacity, 9 + k.element_size(), dtype=torch.uint8)
+        if is_masked:       # a bool, and a number as wide as the keys
+            rows = min(chunk, max(MASK // run.capacity, 1))
+            mask = ids.new_empty(rows, run.capacity, 1 + k.element_size(), dtype=torch.uint8)
             del mask
         cluster_segment(segment, segment, run.retro)
         return o
@@ -244,7 +253,7 @@ def step_bytes(model, cache):
 # ---------------------------------------------------------------- what would fit
 
 def fit(run, memory, host=math.inf):
-    """The Plan of a Run that fits so many bytes. If it does not, ValueError says what would."""
+    """The Plan of a Run that fits so many bytes. If it does not, InputError says what would."""
     table = plan(run)
     if table.fits(memory, host):
         return table
@@ -253,7 +262,7 @@ def fit(run, memory, host=math.inf):
     there = f"{memory / GIB:.1f}"
     if host < math.inf:
         there += f" and {host / GIB:.1f}"
-    raise ValueError(f"{run.capacity:,} tokens x {run.batch} need {table.peak / GIB:.1f} GiB and "
+    raise InputError(f"{run.capacity:,} tokens x {run.batch} need {table.peak / GIB:.1f} GiB and "
                      f"{sum(table.host.values()) / GIB:.1f} on the host, there are {there}; "
                      f"what fits: {what_fits}")
 
@@ -299,7 +308,8 @@ def parse_args(argv):
     add("--memory", metavar="GIB", type=float, help="of the device; default: this machine's")
     add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"], help="%(choices)s")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if any)")
-    add("--prefill-chunk", metavar="N", type=int, help="read the prompt N tokens at a time")
+    add("--prefill-chunk", metavar="N", type=int, default=CHUNK,
+        help="read the prompt N tokens at a time (default %(default)s)")
     add("--offload", action="store_true", help="keep K and V in host memory")
     add("--cache-ratio", metavar="X", type=float, default=RATIO,
         help="share of K and V cached on the device (default %(default)s)")
@@ -308,15 +318,15 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     check_counts(args, "prefill_chunk", "capacity", "batch")
     if args.memory is not None and not args.memory > 0:
-        raise ValueError(f"--memory is {args.memory}: give GiB above 0")
+        raise InputError(f"--memory is {args.memory}: give GiB above 0")
     if args.store and not args.offload:
-        raise ValueError("--store goes with --offload")
+        raise InputError("--store goes with --offload")
     check_ratio(args.cache_ratio)
     return args
 
 
 def show(args):
-    """Print the plan of a run. ValueError if it does not fit."""
+    """Print the plan of a run. InputError if it does not fit."""
     device = choose_device(args.device)
     is_here = not (args.shape in SHAPES or args.memory)     # else of another machine, with a GPU
     is_cpu = is_here and device.type == "cpu"
@@ -334,13 +344,8 @@ def show(args):
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 after one line that says what was given and what to do."""
-    try:
-        show(parse_args(argv))
-    except (ValueError, ImportError) as e:
-        print(f"plan: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit status."""
+    return run_command("plan", lambda: show(parse_args(argv)))
 
 
 if __name__ == "__main__":

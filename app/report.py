@@ -50,6 +50,8 @@ def measure_offload(session, layers):
 def card(facts, context):
     """The facts of a run in a few lines for a person."""
     lines = [context_line(facts, context), *zone_lines(facts), reads_line(facts)]
+    if "length" in facts["ends"]:
+        lines.insert(0, "answer     cut by the limit: --max-new-tokens or --capacity allows more")
     if "hit_ratio" in facts:
         lines.append(offload_line(facts))
     lines += [f"backend    {facts['backend']}; {facts['dtype']}",

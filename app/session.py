@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
-from generate import decode, prefill
+from app.threads import Threads
+from generate import CHUNK, decode, prefill
 
 MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut in two; never tokenised
 
@@ -53,9 +54,9 @@ class Writer:
 class Session:
     """A batch of sequences, read and answered turn by turn in one set of caches, and timed."""
 
-    def __init__(self, model, make_cache, pick, step, chunk=None):
+    def __init__(self, model, make_cache, pick, step, chunk=CHUNK):
         self.model, self.caches = model, [make_cache() for _ in model.layers]
-        self.pick, self.step, self.chunk = pick, step, chunk
+        self.pick, self.step, self.chunk, self.threads = pick, step, chunk, Threads()
         self.n_read = self.n_said = [0] * len(self.caches[0].n_tokens)      # tokens, by sequence
         self.prefill_seconds = 0.0
         self.steps = []                                     # (tokens, seconds) of each step
@@ -63,7 +64,8 @@ class Session:
     def read(self, prompts):
         """Append a prompt (T,) to each sequence."""
         start = time.perf_counter()
-        with progress(self.model, sum(-(-len(p) // (self.chunk or len(p))) for p in prompts)):
+        n_chunks = sum(-(-len(p) // self.chunk) for p in prompts)
+        with self.threads, progress(self.model, n_chunks, self.threads):
             self.logits = prefill(self.model, self.caches, prompts, self.chunk)
         self.prefill_seconds += time.perf_counter() - start
         self.n_read = [n + len(p) for n, p in zip(self.n_read, prompts, strict=True)]
@@ -71,21 +73,27 @@ class Session:
     def answer(self, n_tokens, show=lambda tokens: None):
         """Up to n_tokens tokens after each sequence, a list for each, with their end tokens.
 
-        After every token show is called with the first sequence's tokens.
+        After every token show is called with the first sequence's tokens; True ends the answer.
         """
         said = [[] for _ in self.logits]
         n_before, clock = 0, time.perf_counter()
-        for token in decode(self.model, self.caches, self.logits, n_tokens, self.pick, self.step):
-            for tokens, t in zip(said, token.tolist(), strict=True):
-                if not tokens or tokens[-1] not in self.model.config.eos_ids:
-                    tokens.append(t)
-            n = sum(map(len, said))
-            if n_before:                                    # the first token takes no step
-                self.steps.append((n - n_before, time.perf_counter() - clock))
-            show(said[0])
-            n_before, clock = n, time.perf_counter()
+        with self.threads:
+            for token in self.tokens(n_tokens):
+                for tokens, t in zip(said, token.tolist(), strict=True):
+                    if not tokens or tokens[-1] not in self.model.config.eos_ids:
+                        tokens.append(t)
+                n = sum(map(len, said))
+                if n_before:                                    # the first token takes no step
+                    self.steps.append((n - n_before, time.perf_counter() - clock))
+                    self.threads.end_piece()
+                if show(said[0]):
+                    break
+                n_before, clock = n, time.perf_counter()
         self.n_said = [n + len(tokens) for n, tokens in zip(self.n_said, said, strict=True)]
         return said
+
+    def tokens(self, n):
+        return decode(self.model, self.caches, self.logits, n, self.pick, self.step)
 
     def record(self):
         """A list to which every token picked from now on adds its logits (B, V)."""
@@ -110,12 +118,16 @@ class Session:
 
 
 @contextmanager
-def progress(model, n_chunks):
+def progress(model, n_chunks, threads):
     """A bar on standard error that moves with every layer of the prefill."""
     from tqdm import tqdm
+
+    def end_layer(*_):
+        bar.update()
+        threads.end_piece()
+
     with tqdm(total=len(model.layers) * n_chunks, desc="prefill", unit="layer", leave=False) as bar:
-        hooks = [layer.register_forward_hook(lambda *_: bar.update() and None)
-                 for layer in model.layers]
+        hooks = [layer.register_forward_hook(end_layer) for layer in model.layers]
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ import inspect
 import re
 from dataclasses import fields
 
-from retroinfer import RetroConfig
+from retroinfer import InputError, RetroConfig
 
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
@@ -30,26 +30,26 @@ def add_set(add):
 
 
 def parse_settings(given):
-    """Fields of RetroConfig by name, typed. ValueError says what is allowed."""
+    """Fields of RetroConfig by name, typed. InputError says what is allowed."""
     kinds, found = {field.name: field.type for field in fields(RetroConfig)}, {}
     for word in given:
         name, is_given, value = word.partition("=")
         if name not in kinds:
-            raise ValueError(f"--set does not know {name!r}, it knows {', '.join(kinds)}: "
+            raise InputError(f"--set does not know {name!r}, it knows {', '.join(kinds)}: "
                              "--set help says what they mean")
         if not is_given:
-            raise ValueError(f"--set {name} has no value: give {name}=VALUE")
+            raise InputError(f"--set {name} has no value: give {name}=VALUE")
         found[name] = parse_value(name, value, kinds[name])
     return found
 
 
 def parse_value(name, value, kind):
-    """A number, or True or False. ValueError if the value is not of this kind."""
+    """A number, or True or False. InputError if the value is not of this kind."""
     try:
         return WORDS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
         wanted = {bool: "yes or no", int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"--set {name}={value}: give {wanted}") from None
+        raise InputError(f"--set {name}={value}: give {wanted}") from None
 
 
 def listing():

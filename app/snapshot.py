@@ -7,9 +7,10 @@
     snapshot.restore(caches)                                    # now prefill or decode as usual
 
 It is one safetensors file: token_ids (T,), and the tensors of cache.state(0) of each layer N, named
-N.k, N.v, N.centroids and so on. Its header holds the version of this format, a CRC-32 of each
-tensor, and a fingerprint of all that shaped the index: model, weights, dtype, RoPE, tokenizer,
-settings.
+N.centroids, N.sizes and so on; keys and values head by head, N.k.0, N.k.1: so they are written from
+where they are, and saving takes no second copy of them. Its header holds the version of this
+format, a CRC-32 of each tensor, and a fingerprint of all that shaped the index: model, weights,
+dtype, RoPE, tokenizer, settings. The file holds the text, so only its owner may read it.
 
 Does not include: batches, compression (the file is as large as the cache). The fingerprint reads a
 sample of each weight matrix: two models that differ elsewhere have the same fingerprint.
@@ -22,7 +23,10 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "retroinfer index 6"
+from retroinfer import InputError, WaveIndex
+
+KIND = "retroinfer index"
+FORMAT = f"{KIND} 7"
 SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
             "channel_power")                            # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
@@ -31,99 +35,176 @@ SAMPLE = 4096           # elements of each parameter in the fingerprint, at even
 def save(path, model, tokenizer, caches, ids):
     """Write the index of one sequence of token ids (T,) to a file, whole or not at all.
 
-    The new file replaces an old one only when it is complete. ValueError if it cannot be written;
+    The new file replaces an old one only when it is complete. InputError if it cannot be written;
     the old file is then unchanged.
     """
     tensors = {"token_ids": ids.cpu()}
     for n, cache in enumerate(caches):
-        tensors |= {f"{n}.{name}": x.contiguous().cpu() for name, x in cache.state(0).items()}
+        tensors |= {f"{n}.{name}": x for name, x in split_heads(cache.state(0))}
     header = {"format": FORMAT,
               "fingerprint": json.dumps(fingerprint(model, tokenizer, caches[0].config)),
               "crc32": json.dumps({name: crc32(x) for name, x in tensors.items()})}
-    write(Path(path), tensors, header)
+    write(path, tensors, header)
+
+
+def split_heads(state):
+    """Names and tensors of a layer's state as the file has them."""
+    for name, x in state.items():
+        if name in ("k", "v"):
+            yield from ((f"{name}.{h}", head.cpu()) for h, head in enumerate(x))
+        else:
+            yield name, x.contiguous().cpu()
 
 
 def write(path, tensors, header):
     """Write a safetensors file under another name, and rename it when it is safe on the disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path = Path(os.path.realpath(path))             # a link stays a link
+    part = path.with_name(f".retroinfer-{os.getpid()}.part")
     try:
+        part.touch(0o600)
         save_file(tensors, part, header)
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {e}") from None
+        raise InputError(f"cannot write {path}: {e}") from None
+    finally:
+        part.unlink(missing_ok=True)                # also when a person stops the program
 
 
 def check_place(path):
-    """ValueError if no file can be written at path."""
-    folder = Path(path).parent
-    if not folder.is_dir() or Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: its folder must exist and be writable")
+    """InputError if no file can be written at path, or another file than an index is there."""
+    place = Path(os.path.realpath(path))
+    try:
+        is_taken, size = place.exists(), place.stat().st_size if place.is_file() else 0
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}") from None
+    if not place.parent.is_dir() or place.is_dir() or not os.access(place.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: its folder must exist and be writable")
+    if is_taken and not place.is_file():
+        raise InputError(f"cannot write {path}: it is no regular file")
+    if size and not str(metadata(place).get("format")).startswith(KIND):
+        raise InputError(f"{path} exists and is no index: delete it first, or give another name")
+
+
+def metadata(path):
+    """The header's words of a safetensors file; none if it is another file."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(path, "pt").metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 class Snapshot:
     """A saved index. Opening it checks its header; restore reads its tensors."""
 
     def __init__(self, path, model, tokenizer, config):
-        """ValueError if the file is no index, has an older format, or is of another model."""
+        """InputError if the file is no index, has an older format, or is of another model."""
         from safetensors import SafetensorError, safe_open
         self.path, self.model = path, model
         try:
             self.file = safe_open(path, "pt")
         except OSError as e:
-            raise ValueError(f"cannot read the index {path}: {e.strerror or e}") from None
+            raise InputError(f"cannot read the index {path}: {e.strerror or e}") from None
         except SafetensorError as e:
-            raise ValueError(f"the index {path} is truncated or damaged: {e}") from None
+            raise InputError(f"the index {path} is truncated or damaged: {e}") from None
         header = self.file.metadata() or {}
         if (found := header.get("format")) != FORMAT:
-            raise ValueError(f"{path} is {f'of format {found!r}' if found else 'no index'}; this "
+            raise InputError(f"{path} is {f'of format {found!r}' if found else 'no index'}; this "
                              f"program reads {FORMAT!r}: make it anew with --save-index")
         try:
-            theirs, self.crc32 = (json.loads(header[name]) for name in ("fingerprint", "crc32"))
-        except (KeyError, json.JSONDecodeError):
-            raise ValueError(f"the index {path} is damaged: its header cannot be read") from None
+            theirs, self.crc32 = (dict(json.loads(header[name]))
+                                  for name in ("fingerprint", "crc32"))
+        except (KeyError, TypeError, ValueError):
+            raise self.damaged("its header cannot be read") from None
         if self.crc32.keys() != set(self.file.keys()):
-            raise ValueError(f"the index {path} is damaged: the names of its tensors have changed")
+            raise self.damaged("the names of its tensors have changed")
         self.check(theirs, fingerprint(model, tokenizer, config))
         self.ids = self.tensor("token_ids")
+        if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
+            raise self.damaged("token_ids is no list of whole numbers")
+
+    def damaged(self, why):
+        return InputError(f"the index {self.path} is damaged: {why}")
 
     def check(self, theirs, ours):
-        """ValueError that names the first difference between two fingerprints."""
+        """InputError that names the first difference between two fingerprints."""
         for name, mine in ours.items():
             if (other := theirs.get(name)) != mine:
-                raise ValueError(f"{self.path} was made with {name} {other}, here it is {mine}: "
+                raise InputError(f"{self.path} was made with {name} {other}, here it is {mine}: "
                                  "make it anew with --save-index")
 
     def tensor(self, name):
-        """A tensor of the file. ValueError if it is damaged."""
+        """A tensor of the file. InputError if it is damaged."""
+        if name not in self.crc32:
+            raise self.damaged(f"{name} is missing")
         x = self.file.get_tensor(name)
         if crc32(x) != self.crc32[name]:
-            raise ValueError(f"the index {self.path} is damaged: {name} is not what was written")
+            raise self.damaged(f"{name} is not what was written")
         return x
 
     def unread(self, ids):
-        """What follows the index's tokens in ids (T,). ValueError if ids do not begin with them."""
+        """What follows the index's tokens in ids (T,). InputError if ids do not begin with them."""
         n = min(len(ids), len(self.ids))
         same = int((ids[:n].cpu() == self.ids[:n]).long().cumprod(0).sum())
         if same < len(self.ids):
-            raise ValueError(f"the prompt is not the text of {self.path}: of its "
+            raise InputError(f"the prompt is not the text of {self.path}: of its "
                              f"{len(self.ids):,} tokens only the first {same:,} are the same")
         return ids[n:]
 
     def restore(self, caches):
-        """Fill one empty cache for each layer. ValueError if the text does not fit."""
+        """Fill one empty cache for each layer. InputError if the text does not fit."""
         if len(self.ids) > caches[0].capacity:
-            raise ValueError(f"the {len(self.ids):,} tokens of {self.path} do not fit caches of "
+            raise InputError(f"the {len(self.ids):,} tokens of {self.path} do not fit caches of "
                              f"{caches[0].capacity:,}")
-        device = self.model.lm_head.weight.device
+        weight, c = self.model.lm_head.weight, self.model.config
+        empty = WaveIndex(caches[0].config, 1)
+        empty.allocate(torch.empty(1, c.num_key_value_heads, 0, c.head_dim, dtype=weight.dtype))
         for n, cache in enumerate(caches):
-            prefix = f"{n}."
-            parts = [name for name in self.crc32 if name.startswith(prefix)]
-            cache.restore({name.removeprefix(prefix): self.tensor(name) for name in parts}, device)
+            state = self.state(n, empty.state(0))
+            if fault := find_fault(state, len(self.ids), cache.config):
+                raise self.damaged(f"layer {n}: {fault}")
+            cache.restore(state, weight.device)
+
+    def state(self, layer, empty):
+        """The state of a layer. InputError if it does not have the form of `empty`, a state that
+        holds no token."""
+        state, c = {}, None
+        for name in ("counters", *empty):
+            if name in ("k", "v"):
+                heads = range(len(empty[name]))
+                x = [self.tensor(f"{layer}.{name}.{h}") for h in heads]
+                x = torch.stack(x) if len({part.shape for part in x}) == 1 else x[0]
+            else:
+                x = self.tensor(f"{layer}.{name}")
+            rows = {"k": len(self.ids), "v": len(self.ids), "centre": c and 1}.get(name, c)
+            wanted = [n or rows for n in empty[name].shape]
+            if x.dtype != empty[name].dtype or list(x.shape) != wanted:
+                raise self.damaged(f"layer {layer}: {name} is {x.dtype} {list(x.shape)}, not "
+                                   f"{empty[name].dtype} {wanted}")
+            state[name] = x
+            c = c if name != "counters" else int(x[1])
+        return state
+
+
+def find_fault(state, n_tokens, config):
+    """In what a layer's state of n_tokens contradicts itself; None if in nothing."""
+    n_indexed, n_clusters = state["counters"].tolist()
+    sizes, offsets = state["sizes"], state["offsets"]
+    most = max(n_tokens - config.sink - config.local, 0)
+    if not 0 <= n_indexed <= most or not 0 <= n_clusters <= config.slots(n_indexed):
+        return f"{n_indexed} indexed tokens in {n_clusters} clusters, of {n_tokens} tokens"
+    if not ((sizes >= 0) & (sizes <= config.largest) & (sizes == sizes.round())).all():
+        return f"a cluster does not have 0 to {config.largest} members"
+    if (sizes.sum(-1) != n_indexed).any():
+        return f"its clusters do not hold the {n_indexed} indexed tokens"
+    if not offsets.equal((config.sink + sizes.cumsum(-1) - sizes).long()):
+        return "its clusters do not follow one another"
+    numbers = [name for name, x in state.items() if not x.isfinite().all()]
+    return f"{numbers[0]} holds NaN or infinity" if numbers else None
 
 
 def fingerprint(model, tokenizer, config):
@@ -133,8 +214,9 @@ def fingerprint(model, tokenizer, config):
         some = x.flatten()[::max(1, x.numel() // SAMPLE)]
         weights = zlib.crc32(name.encode(), crc32(some, weights))
     sizes = asdict(model.config) | {"eos_ids": sorted(model.config.eos_ids)}
-    facts = {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-             **{f"RoPE {name}": x for name, x in sizes.pop("rope").items()}, **sizes,
+    rope = {f"RoPE {name}": x if not isinstance(x, torch.Tensor) else f"of CRC-32 {crc32(x)}"
+            for name, x in sizes.pop("rope").items()}
+    facts = {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **rope, **sizes,
              "weights of CRC-32": weights,
              "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition()),
              **{f"--set {name}": getattr(config, name) for name in SETTINGS}}

@@ -22,12 +22,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from app.command import Parser, run_command
 from app.session import Writer
 from app.snapshot import Snapshot, save
 from bench.timing import (
-    Parser,
     clock,
-    exit_status,
     figure,
     keys_and_values,
     memory_bandwidth,
@@ -52,7 +51,7 @@ from generate import (
     stream_scores,
 )
 from model import DEFAULT_NAME, DenseCache, default_model, load
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import InputError, RetroConfig, WaveIndex
 
 REAL = 8192                         # tokens that are read; longer caches hold copies of their keys
 H, G, D = 8, 4, 128                 # Llama-3-8B's heads
@@ -264,7 +263,7 @@ class LlamaCpp:
 def model(args):
     """Prefill and decode of the default model; beside its peers up to REAL tokens."""
     if args.steps < 3:
-        raise ValueError(f"--steps is {args.steps}: at least 3 are needed, two are not timed")
+        raise InputError(f"--steps is {args.steps}: at least 3 are needed, two are not timed")
     dtype, found = getattr(torch, args.dtype), {}
     ours, tokenizer = load(dtype=dtype, device=CPU)
     print(f"the wave index attends by {hot_functions(CPU).attend.__module__}")
@@ -405,4 +404,4 @@ def main():
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status("bench.cpu", main))
+    raise SystemExit(run_command("bench.cpu", main))

@@ -31,8 +31,8 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 
 import kernels
-from bench.timing import Parser, exit_status
-from retroinfer import PLAIN, RetroConfig, WaveIndex
+from app.command import Parser, run_command
+from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,7 +89,7 @@ def needs(kernel, args, tiles, capability, helpers=()):
 
     kernel, and the helpers that it calls, are @triton.jit functions. Of their file they use no name
     but `triton` and `tl`. args are a launch's tensors and ints; tiles are sets of its constants and
-    options. Another process compiles, because in this one Triton may be its interpreter. ValueError
+    options. Another process compiles, because in this one Triton may be its interpreter. InputError
     with the last line of the compiler if the kernel does not compile.
     """
     text = "\n".join(["import triton", "import triton.language as tl\n",
@@ -106,7 +106,7 @@ def elsewhere(*arguments, stdin=""):
     done = subprocess.run([sys.executable, "-m", "bench.footprint", *map(str, arguments)], env=env,
                           cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"it does not compile: {done.stderr.splitlines()[-1]}")
+        raise InputError(f"it does not compile: {done.stderr.splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -235,13 +235,13 @@ def main():
 
 
 def one_shape(name, G, D):
-    """A row of STEPS, or ValueError."""
+    """A row of STEPS, or InputError."""
     dtypes = {TYPES[x]: x for x in TYPES if x.is_floating_point}
     if name not in dtypes or not G.isdigit() or not D.isdigit():
-        raise ValueError(f"--step is {name} {G} {D}: give one of {', '.join(dtypes)}, then the "
+        raise InputError(f"--step is {name} {G} {D}: give one of {', '.join(dtypes)}, then the "
                          "query heads of a kv head, then the head's dims")
     return dtypes[name], int(G), int(D)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status("bench.footprint", main))
+    raise SystemExit(run_command("bench.footprint", main))

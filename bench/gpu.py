@@ -38,10 +38,11 @@ from triton.testing import do_bench
 import kernels
 import retroinfer
 from app import plan
-from bench.timing import Parser, clock, exit_status, figure, keys_and_values, table, write_json
+from app.command import Parser, run_command
+from bench.timing import clock, figure, keys_and_values, table, write_json
 from generate import attend, compiled_step, prefill
 from model import DenseCache, Llama, ModelConfig
-from retroinfer import PLAIN, Hot, Index, RetroConfig, WaveIndex, few
+from retroinfer import PLAIN, Hot, Index, InputError, RetroConfig, WaveIndex, few
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -189,7 +190,7 @@ class Cell:
         return found
 
     def check(self):
-        """ValueError unless a head's error to float64 is at most twice that of eager PyTorch."""
+        """InputError unless a head's error to float64 is at most twice that of eager PyTorch."""
         head = self.last_head()
         truth = attend_exactly(*head)
         mine, eager = ((x.double() - truth).abs().max().item() for x in (
@@ -335,7 +336,7 @@ def step_facts(model, caches, tokens, step_ms):
         return compiled_step(model, caches, token)
 
     if not run().isfinite().all():
-        raise ValueError(f"the logits behind {tokens} tokens are not finite")
+        raise InputError(f"the logits behind {tokens} tokens are not finite")
     ms, cached = step_ms(run, 1000), sum(cache.bytes_read() for cache in caches)
     weights = sum(x.nbytes for x in model.parameters()) - model.embed_tokens.weight.nbytes
     return {"ms": ms, "tokens_per_s": batch / ms * 1e3, "cache_bytes": cached,
@@ -461,9 +462,9 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="tiny, each timed once")
     args = parser.parse_args()
     if not args.dry_run and not IS_GPU:
-        raise ValueError("a CUDA GPU is needed, and torch finds none")
+        raise InputError("a CUDA GPU is needed, and torch finds none")
     if not args.out.is_dir():
-        raise ValueError(f"there is no folder {args.out}: make it, or give another with --out")
+        raise InputError(f"there is no folder {args.out}: make it, or give another with --out")
     torch.manual_seed(0)
     scope = TINY if args.dry_run else FULL
     facts = layers_facts(scope, time.monotonic() + 60 * args.minutes)
@@ -473,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status("bench.gpu", main))
+    raise SystemExit(run_command("bench.gpu", main))

@@ -8,7 +8,6 @@ import json
 import platform
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -99,13 +98,6 @@ def keys_and_values(cache, row=0):
 
 # ---------------------------------------------------------------- the command line
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ValueErrors."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
 def positive(text):
     """The whole number, at least 1, that an argument says."""
     number = int(text)
@@ -120,13 +112,3 @@ def new_file(text):
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} for {path.name}")
     return path
-
-
-def exit_status(name, main):
-    """0 after main(). 2, and one line on standard error, for an error that a person can mend."""
-    try:
-        main()
-    except (ValueError, ImportError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        return 2
-    return 0

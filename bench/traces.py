@@ -29,14 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.command import Parser, run_command
 from bench.machine import plot_speed, predicted
-from bench.timing import Parser, exit_status, figure, new_file, positive, table, where, write_json
+from bench.timing import figure, new_file, positive, table, where, write_json
 from buffer import BLOCK, WHOLE
 from evaluation import texts
 from generate import decode, eager_step, prefill, sampler
 from model import DEFAULT_NAME, load
 from retroinfer import (
     PLAIN,
+    InputError,
     RetroConfig,
     WaveIndex,
     before,
@@ -301,7 +303,7 @@ def parse_args():
     parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
     if args.length < args.steps + 2:
-        raise ValueError(f"--length is {args.length}: {args.steps} steps need at least "
+        raise InputError(f"--length is {args.length}: {args.steps} steps need at least "
                          f"{args.steps + 2}")
     return args
 
@@ -324,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_status("bench.traces", main))
+    raise SystemExit(run_command("bench.traces", main))

@@ -8,19 +8,17 @@ same tokens. The retrieved share of a variant is changed until a step reads as m
 of the method that the variant is compared with, to within one per cent. So ours has no least number
 of clusters here. A variant whose index alone takes more bytes is marked in the table.
 """
-import argparse
 import functools
 import itertools
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from app.command import Parser, run_command
 from app.settings import parse_settings
 from evaluation import fidelity, texts
 from model import DEFAULT_NAME, load
-from retroinfer import PART_II_OFF, RetroConfig
+from retroinfer import PART_II_OFF, InputError, RetroConfig
 
 TRIES = 4               # retrieved shares that are tried until the bytes are equal
 CLOSE = 0.01            # relative difference of bytes that counts as equal
@@ -115,15 +113,15 @@ def show(kind, dense_rows, name, kl, rows, base):
 
 
 def read_text(model, tokenizer, kind, args):
-    """The Case of a text of this kind. ValueError if it does not have so many tokens."""
+    """The Case of a text of this kind. InputError if it does not have so many tokens."""
     ids = tokenizer.encode(texts.KINDS[kind](args.half)[:12 * args.length])[:args.length]
     if len(ids) < args.length:
-        raise ValueError(f"the text {kind} has {len(ids):,} tokens, {args.length:,} are needed")
+        raise InputError(f"the text {kind} has {len(ids):,} tokens, {args.length:,} are needed")
     return fidelity.read(model, torch.tensor(ids), args.steps)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="ablation", description=__doc__.splitlines()[0])
+    parser = Parser(prog="ablation", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
     add("--texts", nargs="+", choices=texts.KINDS, default=["code", "documents"])
@@ -138,12 +136,12 @@ def parse_args(argv):
 def ablate(args):
     ours = RetroConfig(**{"min_retrieve": 1} | parse_settings(args.set))
     if args.length < SHORTEST:
-        raise ValueError(f"--length is {args.length:,}: give {SHORTEST:,} or more")
+        raise InputError(f"--length is {args.length:,}: give {SHORTEST:,} or more")
     if not 1 <= args.steps <= SHORTEST // 4:
-        raise ValueError(f"--steps is {args.steps}: give 1 to {SHORTEST // 4}")
+        raise InputError(f"--steps is {args.steps}: give 1 to {SHORTEST // 4}")
     model, tokenizer = load(args.model, getattr(torch, args.dtype), "cpu")
     if args.length > model.config.context:
-        raise ValueError(f"{args.length:,} tokens, the model's context is "
+        raise InputError(f"{args.length:,} tokens, the model's context is "
                          f"{model.config.context:,}: give a smaller --length")
     print("| text | method | KL to dense | bytes of dense | KL over that of ours or the paper |")
     print("|---|---|---|---|---|")
@@ -154,13 +152,8 @@ def ablate(args):
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 behind one line that says what was given and what to do."""
-    try:
-        ablate(parse_args(argv))
-    except (ValueError, ImportError) as e:
-        print(f"{Path(__file__).stem}: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit status."""
+    return run_command("ablation", lambda: ablate(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the versions and the settings. The same command continues a run that was stopped
 ended: it measures what the file does not have. With --parts it measures one part only. In the end
 it prints tables of all results so far, and draws plots beside the file.
 """
-import argparse
 import functools
 import hashlib
 import json
@@ -28,12 +27,13 @@ from pathlib import Path
 
 import torch
 
+from app.command import Parser, run_command
 from app.settings import parse_settings
 from evaluation import fidelity, ruler, texts
 from evaluation.tables import report
 from generate import decode, eager_step, hot_functions, sampler
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
@@ -105,7 +105,7 @@ class Results:
         self.path, self.cells = path, {}
         lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
         if lines and json.loads(lines[0])["settings"] != header["settings"]:
-            raise ValueError(f"{path} was made by other code or settings: remove it, or give --out")
+            raise InputError(f"{path} was made by other code or settings: remove it, or give --out")
         self.header = json.loads(lines[0]) if lines else header
         for line in lines[1:]:
             self.cells |= json.loads(line)
@@ -179,7 +179,7 @@ def against_dense_cells(run, kind, length):
     text = texts.KINDS[kind](run.settings["half"])[:12 * length]
     ids = run.tokenizer.encode(text)[:length]
     if len(ids) < length:
-        raise ValueError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
+        raise InputError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
     case = fidelity.read(run.model, torch.tensor(ids), steps)
     made = methods(case)
     for name in left:
@@ -233,7 +233,7 @@ def settings_of(args):
     settings |= {} if args.steps is None else {"steps": args.steps}
     if given := parse_settings(args.set):
         if not args.methods:
-            raise ValueError("other methods have the bytes of the default: give --methods ours")
+            raise InputError("other methods have the bytes of the default: give --methods ours")
         RetroConfig(**given)                                # or a line that says what is wrong
         settings["config"] = given
     source = b"".join((ROOT / name).read_bytes()
@@ -243,7 +243,7 @@ def settings_of(args):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--full", action="store_true", help="all lengths, budgets and RULER")
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
@@ -267,14 +267,14 @@ def parse_args(argv):
 def evaluate(args):
     settings, shortest = settings_of(args), 1024
     if min(settings["lengths"]) < shortest:
-        raise ValueError(f"a text of {min(settings['lengths']):,} tokens is nearly all in the "
+        raise InputError(f"a text of {min(settings['lengths']):,} tokens is nearly all in the "
                          f"exact window: give --lengths of {shortest:,} or more")
     if not 1 <= settings["steps"] <= shortest // 4:
-        raise ValueError(f"--steps is {settings['steps']}: give 1 to {shortest // 4}")
+        raise InputError(f"--steps is {settings['steps']}: give 1 to {shortest // 4}")
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
     longest = max(n for x in ("lengths", "needle_lengths", "ruler_lengths") for n in settings[x])
     if longest > model.config.context:
-        raise ValueError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
+        raise InputError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")
     out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
     command = shlex.join(["python", "-m", "evaluation.evaluate", *sys.argv[1:]])
@@ -291,16 +291,11 @@ def evaluate(args):
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 behind one line that says what was given and what to do."""
-    try:
-        evaluate(parse_args(argv))
-    except (ValueError, ImportError) as e:
-        print(f"evaluate: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    """The exit status."""
+    status = run_command("evaluate", lambda: evaluate(parse_args(argv)))
+    if status == 130:
         print("evaluate: stopped; the same command goes on here", file=sys.stderr)
-        return 130
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation import texts
+from retroinfer import InputError
 
 SEED = 42
 TRIES = 200                 # the original tries without end
@@ -411,7 +412,7 @@ class Questions(Generator):
 
     def samples(self, n, start=0):
         if start + n > len(self.questions):
-            raise ValueError(f"{self.name} has {len(self.questions):,} questions, "
+            raise InputError(f"{self.name} has {len(self.questions):,} questions, "
                              f"not {start + n:,}")
         return super().samples(n, start)
 
@@ -440,7 +441,7 @@ def generate(name, count, length, n, dialect="new", start=0, **options):
     """n samples (dicts, the original's JSONL fields) of task `name` in at most `length` tokens.
 
     count(text) says how many tokens a text has. start: number of the first question (qa). options:
-    seed (42 plus the number of a chunk), reserve (tokens of a chat template). Raises ValueError for
+    seed (42 plus the number of a chunk), reserve (tokens of a chat template). Raises InputError for
     an unknown task or dialect, a missing package (it names the command that installs the package),
     and more questions than there are, and TooShort.
     """

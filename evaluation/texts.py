@@ -19,15 +19,17 @@ import re
 from functools import cache, lru_cache
 from pathlib import Path
 
+from retroinfer import InputError
+
 
 def package(module, requirement):
-    """Directory of an installed module, without importing it. ValueError says how to install it."""
+    """Directory of an installed module, without importing it. InputError says how to install it."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:             # a parent is missing
         spec = None
     if spec is None:
-        raise ValueError(f"{module} is not installed: pip install --no-deps {requirement}")
+        raise InputError(f"{module} is not installed: pip install --no-deps {requirement}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

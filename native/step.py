@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import struct
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from retroinfer import rank_by_centroid, rank_by_mass
+from retroinfer import InputError, rank_by_centroid, rank_by_mass
 
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
@@ -31,22 +32,37 @@ REMEDY = "install g++ or set CXX, or pass --backend compile"
 def attend(q, steady, index, stores, budget, method):
     """retroinfer.attend, with clusters read from the stores in place.
 
-    Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: ValueError otherwise,
+    Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: InputError otherwise,
     and where nothing compiles step.cpp. The number of threads changes no bit. Runs under
     torch.compile.
     """
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
-    if q.device.type != "cpu" or not 16 <= q.shape[3] <= 256:
-        raise ValueError("native/step.py runs on a CPU with 16 to 256 head dims, and q has "
-                         f"{q.shape[3]} on {q.device}: give --backend compile")
+    if q.device.type != "cpu":
+        raise InputError(f"native/step.py runs on a CPU, and q is on {q.device}")
+    check_dims(q.shape[3])
     assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16", "float32"]
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
     limits = [x.expand(q.shape[:2]) for x in (budget.retrieve, budget.ranked)]
     numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values),
                int(method.rank is rank_by_mass)]
     return attend_op(q, list(steady), list(index), list(stores), limits, numbers)
+
+
+def prepare(dtype, bits, D):
+    """Compile step.cpp for keys of a dtype, centroids of 4 or 16 bits, and D head dims, unless it
+    was before. InputError if that fails."""
+    check_dims(D)
+    kind = str(dtype).removeprefix("torch.")
+    library(kind, "uint8" if bits == 4 else kind, D)
+
+
+def check_dims(D):
+    """InputError for head dims that step.cpp has no loops for."""
+    if not 16 <= D <= 256:
+        raise InputError(f"native/step.py takes 16 to 256 head dims, these are {D}: give --backend "
+                         "compile")
 
 
 def name(x):
@@ -96,16 +112,26 @@ def library(kind, row, D):
 
 
 def cache():
-    """The directory of what is compiled: Inductor's where one is set, else the user's."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or user) / "retroinfer"
+    """The directory of what is compiled: Inductor's where one is set, else the user's; where that
+    cannot be written, one for temporary files."""
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(given)
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retroinfer"
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    except (OSError, RuntimeError):                 # read-only, or neither HOME nor an account
+        pass
+    return Path(tempfile.gettempdir()) / f"retroinfer-{os.getuid()}"
 
 
 def command():
     """The compiler with its flags, and what is linked: torch's own OpenMP where it has one, for
     another would be another pool of threads."""
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]
-    return [os.environ.get("CXX", "g++"), *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    return [*compiler, *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
 
 
 def key():
@@ -126,19 +152,19 @@ def build(path, *types):
             run_compiler([*compiler, *types, str(SOURCE), *link, "-o", str(made)])
             made.replace(path)
     except OSError as e:
-        raise ValueError(f"cannot keep what step.cpp compiles to in {path.parent}: {e.strerror}; "
+        raise InputError(f"cannot keep what step.cpp compiles to in {path.parent}: {e.strerror}; "
                          "set TORCHINDUCTOR_CACHE_DIR") from None
 
 
 def run_compiler(args):
-    """What it writes to standard output; ValueError where there is none or it fails."""
+    """What it writes to standard output; InputError where there is none or it fails."""
     try:
         done = subprocess.run(args, capture_output=True, check=False)
     except OSError as e:
-        raise ValueError(f"no C++ compiler for step.cpp, {args[0]}: {e.strerror}: "
+        raise InputError(f"no C++ compiler for step.cpp, {args[0]}: {e.strerror}: "
                          f"{REMEDY}") from None
     if done.returncode:
         words = done.stderr.decode(errors="replace").splitlines() or ["no message"]
         said = next((line for line in words if "error" in line), words[0])
-        raise ValueError(f"{args[0]} does not compile step.cpp ({said.strip()}): {REMEDY}")
+        raise InputError(f"{args[0]} does not compile step.cpp ({said.strip()}): {REMEDY}")
     return done.stdout

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from app.command import run_command
 from bench import cpu, timing
 from model import DenseCache, load
 from retroinfer import RetroConfig, WaveIndex
@@ -63,7 +64,7 @@ def test_a_layer_holds_its_tokens_and_has_the_default_models_budget():
     (["speed"], "argument section: invalid choice")])
 def test_a_wrong_argument_is_one_line(given, problem, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.cpu", *given])
-    assert timing.exit_status("bench.cpu", cpu.main) == 2
+    assert run_command("bench.cpu", cpu.main) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.cpu: {problem}") and error.count("\n") == 1
 

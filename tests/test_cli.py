@@ -14,12 +14,13 @@ import tiny
 import torch
 from steps import LONG
 
+import native.step
 from app import cli
 from app.settings import parse_settings
 from buffer import WHOLE
 from generate import eager_step, generate
-from model import DenseCache
-from retroinfer import RetroConfig
+from model import DenseCache, ModelConfig
+from retroinfer import InputError, RetroConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,8 +168,9 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
         "--device", "cpu", "--max-new-tokens", 3, "--json")
     facts, loaded = map(json.loads, out.splitlines()[-2:])
     assert facts["generated_tokens"] == [3]
-    assert loaded == [0, ["app/cli.py", "app/report.py", "app/session.py", "app/settings.py",
-                          "checkpoint.py", "generate.py", "model.py", "retroinfer.py"]]
+    assert loaded == [0, ["app/cli.py", "app/command.py", "app/relay.py", "app/report.py",
+                          "app/session.py", "app/settings.py", "app/threads.py", "checkpoint.py",
+                          "generate.py", "model.py", "retroinfer.py"]]
 
 
 def test_the_main_job_runs_without_the_optional_parts(checkpoint, prompt, tmp_path):
@@ -181,11 +183,13 @@ def test_the_main_job_runs_without_the_optional_parts(checkpoint, prompt, tmp_pa
         from app.cli import main
         run = ["--device", "cpu", *sys.argv[1:]]
         assert main([*run, "--max-new-tokens", "3", "--backend", "eager"]) == 0
-        assert main([*run, "--max-new-tokens", "1"]) == 0      # the first token takes no step
+        assert main([*run, "--max-new-tokens", "2"]) == 0
+        assert main([*run, "--max-new-tokens", "1", "--compare"]) == 0  # and so takes no step
         assert main([*run, "--offload"]) == 2
         """, prompt, "--prompt-file", prompt, "--model", checkpoint(**LONG))
     assert "eager on cpu" in err
-    assert "torch.compile on cpu" in err and "native is not here" in err
+    assert "PyTorch on cpu" in err and "1 eager steps; No module named 'native'" in err
+    assert "PyTorch and torch.compile on cpu" in err
     assert err.endswith("\nretroinfer: --offload needs buffer.py, which is not here\n")
 
 
@@ -378,7 +382,7 @@ def test_a_device_that_fails_ends_the_run_in_one_line(run, flags, monkeypatch):
     monkeypatch.setattr("buffer.WaveBuffer.fetch", fails)
     status, _, err = run(*flags, *OFFLOAD)
     assert status == 2 and err.endswith(
-        "retroinfer: the device failed: CUDA error: an illegal memory access\n")
+        "retroinfer: the memory or the device failed: CUDA error: an illegal memory access\n")
     assert "Traceback" not in err
 
 
@@ -519,34 +523,53 @@ def test_no_prompt_at_all(capsys):
 
 def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, capsys, prompt):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("native.step.library", native.step.library.__wrapped__)
     flags = ["--prompt-file", str(prompt), "--device", "cpu", "--model", str(checkpoint(**LONG)),
              "--max-new-tokens", "2"]
     assert cli.main(flags) == 0
-    assert "eager on cpu, " in (err := capsys.readouterr().err) and "no C++ compiler" in err
-    refused((cli.main([*flags, "--backend", "compile"]), *capsys.readouterr()), "install g++")
+    assert "1 eager steps; no C++ compiler for step.cpp, no-such-comp" in capsys.readouterr().err
+    assert cli.main([*flags, "--compare"]) == 0
+    assert "eager on cpu, " in (err := capsys.readouterr().err) and "torch.compile fails" in err
+    for name in ("compile", "native"):
+        refused((cli.main([*flags, "--backend", name]), *capsys.readouterr()), "no-such-comp")
+
+
+def chosen(name, device, *more, **changes):
+    """(hot functions, what is said) of cli.choose_step."""
+    args = cli.parse_args(["--chat", *(["--backend", name] if name else []), *more])
+    spec = cli.Spec(tiny_config(**changes), torch.float32, RetroConfig(), 256, 1)
+    cli.check_backend(args, torch.device(device))
+    _, hot, words = cli.choose_step(args, spec, torch.device(device))
+    return hot, words()
+
+
+def tiny_config(head_dim=16):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "context": 4096, "trained": 4096}
+    return ModelConfig(320, 64, 96, 1, 4, 2, head_dim, 1e-5, 4096, rope, False, False, False,
+                       False, False, frozenset([2]))
 
 
 @pytest.mark.parametrize("name, words", [
     (None, "Triton and torch.compile on cuda:0, the default"), ("eager", "eager on cuda:0"),
-    ("compile", "torch.compile on cuda:0, asked for")])
+    ("compile", "PyTorch and torch.compile on cuda:0, asked for")])
 def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
     pytest.importorskip("triton")
-    device = torch.device("cuda:0")
-    _, hot, said = cli.choose_backend(name, device)
+    hot, said = chosen(name, "cuda:0")
     assert said.startswith(words)
     assert hot.attend.__module__ == ("generate" if name else "kernels")
 
 
 @pytest.mark.parametrize("name, words", [
-    (None, "native/step.cpp and torch.compile on cpu"),
-    ("native", "native/step.cpp and torch.compile"),
-    ("compile", "torch.compile on cpu"), ("eager", "eager on cpu")])
-def test_a_cpu_gets_native_code_unless_pytorch_is_asked_for(name, words):
-    _, hot, said = cli.choose_backend(name, torch.device("cpu"))
-    assert said.startswith(words) and said.endswith("asked for" if name else "the default")
-    assert hot.attend.__module__ == ("native.step" if words[:6] == "native" else "generate")
+    ("native", "native/step.cpp and torch.compile on cpu"),
+    ("compile", "PyTorch and torch.compile on cpu"), ("eager", "eager on cpu")])
+def test_a_cpu_gets_what_is_asked_for(name, words):
+    hot, said = chosen(name, "cpu")
+    assert said.startswith(words) and said.endswith("asked for")
+    assert hot.attend.__module__ == ("native.step" if name == "native" else "generate")
 
 
-def test_native_code_is_for_a_cpu():
-    with pytest.raises(ValueError, match="backend native needs a CPU"):
-        cli.choose_backend("native", torch.device("cuda:0"))
+def test_what_cannot_run_here_is_refused_before_anything_is_read():
+    with pytest.raises(InputError, match="backend native needs a CPU"):
+        chosen("native", "cuda:0")
+    with pytest.raises(InputError, match="16 to 256 head dims, these are 8"):
+        chosen("native", "cpu", head_dim=8)

@@ -13,8 +13,8 @@ import pytest
 kernels = pytest.importorskip("kernels", reason="needs Triton")
 import triton  # noqa: E402
 
+from app.command import run_command  # noqa: E402
 from bench import footprint  # noqa: E402
-from bench.timing import exit_status  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = (80, 90, 100)
@@ -67,7 +67,7 @@ def test_every_kernel_compiles_within_a_gpus_limits(compilers, capability):
 @pytest.mark.parametrize("given", [["bf17", "4", "64"], ["bf16", "four", "64"]])
 def test_a_shape_that_is_none_is_refused_in_one_line(given, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.footprint", "90", "--step", *given])
-    assert exit_status("bench.footprint", footprint.main) == 2
+    assert run_command("bench.footprint", footprint.main) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.footprint: --step is {' '.join(given)}: give one of bf16, ")
     assert error.count("\n") == 1

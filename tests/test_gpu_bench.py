@@ -12,8 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("kernels", reason="needs Triton")
+from app.command import run_command
 from bench import gpu
-from bench.timing import exit_status
 from generate import eager_step
 from retroinfer import PLAIN, WaveIndex
 
@@ -86,6 +86,6 @@ def test_a_cell_that_time_or_memory_does_not_allow_is_named(monkeypatch):
 def test_without_a_gpu_the_benchmark_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "IS_GPU", False)
     monkeypatch.setattr(sys, "argv", ["bench.gpu"])
-    assert exit_status("bench.gpu", gpu.main) == 2
+    assert run_command("bench.gpu", gpu.main) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err == "bench.gpu: a CUDA GPU is needed, and torch finds none\n"

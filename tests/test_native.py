@@ -154,7 +154,7 @@ def test_tensors_may_lie_as_they_like():
 
 @pytest.mark.parametrize("D, dtype, words", [
     (32, torch.float16, "float16.*float32.*cast to one"),
-    *[(D, torch.float32, f"16 to 256 head dims, and q has {D}") for D in (8, 272)]])
+    *[(D, torch.float32, f"16 to 256 head dims, these are {D}") for D in (8, 272)]])
 def test_what_it_does_not_know_is_refused(D, dtype, words):
     case = Case((1, 1, 1, D, 1, 1), (1, 1, 9), [(1, 1)], [(1, 0)])
     case.q = case.q.to(dtype)
@@ -197,7 +197,7 @@ NATIVE = PLAIN._replace(attend=native.attend)
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """An empty cache."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "retroinfer"))
     native.library.cache_clear()
     yield tmp_path / "retroinfer"
     native.library.cache_clear()

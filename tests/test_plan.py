@@ -133,7 +133,7 @@ def test_what_fits_is_given_back_and_what_does_not_is_refused_with_what_would():
     """Every remedy that is named fits, no other does, nor does a thousand tokens more."""
     peak = plan(LLAMA).peak
     assert fit(LLAMA, peak).peak == peak
-    whole, memory = replace(LLAMA, capacity=8192, chunk=None), 16 * GIB
+    whole, memory = replace(LLAMA, capacity=8192, chunk=8192), 16 * GIB
     with pytest.raises(ValueError, match=r"8,192 tokens x 1 need .* what fits: ") as refusal:
         fit(whole, memory)
     assert "\n" not in str(refusal.value)
@@ -150,7 +150,7 @@ def test_what_fits_is_given_back_and_what_does_not_is_refused_with_what_would():
     (26, ["--offload --prefill-chunk 2048"]), (40, ["--prefill-chunk 2048", "--offload"])])
 def test_a_larger_device_is_offered_the_simpler_flags(monkeypatch, memory, flags):
     monkeypatch.setattr("app.plan.largest_capacity", lambda *_: 0)
-    assert remedies(replace(LLAMA, chunk=None), memory * GIB) == flags
+    assert remedies(replace(LLAMA, chunk=131072), memory * GIB) == flags
 
 
 # ---------------------------------------------------------------- the command line
