@@ -13,6 +13,7 @@ Does not include: slow tokenizers written in Python, tool calls in chat template
 """
 import datetime
 import json
+import math
 import re
 import struct
 
@@ -22,6 +23,8 @@ from retroinfer import InputError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_NUMBERS = ("rope_theta", "factor", "trained", "low_freq_factor", "high_freq_factor",
+                "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 def open_checkpoint(path):
@@ -31,8 +34,14 @@ def open_checkpoint(path):
     if not path.exists():
         raise InputError(f"no model at {path}: give a directory with config.json and "
                          "*.safetensors, or a .gguf file")
-    config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
-    check(config, path)
+    try:
+        config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
+        check(config, path)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # damaged data break a reader anywhere; Rust's is no Exception
+        raise InputError(f"{path} is damaged or foreign: {type(e).__name__}: {one_line(e)}"
+                         ) from None
     return config, tensors, tokenizer
 
 
@@ -40,8 +49,16 @@ def check(config, path):
     """InputError for a shape that no model can have, or a RoPE that lacks its numbers."""
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads", "head_dim", "context"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise InputError(f"{path}: {name} is {config[name]!r}, not a positive whole number")
+        most = 10_000 if name == "num_hidden_layers" else 2**31
+        if type(config[name]) is not int or not 1 <= config[name] < most:
+            raise InputError(f"{path}: {name} is {config[name]!r}, not a whole number from 1 to "
+                             f"{most:,}")
+    if not all(type(i) is int and 0 <= i < 2**31 for i in config["eos_ids"]):
+        raise InputError(f"{path}: the end tokens are {set(config['eos_ids'])}, not token ids")
+    numbers = {name: x for name, x in config["rope"].items() if name in ROPE_NUMBERS}
+    for name, x in {"rms_norm_eps": config["rms_norm_eps"], **numbers}.items():
+        if type(x) not in (int, float) or not 0 <= x < math.inf:
+            raise InputError(f"{path}: {name} is {x!r}, not a number from 0")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise InputError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
@@ -84,7 +101,8 @@ def open_directory(path):
 
 def config_from_json(c):
     kind, heads, limit = c.get("model_type"), c["num_attention_heads"], c["max_position_embeddings"]
-    rope = {**(c.get("rope_parameters") or c.get("rope_scaling") or {})}    # new name, old name
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # new name, old name
+    rope = {name: x for name, x in rope.items() if x is not None}
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
     rope |= {"trained": rope.get("original_max_position_embeddings") or limit, "context": limit}
@@ -202,10 +220,13 @@ def config_from_gguf(get, tensors):
 def read_gguf(tensors, permuted, head_dim):
     import gguf
     for name, t in tensors.items():
-        tensor = torch.tensor(gguf.dequantize(t.data, t.tensor_type))
-        if permuted and (".attn_q." in name or ".attn_k." in name):  # llama.cpp pairs (2i, 2i + 1)
-            pairs = tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        try:
+            tensor = torch.tensor(gguf.dequantize(t.data, t.tensor_type))
+            if permuted and (".attn_q." in name or ".attn_k." in name):     # pairs (2i, 2i + 1)
+                pairs = tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
+                tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        except Exception as e:      # the package lets through whatever numpy raises
+            raise InputError(f"tensor {name} cannot be read: {one_line(e)}") from None
         yield ".".join(GGUF_NAMES.get(part, part) for part in name.split(".")), tensor
 
 

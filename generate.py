@@ -159,6 +159,9 @@ def has_compiler():
 
 def try_compiler():
     """Compile a line with torch.compile. InputError with the compiler's own reason if it fails."""
+    if not has_compiler():
+        raise InputError("there is no C++ compiler: install g++ or set CXX, or pass --backend "
+                         "eager")
     new = time.time()               # no cache holds this line
     try:
         torch.compile(lambda x: x + new, dynamic=False)(torch.ones(RUN))

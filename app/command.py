@@ -69,7 +69,8 @@ def run_command(name, work):
     except (MemoryError, RuntimeError) as e:
         if not is_of_the_machine(e):
             raise
-        return complain(name, f"the memory or the device failed: {str(e).splitlines()[0]}")
+        said = str(e).splitlines() or ["no more is said"]
+        return complain(name, f"the memory or the device failed: {said[0]}")
 
 
 def is_of_the_machine(e):

@@ -529,9 +529,9 @@ def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, cap
     assert cli.main(flags) == 0
     assert "1 eager steps; no C++ compiler for step.cpp, no-such-comp" in capsys.readouterr().err
     assert cli.main([*flags, "--compare"]) == 0
-    assert "eager on cpu, " in (err := capsys.readouterr().err) and "torch.compile fails" in err
-    for name in ("compile", "native"):
-        refused((cli.main([*flags, "--backend", name]), *capsys.readouterr()), "no-such-comp")
+    assert re.search("eager on cpu, .*there is no C[+][+] compiler", capsys.readouterr().err)
+    for name, word in ("compile", "install g++"), ("native", "no-such-compiler"):
+        refused((cli.main([*flags, "--backend", name]), *capsys.readouterr()), word)
 
 
 def chosen(name, device, *more, **changes):
