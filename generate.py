@@ -52,6 +52,8 @@ COMPILE = {"fullgraph": True, "dynamic": False, "options": {
 
 # The one place where decoding is compiled: a step is one graph, in which all layers share one body.
 compiled_step = torch.compile(functools.partial(step, run=region()), **COMPILE)
+# Caches of another capacity are another graph: torch would give up at the ninth.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 eager_step = functools.partial(step, run=call)
 
 

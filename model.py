@@ -166,6 +166,13 @@ def slow_dtypes():
 SLOW_DTYPES = slow_dtypes()
 
 
+def fast_dtype(device):
+    """bfloat16 on a GPU, and on a CPU with instructions for its products; else float32."""
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"       # not in every torch
+    has_products = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return torch.bfloat16 if device.type != "cpu" or has_products else torch.float32
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()

@@ -27,7 +27,7 @@ from app.report import card, measure
 from app.session import Session, Writer, stream, turns
 from app.settings import add_set
 from generate import CHUNK, compiled_step, eager_step, hot_functions, sampler, try_compiler
-from model import DEFAULT_NAME, SLOW_DTYPES, DenseCache, load
+from model import DEFAULT_NAME, SLOW_DTYPES, DenseCache, fast_dtype, load
 from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
 CPU = torch.device("cpu")
@@ -70,7 +70,8 @@ def add_model(add):
     add("--model", metavar="PATH", default=DEFAULT_NAME,
         help="folder or .gguf (default %(default)s)")
     add_set(add)
-    add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"], help="%(choices)s")
+    add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"],
+        help="%(choices)s (default: what the processor multiplies best)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if any)")
     add("--backend", metavar="NAME", choices=["triton", "native", "compile", "eager"],
         help="%(choices)s (default: the fastest)")
@@ -290,7 +291,8 @@ def answer(args):
     config = make_config(args)                  # wrong numbers are refused before a model is loaded
     device = choose_device(args.device)
     check_backend(args, device)
-    model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype), device)
+    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device)
+    model, tokenizer = load(args.model, dtype, device)
     check_lengths(args, texts, tokenizer, model.config.context)
     snapshot = None
     if args.load_index:

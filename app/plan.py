@@ -35,7 +35,7 @@ from app.settings import add_set
 from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import CHUNK, eager_step
-from model import DEFAULT_NAME, Llama, ModelConfig, default_model
+from model import DEFAULT_NAME, Llama, ModelConfig, default_model, fast_dtype
 from retroinfer import (
     MASK,
     InputError,
@@ -330,7 +330,8 @@ def show(args):
     device = choose_device(args.device)
     is_here = not (args.shape in SHAPES or args.memory)     # else of another machine, with a GPU
     is_cpu = is_here and device.type == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if is_cpu else "bfloat16"))
+    dtype = torch.bfloat16 if not is_here else fast_dtype(device)
+    dtype = getattr(torch, args.dtype) if args.dtype else dtype
     config = shape(args.shape)
     run = Run(config, args.capacity or config.context, args.batch, dtype, args.prefill_chunk,
               args.cache_ratio if args.offload else None, bool(args.store), is_cpu,

@@ -22,6 +22,7 @@ def measure(session):
         "bytes_a_step": sum(facts["bytes_read"] for facts in layers),
         "dense_bytes_a_step": sum(facts["dense_bytes"] for facts in layers),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
+        "decode_s": sum(seconds for _, seconds in session.steps),
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
     if "hits" in first:
         found |= measure_offload(session, layers)

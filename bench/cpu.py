@@ -39,6 +39,7 @@ from bench.timing import (
     write_json,
 )
 from generate import (
+    CHUNK,
     COMPILE,
     compiled_step,
     decode,
@@ -271,8 +272,8 @@ def model(args):
         runners = model_runners(ours, dtype, T, args.steps)
         ids, found[T] = sample_ids(tokenizer, T), {name: [] for name in runners}
         for _ in range(args.repeats):
-            for name, run in runners.items():
-                found[T][name].append(run(ids, args.steps))
+            for name, runner in runners.items():
+                found[T][name].append(runner(ids, args.steps))
         print(model_table(T, found[T]), flush=True)
         torch._dynamo.reset()
     return found
@@ -344,7 +345,7 @@ def one_prefill(name, T, dtype):
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def read(net, caches, ids, chunk=None):
+def read(net, caches, ids, chunk=CHUNK):
     """Logits behind ids (T,); the caches are ready to decode."""
     logits = prefill(net, caches, [ids], chunk)
     for cache in caches:

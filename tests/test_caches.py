@@ -7,8 +7,10 @@ import pytest
 import torch
 from steps import ALL, SMALL, qkv, read
 
+import retroinfer
+from app.plan import ByteCounter
 from model import DenseCache
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import RetroConfig, WaveIndex, attend_causally
 
 CACHES = {"dense": DenseCache,
           "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape)}
@@ -91,3 +93,47 @@ def test_bytes_read_are_those_of_the_tensors():
         expected += exact + vectors + numbers + 2 * ranked
     assert wave.bytes_read() == expected
     assert wave.bytes_read() < dense.bytes_read() / 2
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 1000])
+def test_queries_are_masked_in_parts_of_any_size(monkeypatch, rows):
+    q, k, v = qkv(200)
+    monkeypatch.setattr(retroinfer, "MASK", rows * 200)
+    mine = attend_causally(q[:, :, 130:], k, v)
+    torch.testing.assert_close(mine.double(), oracle.dense(q, k, v)[:, :, 130:], rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_the_memory_of_a_mask_does_not_grow_with_the_text():
+    """All of what 4,096 queries need beside their output, over 8 and 32 thousand keys."""
+    peaks = []
+    for T in (8192, 32768):
+        q, k, v = torch.randn(1, 2, 4096, 16), *torch.randn(2, 1, 1, T, 16)
+        with ByteCounter() as counter:
+            peaks.append(counter.peak(lambda q=q, k=k, v=v: attend_causally(q, k, v)))
+    assert max(peaks) < 6 * retroinfer.MASK + 4 * q.nbytes
+    assert max(peaks) < 4096 * 32768                # a mask of them all, in bytes
+
+
+def test_tensors_that_ask_for_gradients_are_taken(make):
+    """A copying user has no torch.no_grad() around it."""
+    q, k, v = (torch.nn.Parameter(x) for x in qkv(80))
+    cache = make(90)
+    o = cache.prefill(q[:, :, :70], k[:, :, :70], v[:, :, :70])
+    cache.update()
+    for t in range(70, 80):
+        o = cache.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
+    assert not o.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled", "native"], indirect=True)
+def test_steps_too_many_write_nowhere_else_and_are_found_out(backend):
+    """update() says how many steps may follow. Far more are taken: no crash, and then an error."""
+    q, k, v = qkv(300)
+    wave = WaveIndex(RetroConfig(**SMALL), 300)
+    wave.prefill(q[:, :, :100], k[:, :, :100], v[:, :, :100])
+    assert wave.update() < 40
+    for t in range(100, 300):
+        wave.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
+    with pytest.raises(ValueError, match="more steps were taken"):
+        wave.update()

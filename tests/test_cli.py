@@ -37,7 +37,7 @@ def run(capsys, prompt):
     """run(*flags, prompt=...): (status, standard output, standard error) of the command line."""
     def run(*flags, file=prompt):
         status = cli.main(["--prompt-file", str(file), "--backend", "eager", "--device", "cpu",
-                           *map(str, flags)])
+                           "--dtype", "float32", *map(str, flags)])
         return status, *capsys.readouterr()
     return run
 
@@ -275,7 +275,8 @@ def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, c
                     for more in ((), ("--question", "the cat sat")))
     status, out, _ = run(*flags, "--save-index", path)
     assert status == 0 and last_json(out)["answers"] == plain["answers"]
-    loaded = ["--load-index", str(path), "--backend", "eager", "--device", "cpu", *map(str, flags)]
+    loaded = ["--load-index", str(path), "--backend", "eager", "--device", "cpu", "--dtype",
+              "float32", *map(str, flags)]
     assert cli.main([*loaded, "--question", "the cat sat"]) == 0
     facts = last_json(capsys.readouterr().out)
     assert facts["answers"] == asked["answers"] and facts["read_tokens"][0] < 12

@@ -59,7 +59,7 @@ def test_messages_that_nobody_can_get_cost_nothing():
     class Full:
         encoding = "utf-8"
 
-        def write(self, text):
+        def write(self, *_):
             raise OSError(28, "No space left on device")
         flush = write
     stream = Tolerant(Full())
@@ -160,9 +160,8 @@ def test_two_runs_at_once_share_an_empty_cache(command, tmp_path):
 # ---------------------------------------------------------------- damaged files
 
 @pytest.mark.parametrize("n", [60, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", ["index", "gguf", "directory"])
-def test_damaged_files_are_refused_or_do_no_harm(target, n):
+def test_damaged_files_are_refused_or_do_no_harm(n):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, FUZZ, target, "--n", str(n)], env=env,
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.endswith("no fault\n"), done.stderr[-3000:]
+    done = subprocess.run([sys.executable, FUZZ, "index", "gguf", "directory", "--n", str(n)],
+                          env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("no fault\n") == 3, done.stderr[-3000:]

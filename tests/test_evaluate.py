@@ -433,7 +433,7 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, capsys, words, line):
 
 def test_a_missing_package_names_the_command(checkpoint, tmp_path, capsys, monkeypatch):
     def missing(name):
-        raise ValueError("x is not installed: pip install --no-deps x==1")
+        raise texts.InputError("x is not installed: pip install --no-deps x==1")
     monkeypatch.setattr(texts, "read_data", missing)
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--lengths", "1200"]
     assert evaluate.main([*words, "--out", str(tmp_path / "x.jsonl")]) == 2

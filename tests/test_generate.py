@@ -184,3 +184,29 @@ def test_temperature_flattens():
 def test_sampling_out_of_range_is_refused(flags):
     with pytest.raises(ValueError, match="temperature"):
         sampler(*flags)
+
+
+@pytest.mark.slow
+def test_a_loop_over_texts_may_give_every_cache_another_capacity(checkpoint):
+    """Twelve capacities: torch allows a function eight graphs unless it is told otherwise."""
+    model, _ = load(checkpoint(**LONG), device="cpu")
+    traced = torch.compile(functools.partial(step, run=call), backend="eager", fullgraph=True,
+                           dynamic=False)
+    for n in range(100, 2500, 200):
+        caches = [WaveIndex(RetroConfig(), n + 4) for _ in model.layers]
+        ids = torch.randint(3, 320, (n,))
+        assert len(list(generate(model, caches, [ids], 3, step=traced))) == 3
+
+
+def test_each_sequence_draws_what_it_would_draw_alone():
+    logits = 3 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    together, alone = sampler(1.0, 0.9, 7), [sampler(1.0, 0.9, 7) for _ in logits]
+    for _ in range(20):
+        assert together(logits).tolist() == [int(pick(row[None])) for pick, row in zip(
+            alone, logits, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-8])
+def test_a_temperature_next_to_nothing_is_greedy(temperature):
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    assert sampler(temperature)(logits).equal(logits.argmax(-1))
