@@ -463,7 +463,8 @@ struct Head {
                 for (int i = 0; i < 2 * BYTES; i++) {
                     int e = start(j, D / 2, BYTES) + i % BYTES;
                     if (e < j * BYTES || e >= D / 2) continue;
-                    int whole = std::nearbyint(x[e + i / BYTES * (D / 2)] * fine);
+                    float value = x[e + i / BYTES * (D / 2)] * fine;
+                    int whole = value == value ? std::nearbyint(value) : 0;     // no int is NaN
                     Bytes& to = q_packed.x[(p * packed + j) * GROUP + lane];
                     (i < BYTES ? to.low : to.high)[i % BYTES] = whole;
                     for (int l : {lane, GROUP + lane}) q_packed.excess[p][l] += 8 * whole;

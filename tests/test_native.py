@@ -1,6 +1,4 @@
 """The twin for CPUs is as exact as PyTorch, and compiles where and how it is told to."""
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +10,14 @@ from hypothesis import strategies as st
 from steps import CASES, SMALL, Case, assert_as_exact, qkv, run
 
 import retroinfer
-from generate import COMPILE
+from generate import COMPILE, has_compiler
 from native import step as native
 from retroinfer import PLAIN, RetroConfig, WaveIndex
 
 KINDS = [(torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4), (torch.float32, 16)]
 QUICK = [KINDS[1], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind[0]
                      is not torch.bfloat16)]    # each kind and head size is compiled for itself
-pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
-                                reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
