@@ -55,6 +55,7 @@ lines:          ## lines of each file
 bench: bench-cache ## speed and memory beside dense attention and peers; the block cache
 	for section in attention model prefill reload; do \
 		$(BIN)/python -m bench.cpu $$section $(ARGS) || exit; done
+	for section in first busy long; do $(BIN)/python -m bench.start $$section || exit; done
 
 bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts, by policy; plots
 	$(BIN)/python -m bench.traces --save results/block-cache.json

@@ -447,7 +447,7 @@ def compare(session, ids, said, logits, n_tokens):
 
     For the distance dense attention reads our answer, so that both models saw the same words.
     """
-    capacity = session.caches[0].capacity
+    capacity = len(ids) + n_tokens
     dense = Session(session.model, lambda: DenseCache(capacity), session.pick, session.step,
                     session.chunk)
     dense.read([ids])

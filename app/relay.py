@@ -71,7 +71,11 @@ class Relay:
         self.n_steps += 1
         self.has_begun.set()
         if self.is_over:
-            return compiled_step(model, caches, tokens)
+            try:
+                return compiled_step(model, caches, tokens)
+            except torch._dynamo.exc.TorchDynamoException as e:     # nothing has run yet
+                self.is_over = self.is_ready = False
+                self.problem = f"compiling failed: {reason(str(e).strip().splitlines())}"
         start = time.perf_counter()
         logits = eager_step(model, caches, tokens)
         self.n_eager, self.seconds = self.n_eager + 1, time.perf_counter() - start

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from app.command import run_command
-from bench import cpu, timing
+from bench import cpu, start, timing
 from model import DenseCache, load
 from retroinfer import RetroConfig, WaveIndex
 
@@ -86,3 +86,10 @@ def test_a_step_over_several_layers_compiles(name):
     layers = [cpu.clumped_layer(3000, seed) for seed in range(2)]
     cpu.attention_runners(layers, 3000)[name]()
     assert [int(layer.cache.n_tokens) for layer in layers] == [3001, 3001]
+
+
+def test_what_a_newcomer_meets_is_measured():
+    one = start.peak_of_prefill(9000)
+    assert one["cache"] > 2 * 2 * 9000 * 2 * 16 * 4 and one["seconds"] > 0 <= one["beyond"]
+    with pytest.raises(ZeroDivisionError):              # the other program ends in any case
+        start.beside("import time; time.sleep(60)", lambda: 1 / 0)

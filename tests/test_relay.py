@@ -75,6 +75,19 @@ def test_what_does_not_compile_is_said_and_the_answer_is_eager(model, spec, monk
     assert "39 eager steps; compiling failed: no message" in step.words()
 
 
+def test_a_cache_that_is_no_good_after_all_costs_no_answer(model, spec, monkeypatch, tmp_path):
+    def fails(*_):
+        raise torch._dynamo.exc.TorchDynamoException("the file is gone")
+    monkeypatch.setattr(relay, "compiled_step", fails)
+    monkeypatch.setattr(Relay, "compile_beside", lambda *_: None)
+    monkeypatch.setattr(relay, "LOADING", 0.0)
+    monkeypatch.setattr(relay, "stamp", lambda _: tmp_path / "none")
+    step = Relay(spec, 300)
+    settle(step)
+    assert greedy(model, step) == greedy(model, eager_step, hot=best_hot(spec)[0])
+    assert step.words().endswith("39 eager steps; compiling failed: the file is gone")
+
+
 def test_the_line_that_says_most():
     assert reason(["a", "x.cpp:3: fatal error: Python.h: No such file", "b"]).endswith("such file")
     assert reason(["Traceback", "KeyError: 3"]) == "KeyError: 3" and reason([]) == "no message"
