@@ -13,6 +13,7 @@ than one. So the pieces of a long work are watched, and as long as one thread is
 The number that torch knows stays: another number would be another graph to compile.
 """
 import ctypes
+import math
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import torch
 
 BUSY = 0.75         # threads that are not disturbed keep their cores for more than this share
 AGAIN = 8           # all threads are tried again after so many times what the last trial took,
-LONGEST = 20        # or after so many seconds
+LONGEST = 20        # or after so many seconds,
+FIRST = 2           # and, of another kind of work, after so many
 
 
 class Threads:
@@ -35,6 +37,8 @@ class Threads:
     def __enter__(self):
         self.begin()
         self.set(self.is_one)
+        self.all_took = math.inf            # of pieces of this kind nothing is known yet
+        self.next_trial = self.clocks[0] + (FIRST if self.is_one else 0)
         return self
 
     def __exit__(self, *_):
