@@ -189,8 +189,8 @@ def choose_step(args, spec, device):
 
 
 def choose_on_cpu(args, spec):
-    """choose_step on a CPU. Nothing waits for a compiler unless a person asked for one, or eager
-    steps would be slower than that."""
+    """choose_step on a CPU. An answer waits for the compiler in three cases only: a person asked
+    for it, the speed is measured (--compare), or eager steps are very slow here."""
     if not (args.backend or args.compare or args.offload or spec.dtype in SLOW_DTYPES):
         relay = Relay(spec, args.max_new_tokens, args.chat)
         return relay, PLAIN, relay.words
@@ -242,8 +242,8 @@ def too_long(n_prompt, context):
 
 
 def check_lengths(args, texts, tokenizer, context):
-    """InputError for a text whose beginning alone is longer than the model's context: it is not
-    read to its end."""
+    """InputError for a text whose beginning alone is longer than the model's context. The rest of
+    the text is then never cut into tokens."""
     for text in texts:
         n = 16 * context
         while n < len(text) and not args.beyond_context:
@@ -265,10 +265,13 @@ def check_memory(args, model, spec, device):
         raise InputError(f"K and V of {spec.capacity:,} tokens take {need / 2**30:.1f} GiB, "
                          f"{free / 2**30:.1f} are free: lower --capacity") from None
     free += sum(x.nbytes for x in model.parameters())           # which a plan counts
-    ratio = (0.05 if args.cache_ratio is None else args.cache_ratio) if args.offload else None
+    ratio = None
+    if args.offload:
+        from buffer import RATIO
+        ratio = RATIO if args.cache_ratio is None else args.cache_ratio
     is_cpu = device.type == "cpu"
     fit(Run(c, spec.capacity, spec.batch, spec.dtype, args.prefill_chunk, ratio, False, is_cpu,
-            spec.config), free, free if is_cpu else free_memory(torch.device("cpu")))
+            spec.config), free, free if is_cpu else free_memory(CPU))
 
 
 def free_memory(device):
@@ -318,8 +321,8 @@ def answer(args):
              "backend": words(), "dtype": str(spec.dtype).removeprefix("torch."),
              **measure(session)}
     if args.compare:
-        found = compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), n_tokens)
-        facts |= found | {"dense_answer": tokenizer.decode(found["dense_answer"])}
+        facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), n_tokens,
+                         tokenizer)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
@@ -329,8 +332,7 @@ def answer(args):
 def say(args, session, n_tokens, tokenizer):
     """The tokens of each answer. One answer is printed as it is generated, a batch at its end."""
     if len(session.n_read) == 1:
-        said = say_one(session, n_tokens, tokenizer, args.chat)
-        return [said]
+        return [say_one(session, n_tokens, tokenizer, args.chat)]
     said = session.answer(n_tokens)
     for path, tokens in zip(args.prompt_file, said, strict=True):
         print(f"== {path}\n{tokenizer.decode(tokens)}")
@@ -442,7 +444,7 @@ def chat(session, writer, said, lines, n_tokens):
     return answers
 
 
-def compare(session, ids, said, logits, n_tokens):
+def compare(session, ids, said, logits, n_tokens, tokenizer):
     """What dense attention answers to ids (T,), and how far our logits (n, V) are from its logits.
 
     For the distance dense attention reads our answer, so that both models saw the same words.
@@ -460,7 +462,7 @@ def compare(session, ids, said, logits, n_tokens):
     theirs = dense.record()
     dense.answer(len(said))
     p, q = (x.double().log_softmax(-1) for x in (torch.cat(theirs), logits))    # (n, V)
-    return {"dense_answer": answer, "dense_decode_tokens_per_s": speed,
+    return {"dense_answer": tokenizer.decode(answer), "dense_decode_tokens_per_s": speed,
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
             "kl": (p.exp() * (p - q)).sum(-1).mean().item()}
 

@@ -104,7 +104,8 @@ def prepare_streams():
 
 
 def forget_output():
-    """Let the interpreter end without writing what is left in the buffer."""
+    """Make sure that the interpreter does not fail at its end, when it writes the rest of the
+    output once more."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

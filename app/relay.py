@@ -82,7 +82,7 @@ class Relay:
         return logits
 
     def pays(self):
-        """Whether what is left of the answer gains more than loading costs."""
+        """Whether compiled steps would save more seconds of this answer than loading them takes."""
         n_left = self.n_left if self.is_chat else self.n_left - self.n_steps
         return self.n_eager and n_left * self.seconds * GAIN > LOADING
 

@@ -32,11 +32,10 @@ from bench.timing import (
     memory_bandwidth,
     new_file,
     positive,
+    run_section,
     speed_up,
     table,
     take_turns,
-    where,
-    write_json,
 )
 from generate import (
     CHUNK,
@@ -397,11 +396,7 @@ def main():
     parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
     what = "a layer in bfloat16" if args.section == "attention" else f"{DEFAULT_NAME}, {args.dtype}"
-    place = where(what)
-    print(place, flush=True)
-    found = SECTIONS[args.section](args)
-    if args.save:
-        write_json(args.save, {"where": place, **found})
+    run_section(args, SECTIONS, what)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from app.command import Parser, run_command
 from app.session import Session
 from app.threads import Threads
-from bench.timing import new_file, positive, table, where, write_json
+from bench.timing import new_file, positive, run_section, table
 from generate import CHUNK, compiled_step, hot_functions, prefill, sampler
 from model import Llama, ModelConfig, load
 from retroinfer import RetroConfig, WaveIndex
@@ -166,11 +166,7 @@ def main():
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
-    place = where("SmolLM2-135M-Instruct, float32")
-    print(place, flush=True)
-    found = SECTIONS[args.section](args)
-    if args.save:
-        write_json(args.save, {"where": place, **found})
+    run_section(args, SECTIONS, "SmolLM2-135M-Instruct, float32")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,15 @@ def keys_and_values(cache, row=0):
 
 # ---------------------------------------------------------------- the command line
 
+def run_section(args, sections, what):
+    """Run the section that a person chose, and write its numbers if --save asks for them."""
+    place = where(what)
+    print(place, flush=True)
+    found = sections[args.section](args)
+    if args.save:
+        write_json(args.save, {"where": place, **found})
+
+
 def positive(text):
     """The whole number, at least 1, that an argument says."""
     number = int(text)

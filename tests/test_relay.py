@@ -44,25 +44,31 @@ def test_a_short_answer_is_eager_and_no_child_is_started(model, spec, monkeypatc
     assert step.words().endswith("39 eager steps") and not step.is_over
 
 
-def test_it_goes_over_when_compiled_steps_are_ready_and_pay(model, spec, monkeypatch, tmp_path):
-    """Compiled here stands for another function that says so: the child is tested below."""
+@pytest.fixture
+def over(spec, monkeypatch, tmp_path):
+    """over(compiled, loading=0): a Relay that is ready to go over to `compiled`, which stands for
+    generate.compiled_step. The child is tested below."""
+    def make(compiled, loading=0.0):
+        monkeypatch.setattr(relay, "compiled_step", compiled)
+        monkeypatch.setattr(relay, "LOADING", loading)
+        monkeypatch.setattr(relay, "stamp", lambda _: tmp_path / "none")
+        monkeypatch.setattr(Relay, "compile_beside", lambda *_: None)
+        step = Relay(spec, 300)
+        settle(step)
+        return step
+    return make
+
+
+def test_it_goes_over_when_compiled_steps_are_ready_and_pay(model, spec, over):
     calls = []
 
     def compiled(*args):
         calls.append(args)
         return eager_step(*args)
-    monkeypatch.setattr(relay, "compiled_step", compiled)
-    monkeypatch.setattr(Relay, "compile_beside", lambda *_: None)
-    monkeypatch.setattr(relay, "LOADING", 0.0)
-    monkeypatch.setattr(relay, "stamp", lambda _: tmp_path / "none")
-    step = Relay(spec, 300)
-    settle(step)
+    step = over(compiled)
     assert greedy(model, step) == greedy(model, eager_step, hot=best_hot(spec)[0])
     assert len(calls) == 38 and step.words().endswith("1 eager steps, 38 compiled")
-    monkeypatch.setattr(relay, "LOADING", 1e9)                      # would not pay
-    step = Relay(spec, 300)
-    settle(step)
-    greedy(model, step)
+    greedy(model, over(compiled, loading=1e9))                      # would not pay
     assert len(calls) == 38
 
 
@@ -75,15 +81,10 @@ def test_what_does_not_compile_is_said_and_the_answer_is_eager(model, spec, monk
     assert "39 eager steps; compiling failed: no message" in step.words()
 
 
-def test_a_cache_that_is_no_good_after_all_costs_no_answer(model, spec, monkeypatch, tmp_path):
+def test_a_cache_that_is_no_good_after_all_costs_no_answer(model, spec, over):
     def fails(*_):
         raise torch._dynamo.exc.TorchDynamoException("the file is gone")
-    monkeypatch.setattr(relay, "compiled_step", fails)
-    monkeypatch.setattr(Relay, "compile_beside", lambda *_: None)
-    monkeypatch.setattr(relay, "LOADING", 0.0)
-    monkeypatch.setattr(relay, "stamp", lambda _: tmp_path / "none")
-    step = Relay(spec, 300)
-    settle(step)
+    step = over(fails)
     assert greedy(model, step) == greedy(model, eager_step, hot=best_hot(spec)[0])
     assert step.words().endswith("39 eager steps; compiling failed: the file is gone")
 
