@@ -37,7 +37,7 @@ def open_checkpoint(path):
     try:
         config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
         check(config, path)
-    except (InputError, KeyboardInterrupt, SystemExit):
+    except (InputError, ImportError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # damaged data break a reader anywhere; Rust's is no Exception
         raise InputError(f"{path} is damaged or foreign: {type(e).__name__}: {one_line(e)}"

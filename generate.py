@@ -14,6 +14,7 @@ Inductor compiles well on a CPU.
 import functools
 import math
 import os
+import re
 import shlex
 import shutil
 import time
@@ -168,10 +169,15 @@ def try_compiler():
     try:
         torch.compile(lambda x: x + new, dynamic=False)(torch.ones(RUN))
     except Exception as e:          # torch, its compiler and its cache fail in many ways
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
-        said = next((line for line in lines if "error:" in line.lower()), lines[0])
-        raise InputError(f"torch.compile fails here ({said}): mend it, or pass --backend eager"
-                         ) from None
+        raise InputError(f"torch.compile fails here ({reason(str(e))}): mend it, or pass --backend "
+                         "eager") from None
+
+
+def reason(said):
+    """The line that says most of what a compiler or torch said: its first error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if re.search(r"(?<![a-z])error: ", line, re.IGNORECASE)]
+    return (errors or lines[-1:])[0]
 
 
 def attend(q, steady, index, stores, budget, method):

@@ -304,7 +304,8 @@ class DenseCache(nn.Module):
 def load(path_or_name=None, dtype=None, device=None):
     """(model, tokenizer) of a directory, a .gguf file, or the default model (None, or its name).
 
-    dtype: bfloat16 on a GPU and float32 on a CPU unless given. InputError, of one line, for all
+    dtype: bfloat16 on a GPU and float32 on a CPU unless given; fast_dtype() may be faster on a CPU,
+    and is less exact. InputError, of one line, for all
     that cannot be loaded.
     """
     from checkpoint import open_checkpoint

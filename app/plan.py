@@ -8,6 +8,9 @@ shapes and no memory. So the plan counts what the library itself would allocate.
     table = plan(Run(shape("Llama-3.1-8B"), capacity=131072, cache_ratio=0.05, chunk=2048))
     print(table)                            # GiB by part; table.device, table.host in bytes
 
+The command line rounds the capacity that it chooses up, by an eighth at most and to 1,024 tokens at
+least, so that few graphs must be compiled.
+
 Activations are the bytes that one layer needs at once while it works. In a prefill: for `chunk`
 tokens that complete a segment, with an attention that keeps only its output. In a decode step: for
 an eager step (a compiled one needs less) in which every head retrieves the most it may, with the
@@ -29,7 +32,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from app.cli import check_counts, choose_device, make_config
+from app.choose import choose_device
+from app.cli import check_counts, make_config
 from app.command import Parser, run_command
 from app.settings import add_set
 from buffer import RATIO, WaveBuffer, check_ratio

@@ -1,15 +1,16 @@
 """The first word at once: steps are eager until compiled ones are ready, and pay.
 
-torch.compile takes 5 to 40 s for a step, and then a step takes a third of the time. So an answer
-begins with eager steps. Beside them step.cpp is compiled, and for a long answer a child process
-compiles the same step of a model of the same shape, which fills Inductor's cache on the disk. When
-it has ended, and enough of the answer is left, this process compiles too, from that cache.
+torch.compile needs seconds for a step, and half a minute where nothing is in its cache. A compiled
+step is then faster than an eager one. So an answer begins with eager steps. Beside them step.cpp is
+compiled. For a long answer a child process compiles the same step of a model of the same shape.
+This fills Inductor's cache on the disk. When the child has ended, and enough of the answer is left,
+this process compiles the step too, from that cache.
 
     relay = Relay(spec, n_tokens)       # a step, as generate.eager_step is one
     session = Session(model, make_cache, pick, relay)
     print(relay.words())                # what took the steps, and why
 
-What does not compile here is never waited for: the answer is eager to its end.
+If nothing compiles here, the answer is eager to its end, and words() says why.
 """
 import atexit
 import hashlib
@@ -27,14 +28,14 @@ from pathlib import Path
 import torch
 
 import generate
-from generate import compiled_step, eager_step
+from generate import compiled_step, eager_step, reason
 from model import Llama, ModelConfig
 from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 LONG = 200          # tokens of an answer from which compiling may pay
 LOADING = 8.0       # seconds that compiling takes with a filled cache
-GAIN = 0.5          # of an eager step's time, what a compiled one saves at least
+GAIN = 0.5          # share of an eager step's time that a compiled one saves at least
 TITLES = {"generate": "PyTorch", "kernels": "Triton", "native.step": "native/step.cpp"}
 
 
@@ -58,7 +59,6 @@ class Relay:
         self.n_steps = self.n_eager = 0
         self.child, self.has_begun = None, threading.Event()
         atexit.register(self.close)
-        cache()             # before anything is compiled
         is_long = is_chat or n_tokens >= LONG
         self.worker = threading.Thread(target=self.prepare, args=(spec, is_long), daemon=True)
         self.worker.start()
@@ -75,7 +75,7 @@ class Relay:
                 return compiled_step(model, caches, tokens)
             except torch._dynamo.exc.TorchDynamoException as e:     # nothing has run yet
                 self.is_over = self.is_ready = False
-                self.problem = f"compiling failed: {reason(str(e).strip().splitlines())}"
+                self.problem = f"compiling failed: {reason(str(e))}"
         start = time.perf_counter()
         logits = eager_step(model, caches, tokens)
         self.n_eager, self.seconds = self.n_eager + 1, time.perf_counter() - start
@@ -105,8 +105,9 @@ class Relay:
             [sys.executable, "-m", "app.relay"], env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         _, said = self.child.communicate(pickle.dumps(spec))
-        lines = said.decode(errors="replace").strip().splitlines()
-        return f"compiling failed: {reason(lines)}" if self.child.returncode else None
+        if self.child.returncode:
+            return f"compiling failed: {reason(said.decode(errors='replace'))}"
+        return None
 
     def close(self):
         """End the child, if it is still at work."""
@@ -133,28 +134,13 @@ def best_hot(spec):
 
 
 def stamp(spec):
-    """The file that says that Inductor's cache holds this step."""
+    """The file that says that Inductor's cache holds this step. It lies in that cache."""
     sources = [path.read_bytes() for path in (*ROOT.glob("*.py"), *ROOT.glob("native/*"))
                if path.is_file()]
     facts = spec, torch.__version__, os.environ.get("CXX"), platform.processor()
-    digest = hashlib.sha256(b"".join(sources) + repr(facts).encode())
-    return cache() / f"step-{digest.hexdigest()[:16]}"
-
-
-def cache():
-    """Inductor's cache directory, the same from now on for this process and its children."""
-    try:
-        from native.step import cache
-        path = cache()
-    except ImportError:
-        path = Path(tempfile.gettempdir()) / "retroinfer"
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path)))
-
-
-def reason(lines):
-    """The line that says most: the compiler's first error, else the last."""
-    errors = [line for line in lines if "error:" in line.lower()]
-    return (errors or lines or ["no message"])[0 if errors else -1].strip()
+    digest = hashlib.sha256(b"".join(sources) + repr(facts).encode()).hexdigest()
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()     # torch sets it
+    return Path(folder) / f"retroinfer-step-{digest[:16]}"
 
 
 def compile_step(spec):

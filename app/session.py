@@ -73,12 +73,14 @@ class Session:
     def answer(self, n_tokens, show=lambda tokens: None):
         """Up to n_tokens tokens after each sequence, a list for each, with their end tokens.
 
-        After every token show is called with the first sequence's tokens; True ends the answer.
+        After every token show is called with the first sequence's tokens. If it returns True, the
+        answer ends.
         """
+        found = decode(self.model, self.caches, self.logits, n_tokens, self.pick, self.step)
         said = [[] for _ in self.logits]
         n_before, clock = 0, time.perf_counter()
         with self.threads:
-            for token in self.tokens(n_tokens):
+            for token in found:
                 for tokens, t in zip(said, token.tolist(), strict=True):
                     if not tokens or tokens[-1] not in self.model.config.eos_ids:
                         tokens.append(t)
@@ -91,9 +93,6 @@ class Session:
                 n_before, clock = n, time.perf_counter()
         self.n_said = [n + len(tokens) for n, tokens in zip(self.n_said, said, strict=True)]
         return said
-
-    def tokens(self, n):
-        return decode(self.model, self.caches, self.logits, n, self.pick, self.step)
 
     def record(self):
         """A list to which every token picked from now on adds its logits (B, V)."""
@@ -119,7 +118,8 @@ class Session:
 
 @contextmanager
 def progress(model, n_chunks, threads):
-    """A bar on standard error that moves with every layer of the prefill."""
+    """A bar on standard error that moves with every layer of the prefill. A layer is a piece of
+    work for `threads`."""
     from tqdm import tqdm
 
     def end_layer(*_):

@@ -7,10 +7,10 @@
     snapshot.restore(caches)                                    # now prefill or decode as usual
 
 It is one safetensors file: token_ids (T,), and the tensors of cache.state(0) of each layer N, named
-N.centroids, N.sizes and so on; keys and values head by head, N.k.0, N.k.1: so they are written from
-where they are, and saving takes no second copy of them. Its header holds the version of this
-format, a CRC-32 of each tensor, and a fingerprint of all that shaped the index: model, weights,
-dtype, RoPE, tokenizer, settings. The file holds the text, so only its owner may read it.
+N.centroids, N.sizes and so on. Keys and values are kept head by head, as N.k.0 and N.k.1: a head's
+rows are one run of memory, so saving takes no second copy of them. Its header holds the version of
+this format, a CRC-32 of each tensor, and a fingerprint of all that shaped the index: model,
+weights, dtype, RoPE, tokenizer, settings. The file holds the text: only its owner may read it.
 
 Does not include: batches, compression (the file is as large as the cache). The fingerprint reads a
 sample of each weight matrix: two models that differ elsewhere have the same fingerprint.
@@ -90,7 +90,7 @@ def check_place(path):
 
 
 def metadata(path):
-    """The header's words of a safetensors file; none if it is another file."""
+    """The words in the header of a safetensors file. Empty if the file is no such file."""
     from safetensors import SafetensorError, safe_open
     try:
         return safe_open(path, "pt").metadata() or {}
@@ -172,26 +172,28 @@ class Snapshot:
     def state(self, layer, empty):
         """The state of a layer. InputError if it does not have the form of `empty`, a state that
         holds no token."""
-        state, c = {}, None
-        for name in ("counters", *empty):
-            if name in ("k", "v"):
-                heads = range(len(empty[name]))
-                x = [self.tensor(f"{layer}.{name}.{h}") for h in heads]
-                x = torch.stack(x) if len({part.shape for part in x}) == 1 else x[0]
-            else:
-                x = self.tensor(f"{layer}.{name}")
-            rows = {"k": len(self.ids), "v": len(self.ids), "centre": c and 1}.get(name, c)
-            wanted = [n or rows for n in empty[name].shape]
-            if x.dtype != empty[name].dtype or list(x.shape) != wanted:
-                raise self.damaged(f"layer {layer}: {name} is {x.dtype} {list(x.shape)}, not "
-                                   f"{empty[name].dtype} {wanted}")
-            state[name] = x
-            c = c if name != "counters" else int(x[1])
+        _, c = self.checked(f"{layer}.counters", empty["counters"], 0).tolist()
+        n = len(self.ids)
+        rows = dict.fromkeys(empty, c) | {"k": n, "v": n, "centre": min(c, 1)}
+        state = {name: self.checked(f"{layer}.{name}", like, rows[name])
+                 for name, like in empty.items() if name not in ("k", "v")}
+        for name in ("k", "v"):
+            heads = [self.checked(f"{layer}.{name}.{h}", like, rows[name])
+                     for h, like in enumerate(empty[name])]
+            state[name] = torch.stack(heads)
         return state
+
+    def checked(self, name, like, rows):
+        """A tensor of the file, of the type and shape of `like`, which has no rows where this one
+        has so many. InputError if it is another."""
+        x, wanted = self.tensor(name), [n or rows for n in like.shape]
+        if x.dtype != like.dtype or list(x.shape) != wanted:
+            raise self.damaged(f"{name} is {x.dtype} {list(x.shape)}, not {like.dtype} {wanted}")
+        return x
 
 
 def find_fault(state, n_tokens, config):
-    """In what a layer's state of n_tokens contradicts itself; None if in nothing."""
+    """What contradicts itself in a layer's state of n_tokens, in words; None if nothing does."""
     n_indexed, n_clusters = state["counters"].tolist()
     sizes, offsets = state["sizes"], state["offsets"]
     most = max(n_tokens - config.sink - config.local, 0)

@@ -112,18 +112,11 @@ def library(kind, row, D):
 
 
 def cache():
-    """The directory of what is compiled: Inductor's where one is set, else the user's; where that
-    cannot be written, one for temporary files."""
+    """The directory of what is compiled: Inductor's where one is set, else the user's."""
     if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(given)
-    try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retroinfer"
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    except (OSError, RuntimeError):                 # read-only, or neither HOME nor an account
-        pass
-    return Path(tempfile.gettempdir()) / f"retroinfer-{os.getuid()}"
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(user) / "retroinfer"
 
 
 def command():

@@ -15,7 +15,7 @@ import torch
 from steps import LONG
 
 import native.step
-from app import cli
+from app import choose, cli
 from app.settings import parse_settings
 from buffer import WHOLE
 from generate import eager_step, generate
@@ -90,6 +90,27 @@ def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
                     "--set", "sink=0", "local=1", "retrieve=0", "estimate=0", "update=16")
     facts = last_json(out)
     assert facts["kl"] > 1e-3 and facts["dense_bytes_a_step"] > facts["bytes_a_step"]
+
+
+def test_dense_answers_with_as_many_tokens_as_ours(run, checkpoint):
+    facts = last_json(run("--model", checkpoint(**LONG), "--max-new-tokens", 4, "--compare",
+                          "--capacity", 900, "--set", "retrieve=1", "values=1", "--json")[1])
+    assert facts["dense_answer"] == facts["answers"][0] and facts["generated_tokens"] == [4]
+
+
+def test_an_answer_says_whether_the_limit_cut_it(run, checkpoint, monkeypatch):
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 5, "--json")
+    _, out, err = run(*flags)
+    assert last_json(out)["ends"] == ["length"] and "answer     cut by the limit" in err
+    monkeypatch.setattr(cli, "sampler", lambda *_: lambda logits: torch.tensor([2]))    # its end
+    _, out, err = run(*flags)
+    assert last_json(out)["ends"] == ["stop"] and "cut by the limit" not in err
+
+
+def test_capacities_have_few_sizes():
+    sizes = {n: choose.round_capacity(n) for n in range(1, 100_000, 37)}
+    assert all(n <= size <= max(1.125 * n, n + 1024) for n, size in sizes.items())
+    assert len(set(sizes.values())) < 40
 
 
 def test_chunks_change_nothing(run, checkpoint):
@@ -168,9 +189,9 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
         "--device", "cpu", "--max-new-tokens", 3, "--json")
     facts, loaded = map(json.loads, out.splitlines()[-2:])
     assert facts["generated_tokens"] == [3]
-    assert loaded == [0, ["app/cli.py", "app/command.py", "app/relay.py", "app/report.py",
-                          "app/session.py", "app/settings.py", "app/threads.py", "checkpoint.py",
-                          "generate.py", "model.py", "retroinfer.py"]]
+    app = ["choose", "cli", "command", "relay", "report", "session", "settings", "threads"]
+    library = ["checkpoint", "generate", "model", "retroinfer"]
+    assert loaded == [0, [*(f"app/{name}.py" for name in app), *(f"{name}.py" for name in library)]]
 
 
 def test_the_main_job_runs_without_the_optional_parts(checkpoint, prompt, tmp_path):
@@ -432,6 +453,28 @@ def test_prompt_beyond_the_context_names_the_limit_and_the_flag(run, checkpoint)
     assert status == 0
 
 
+def test_a_text_far_beyond_the_context_is_not_read_whole(run, checkpoint, monkeypatch, tmp_path):
+    from checkpoint import Tokenizer
+    lengths, ids = [], Tokenizer.ids
+
+    def noted(self, text, *more):
+        lengths.append(len(text))
+        return ids(self, text, *more)
+    monkeypatch.setattr(Tokenizer, "ids", noted)
+    long = tmp_path / "long.txt"
+    long.write_text("the cat sat on the mat. " * 100_000)
+    refused(run("--model", checkpoint(), file=long), "the model's context is 64", "shorten it")
+    assert max(lengths) == 16 * 64
+
+
+def test_caches_beyond_the_memory_are_refused_with_what_would_fit(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(choose, "free_memory", lambda device: 2**23)
+    flags = ("--model", checkpoint(**LONG), "--beyond-context", "--capacity", 10**8)
+    refused(run(*flags), "100,000,000 tokens x 1 need", "what fits: --capacity ")
+    monkeypatch.setitem(sys.modules, "app.plan", None)
+    refused(run(*flags), "100,000,000 tokens take", "lower --capacity")
+
+
 def test_missing_model(run):
     refused(run("--model", "nowhere"), "no model at nowhere")
 
@@ -539,8 +582,8 @@ def chosen(name, device, *more, **changes):
     """(hot functions, what is said) of cli.choose_step."""
     args = cli.parse_args(["--chat", *(["--backend", name] if name else []), *more])
     spec = cli.Spec(tiny_config(**changes), torch.float32, RetroConfig(), 256, 1)
-    cli.check_backend(args, torch.device(device))
-    _, hot, words = cli.choose_step(args, spec, torch.device(device))
+    choose.check_backend(args, torch.device(device))
+    _, hot, words = choose.choose_step(args, spec, torch.device(device))
     return hot, words()
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from checkpoint import open_checkpoint
 from model import DenseCache, load
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -628,3 +629,20 @@ def test_a_tensor_that_is_not_finite_in_a_gguf_is_named(tmp_path):
     model = tiny.random_model()
     model.model.layers[1].self_attn.q_proj.weight.data[3, 5] = torch.nan
     refused(tiny.write_gguf(tmp_path / "model.gguf", model), WEIGHT)
+
+
+def test_the_dtype_is_what_the_processor_multiplies_well(monkeypatch):
+    import model
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    for has in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has,
+                            raising=False)
+        assert model.fast_dtype(cpu) is (torch.bfloat16 if has else torch.float32)
+    assert model.fast_dtype(gpu) is torch.bfloat16
+
+
+def test_a_package_that_is_missing_is_not_taken_for_a_damaged_file(llama_gguf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModuleNotFoundError):
+        open_checkpoint(llama_gguf)

@@ -1,7 +1,11 @@
 """A saved index: it comes back bit for bit, and any other file is refused in one line."""
 import copy
+import json
+import math
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import LONG, SMALL
 
-from app.snapshot import SETTINGS, Snapshot, check_place, save
+from app.snapshot import (
+    SETTINGS,
+    Snapshot,
+    check_place,
+    crc32,
+    fingerprint,
+    save,
+    split_heads,
+)
 from generate import decode, eager_step, prefill, sampler
 from model import load
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 CONFIG = RetroConfig(**SMALL, retrieve=0.2, estimate=0.3)
@@ -189,6 +201,46 @@ def test_a_damaged_file_is_refused_or_means_the_same(loaded, saved, tmp_path, da
     assert damaged.read_bytes() == raw
 
 
+def forge(path, change):
+    """Rewrite an index with tensors that `change` edits, and checksums that fit them."""
+    with safe_open(path, "pt") as f:
+        header = f.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    header["crc32"] = json.dumps({name: crc32(x) for name, x in tensors.items()})
+    save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("1.offsets", lambda x: x.add_(10**9), "clusters do not follow one another"),
+    ("0.offsets", lambda x: x[0, :2].copy_(x[0, :2].flip(0)), "do not follow one another"),
+    ("0.sizes", lambda x: x.mul_(1e6), "does not have 0 to 8 members"),
+    ("0.sizes", lambda x: x[1, 0].add_(0.5), "does not have 0 to 8 members"),
+    ("1.sizes", lambda x: x[0, 0].zero_(), "do not hold the 256 indexed tokens"),
+    ("0.counters", lambda x: x[0].add_(4), "do not hold the 260 indexed tokens"),
+    ("0.counters", lambda x: x[0].add_(400), "656 indexed tokens in .* of 300 tokens"),
+    ("0.counters", lambda x: x[1].neg_(), "0.centroids is torch.uint8"),
+    ("1.spreads", lambda x: x[0, 0].fill_(math.nan), "spreads holds NaN"),
+    ("0.k.1", lambda x: x[0, 0].fill_(math.inf), "k holds NaN or infinity")])
+def test_an_index_that_contradicts_itself_is_refused_whatever_its_checksums(
+        loaded, saved, name, change, words):
+    forge(saved[0], lambda tensors: change(tensors[name]))
+    with pytest.raises(InputError, match=words):
+        restored_state(saved[0], loaded)
+
+
+def test_a_rope_with_factors_is_part_of_the_fingerprint(loaded):
+    """GGUF files of Llama 3 have them: a tensor, which JSON does not hold."""
+    model, tokenizer = loaded
+
+    def with_factors(x):
+        other = copy.copy(model)
+        other.config = replace(model.config, rope=model.config.rope | {"freq_factors": x})
+        return fingerprint(other, tokenizer, CONFIG)
+    one, same, another = (with_factors(torch.full((8,), x)) for x in (1.0, 1.0, 2.0))
+    assert one == same != another and json.dumps(one)
+
+
 def test_a_text_that_does_not_fit_is_refused(loaded, saved):
     with pytest.raises(ValueError, match=r"300 tokens .* do not fit caches of 299"):
         Snapshot(saved[0], *loaded, CONFIG).restore([WaveIndex(CONFIG, 299)])
@@ -248,3 +300,30 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_door(tmp_path):
         with pytest.raises(ValueError, match="its folder must exist"):
             check_place(path)
     check_place(tmp_path / "x")
+
+
+def test_only_the_owner_reads_the_file_and_keys_are_not_copied(loaded, saved):
+    assert saved[0].stat().st_mode & 0o777 == 0o600
+    cache = read(loaded[0], saved[1], 300)[0][0]
+    kept = dict(split_heads(cache.state(0)))
+    assert kept["k.1"].data_ptr() == cache.store.k[0, 1].data_ptr()
+    assert kept["v.0"].data_ptr() == cache.store.v[0, 0].data_ptr()
+
+
+def test_no_other_file_is_replaced(loaded, saved, tmp_path):
+    """An index and an empty file may be. A link stays, and its target is written."""
+    for name, raw in ("text", b"my only copy"), ("weights", saved[0].read_bytes()[:-9]):
+        (tmp_path / name).write_bytes(raw)
+    save_file({"x": torch.ones(3)}, tmp_path / "tensors")
+    os.mkfifo(tmp_path / "fifo")
+    for name, words in (("text", "is no index"), ("weights", "is no index"),
+                        ("tensors", "is no index"), ("fifo", "no regular file"),
+                        ("x" * 300, "File name too long")):
+        with pytest.raises(InputError, match=words):
+            check_place(tmp_path / name)
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to("target")
+    for name in ("empty", "link", saved[0].name):
+        check_place(tmp_path / name)
+    save(tmp_path / "link", *loaded, read(loaded[0], saved[1], 300)[0], saved[1])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").stat().st_size > 1000
