@@ -63,7 +63,6 @@ def write(path, tensors, header):
     path = Path(os.path.realpath(path))             # a link stays a link
     part = path.with_name(f".retroinfer-{os.getpid()}.part")
     try:
-        part.touch(0o600)
         save_file(tensors, part, header)
         with open(part, "rb") as f:
             os.fsync(f.fileno())

@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 BUSY = 0.75         # threads that are not disturbed keep their cores for more than this share
-AGAIN = 8           # all threads are tried again after so many times what the last trial took,
-LONGEST = 20        # or after so many seconds,
-FIRST = 2           # and, of another kind of work, after so many
+AGAIN = 8           # all threads are tried again after so many times what the last trial took
+FIRST = 2           # seconds after which they are tried again in work of another kind
 
 
 class Threads:
@@ -59,13 +58,13 @@ class Threads:
 
     def choose(self, seconds, cpu, now):
         """All threads or one, after a piece that took so many seconds, and so many of the cores."""
-        is_time, wait = now >= self.next_trial, min(AGAIN * seconds, LONGEST)
+        is_time = now >= self.next_trial
         was_disturbed, self.is_disturbed = self.is_disturbed, cpu < BUSY * self.n * seconds
         if not self.is_one and is_time and was_disturbed and self.is_disturbed:
-            self.all_took, self.next_trial = seconds, now + wait
+            self.all_took, self.next_trial = seconds, now + AGAIN * seconds
             self.set(True)
         elif self.is_one and seconds > self.all_took:       # not the threads: the work is serial
-            self.next_trial = now + wait
+            self.next_trial = now + AGAIN * seconds
             self.set(False)
         elif self.is_one and is_time:
             self.set(False)
