@@ -46,10 +46,13 @@ def region():
 
 
 # Shapes never change, so the sizes of intermediates are not checked again in every layer. A graph
-# asks for the number of threads when it runs: app/threads.py may lower it.
+# asks for the number of threads when it runs: app/threads.py may lower it. Code that was made for
+# one thread is wrong with more of them, so the number is named: Inductor's cache keeps them apart.
+N_THREADS = torch.get_num_threads()
 COMPILE = {"fullgraph": True, "dynamic": False, "options": {
     "size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False,
-    "cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "fast"}}
+    "cpp.threads": N_THREADS, "cpp.dynamic_threads": N_THREADS > 1,
+    "cpp.enable_floating_point_contract_flag": "fast"}}
 
 # The one place where decoding is compiled: a step is one graph, in which all layers share one body.
 compiled_step = torch.compile(functools.partial(step, run=region()), **COMPILE)

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import generate
-from generate import compiled_step, eager_step, reason
+from generate import COMPILE, compiled_step, eager_step, reason
 from model import Llama, ModelConfig
 from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
@@ -137,7 +137,7 @@ def stamp(spec):
     """The file that says that Inductor's cache holds this step. It lies in that cache."""
     sources = [path.read_bytes() for path in (*ROOT.glob("*.py"), *ROOT.glob("native/*"))
                if path.is_file()]
-    facts = spec, torch.__version__, os.environ.get("CXX"), platform.processor()
+    facts = spec, COMPILE, torch.__version__, os.environ.get("CXX"), platform.processor()
     digest = hashlib.sha256(b"".join(sources) + repr(facts).encode()).hexdigest()
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()     # torch sets it
     return Path(folder) / f"retroinfer-step-{digest[:16]}"

@@ -1,11 +1,17 @@
 """One thread works where several wait for one another, and only there."""
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from app import threads
 from app.threads import Threads
+
+ROOT = Path(__file__).parent.parent
 
 
 class Machine:
@@ -88,3 +94,27 @@ def test_the_openmp_of_torch_takes_the_limit():
     limit(False)
     assert openmp.omp_get_max_active_levels() == before
     torch.testing.assert_close(x @ x, alone)
+
+
+GRAPH = """
+import torch
+from generate import COMPILE
+@torch.compile(**COMPILE)
+def step(n, k):
+    last = n.clone()
+    n.add_(1)
+    return (k.sum(-1) + last).softmax(-1)
+n = torch.zeros(1, dtype=torch.int64)
+step(n, torch.ones(64, 4096))
+print(int(n))
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_that_was_cached_for_one_thread_counts_once_with_two(tmp_path):
+    """Inductor's cache outlives a program, and the next one may have another number of threads."""
+    for n in "12":
+        env = os.environ | {"OMP_NUM_THREADS": n, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", GRAPH], cwd=ROOT, env=env, check=True,
+                              capture_output=True, text=True)
+        assert done.stdout == "1\n"
