@@ -22,7 +22,8 @@ the context), products with quantised weights (GGUF weights are expanded when th
 """
 import importlib.util
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -314,11 +315,15 @@ def load(path_or_name=None, dtype=None, device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     config, tensors, tokenizer = open_checkpoint(path)
-    config = ModelConfig(**config)
     with torch.device("meta"):
-        model = Llama(config)
-    model.load_state_dict(read_weights(model, tensors, dtype, device), strict=False, assign=True)
-    if config.tied:
+        model = Llama(ModelConfig(**config))
+    state = read_weights(model, tensors, dtype, device)
+    if model.config.tied and "lm_head.weight" in state:
+        warnings.warn("the config ties the output matrix to the embedding, but the file has "
+                      "another one: that one is taken", stacklevel=2)
+        model.config = replace(model.config, tied=False)
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     model.rope.to(device)
     return model.eval().requires_grad_(False), tokenizer
@@ -335,12 +340,13 @@ def default_model():
 
 
 def read_weights(model, tensors, dtype, device):
-    """Every parameter by name, converted one at a time; InputError names the tensor at fault."""
+    """Every parameter by name, converted one at a time; InputError names the tensor at fault.
+
+    Of a tied model the output matrix is among them only where it is not the embedding.
+    """
     wanted, state = dict(model.named_parameters()), {}
-    if model.config.tied:
-        del wanted["lm_head.weight"]
     for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
+        if name.endswith("rotary_emb.inv_freq"):
             continue
         if name not in wanted:
             raise InputError(f"tensor {name} has no place in this model: config and weights differ")
@@ -353,6 +359,10 @@ def read_weights(model, tensors, dtype, device):
         if not state[name].isfinite().all():
             raise InputError(f"tensor {name} holds NaN or infinity in {dtype}: damaged weights, "
                              "or a dtype too narrow for them")
+    head = state.get("lm_head.weight")
+    if model.config.tied and (head is None or head.equal(state.get("embed_tokens.weight", head))):
+        state.pop("lm_head.weight", None)
+        del wanted["lm_head.weight"]
     if missing := wanted.keys() - state.keys():
         raise InputError(f"tensor {min(missing)} is missing, and {len(missing) - 1} more")
     return state

@@ -117,7 +117,7 @@ def check_lengths(args, texts, tokenizer, context):
     for text in texts:
         n = 16 * context
         while n < len(text) and not args.beyond_context:
-            if (found := len(tokenizer.ids(text[:n], False))) > context:
+            if (found := len(tokenizer.encode(text[:n]))) > context:
                 raise too_long(found, context)
             n *= 4
 

@@ -30,7 +30,7 @@ from app.choose import (
 from app.command import Parser, run_command
 from app.relay import Spec
 from app.report import card, measure
-from app.session import Session, Writer, stream, turns
+from app.session import Session, Stream, Writer, turns
 from app.settings import add_set
 from generate import CHUNK, sampler
 from model import DEFAULT_NAME, DenseCache, fast_dtype, load
@@ -101,6 +101,8 @@ def check_flags(args):
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and n_prompts > 1:
             raise InputError(f"{flag(name)} takes one --prompt-file, {n_prompts} are given")
+    if args.question:                           # bytes of an argument that are no letters
+        args.question = args.question.encode("utf-8", "replace").decode()
     if args.prompt_file.count("-") > (0 if args.chat else 1):
         raise InputError("--prompt-file - reads all of standard input: it goes with one prompt, "
                          "and without --chat")
@@ -144,7 +146,7 @@ def check_offload(args):
 def read_prompt(path):
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except OSError as e:
         raise InputError(f"cannot read the prompt {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
@@ -170,16 +172,17 @@ def answer(args):
     if args.load_index:
         from app.snapshot import Snapshot
         snapshot = Snapshot(args.load_index, model, tokenizer, config)
-    writer = Writer(tokenizer, args.raw, device)
-    prompts = write_prompts(args, texts, writer, snapshot, lines)
-    longest = max(len(head) + len(tail) for head, tail in prompts)
+    writer = Writer(tokenizer, args.raw, device, model.config.vocab_size)
+    asked = what_is_asked(args, texts, snapshot, lines)
+    prompts = [writer.prompt(*pair) for pair in asked]
+    longest = max(map(len, prompts))
     capacity, n_tokens = choose_capacity(args, model.config.context, longest)
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
     make_cache = cache_maker(args, model, config, hot, capacity, len(prompts))
     session = Session(model, make_cache, pick, step, args.prefill_chunk)
-    status = read(args, session, prompts, tokenizer, snapshot)
+    status = read(args, session, prompts, writer, asked[0], snapshot)
     logits = session.record() if args.compare else None
     said = say(args, session, n_tokens, tokenizer)
     if args.chat:
@@ -190,8 +193,7 @@ def answer(args):
              "backend": words(), "dtype": str(spec.dtype).removeprefix("torch."),
              **measure(session)}
     if args.compare:
-        facts |= compare(session, torch.cat(prompts[0]), said[0], torch.cat(logits), n_tokens,
-                         tokenizer)
+        facts |= compare(session, prompts[0], said[0], torch.cat(logits), n_tokens, tokenizer)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
@@ -211,10 +213,10 @@ def say(args, session, n_tokens, tokenizer):
 
 def say_one(session, n_tokens, tokenizer, is_chat):
     """The tokens of an answer, printed as it is generated. In a chat Ctrl-C ends it."""
-    show, interrupt = stream(tokenizer), Interrupt()
+    stream, interrupt = Stream(tokenizer), Interrupt()
     with interrupt if is_chat else nullcontext():
-        said, = session.answer(n_tokens, lambda tokens: show(tokens) or interrupt.came)
-    print(flush=True)
+        said, = session.answer(n_tokens, lambda tokens: stream(tokens) or interrupt.came)
+    stream.end(said)
     return said
 
 
@@ -254,43 +256,44 @@ def cache_maker(args, model, config, hot, capacity, batch):
     return lambda: WaveIndex(config, capacity, batch, hot, make_store)
 
 
-def write_prompts(args, texts, writer, snapshot, lines):
-    """Token ids (head, tail) of each prompt. A saved index holds the head."""
+def what_is_asked(args, texts, snapshot, lines):
+    """(a text, a question about it or None) for each prompt. A saved index has its text."""
     if texts:
-        return [writer.prompt(text, args.question) for text in texts]
-    asked = args.question or (next(lines, None) if args.chat else None)
+        return [(text, args.question) for text in texts]
+    question = args.question or (next(lines, None) if args.chat else None)
     if snapshot:
-        return [(snapshot.ids.to(writer.device), writer.prompt("", asked)[1])]
-    if not asked:
+        return [(snapshot.text, question)]
+    if not question:
         raise InputError("there is nothing to answer on standard input")
-    return [writer.prompt(asked, None)]
+    return [(question, None)]
 
 
-def read(args, session, prompts, tokenizer, snapshot):
-    """Prefill the prompts, without what the snapshot holds, and save the index. The exit status."""
-    heads, tails = zip(*prompts, strict=True)
+def read(args, session, prompts, writer, asked, snapshot):
+    """Prefill the prompts, without what the snapshot holds, and save the index of the one text that
+    is asked about. The exit status."""
+    status = n_read = 0
     if snapshot:
-        heads = [snapshot.unread(heads[0])]
+        n_read = len(prompts[0]) - len(snapshot.unread(prompts[0]))
         snapshot.restore(session.caches)
-    if not all(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)):
+    if n_read == len(prompts[0]):
         raise InputError(f"{args.load_index} holds all of the prompt: add a --question")
-    status = 0
     if args.save_index:
-        if len(heads[0]):
-            session.read(heads)
-        status = save_index(args.save_index, session, tokenizer, prompts[0][0])
-        heads = [heads[0][:0]]
-    parts = [torch.cat(pair) for pair in zip(heads, tails, strict=True)]
-    if len(parts[0]):
-        session.read(parts)
+        n_head = len(writer.head(*asked))
+        if n_read < n_head:
+            session.read([prompts[0][n_read:n_head]])
+        n_read = max(n_read, n_head)
+        status = save_index(args, session, writer.tokenizer, prompts[0][:n_read], asked[0])
+    if n_read < len(prompts[0]):
+        session.read([ids[n_read:] for ids in prompts])
     return status
 
 
-def save_index(path, session, tokenizer, ids):
-    """Save the index of token ids (T,). If it cannot be saved, say so: the answer still comes."""
+def save_index(args, session, tokenizer, ids, text):
+    """Save the index of a text's token ids (T,). If it cannot be saved, say so: the answer still
+    comes."""
     from app.snapshot import save
     try:
-        save(path, session.model, tokenizer, session.caches, ids)
+        save(args.save_index, session.model, tokenizer, session.caches, ids, text)
     except InputError as e:
         print(f"retroinfer: {e}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 
 from retroinfer import InputError
 
@@ -50,6 +51,7 @@ class Tolerant:
 def run_command(name, work):
     """The exit status of a command: that of work(), None for 0."""
     prepare_streams()
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

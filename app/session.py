@@ -1,10 +1,10 @@
 """A conversation: prompts and turns as tokens, and the caches that read and answer them.
 
     writer = Writer(tokenizer, raw=False, device="cpu")
-    head, tail = writer.prompt(text, "Who keeps the light?")        # token ids (T,)
+    ids = writer.prompt(text, "Who keeps the light?")               # (T,)
     session = Session(model, lambda: WaveIndex(RetroConfig(), 8192), sampler(), compiled_step)
-    session.read([torch.cat([head, tail])])
-    said, = session.answer(100, stream(tokenizer))
+    session.read([ids])
+    said, = session.answer(100, Stream(tokenizer))
     session.read([writer.turn("Since when?", said)])                # nothing is read again
 """
 import sys
@@ -15,40 +15,70 @@ import torch
 
 from app.threads import Threads
 from generate import CHUNK, decode, prefill
+from retroinfer import InputError
 
-MARK = "\u2063cut here\u2063"     # where a rendered prompt is cut in two; never tokenised
+OTHERS = (None, "1?", "What", "é", "“")     # questions that begin in unlike ways
 
 
 class Writer:
-    """Prompts and turns as token ids (T,), the way the model's chat template writes them."""
+    """Prompts and turns as token ids (T,), the way the model's chat template writes them.
 
-    def __init__(self, tokenizer, raw, device):
+    n_embedded: how many tokens the model embeds.
+    """
+
+    def __init__(self, tokenizer, raw, device, n_embedded=None):
         self.tokenizer, self.raw, self.device = tokenizer, raw, device
+        self.n_embedded = n_embedded
 
-    def prompt(self, text, question):
-        """(the text and what stands before it, what stands after it). An index holds the first."""
+    def prompt(self, text, question=None):
+        """A text, and a question about it."""
         question = f"\n\n{question}" if question else ""
-        text = text if self.raw else text.rstrip()
-        head, _, tail = self.render(("user", text + MARK + question)).partition(MARK)
-        return self.tensor(self.tokenizer.encode(head)), self.continued(tail)
+        if self.raw:
+            return self.tensor(self.tokenizer.encode(text + question))
+        return self.tensor(self.chat(text.rstrip() + question))
+
+    def head(self, text, question=None):
+        """What the prompts of a text begin with, whatever is asked. An index holds it.
+
+        Tokens at the text's end that a question changes do not belong to it.
+        """
+        asked = self.prompt(text, question)
+        return asked[:min(n_same(asked, self.prompt(text, other)) for other in OTHERS)]
 
     def turn(self, text, said):
         """A turn after an answer of tokens `said`. It begins with the answer's last token, which
-        no cache holds yet."""
+        no cache holds yet.
+
+        A template may do anything with an answer. So the turn is what two conversations have in
+        common behind their answers, and a conversation without an answer does not begin with.
+        """
         last = [token for token in said[-1:] if token not in self.tokenizer.eos_ids]
-        tail = self.render(("user", ""), ("assistant", MARK), ("user", text)).rpartition(MARK)[2]
-        return torch.cat([self.tensor(last), self.continued(tail)])
+        if self.raw or not self.tokenizer.template:
+            return self.tensor(last + self.tokenizer.continued(text))
+        one, other = (self.chat("x", answer, text) for answer in ("1", "z"))
+        n = n_same(one[::-1], other[::-1])
+        begin = max(len(one) - n, n_same(one, self.chat("x")))
+        return self.tensor(last + one[begin:])
 
-    def render(self, *messages):
-        if self.raw:
-            return messages[-1][1]
-        return self.tokenizer.chat([{"role": role, "content": text} for role, text in messages])
-
-    def continued(self, text):
-        return self.tensor(self.tokenizer.ids(text, add_special_tokens=False))
+    def chat(self, *contents):
+        """Token ids of a conversation in which user and assistant take turns."""
+        roles = ("user", "assistant") * len(contents)
+        return self.tokenizer.chat([{"role": role, "content": text}
+                                    for role, text in zip(roles, contents, strict=False)])
 
     def tensor(self, ids):
+        """Token ids (T,). InputError for one that the model does not embed."""
+        n = self.n_embedded
+        if n and max(ids, default=0) >= n:
+            raise InputError(f"the prompt has token {max(ids)}, the model embeds {n:,} tokens: the "
+                             "chat template writes a control token that this model does not have")
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+def n_same(a, b):
+    """How many elements of two lists are the same, from their beginning."""
+    return next((n for n, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
+                min(len(a), len(b)))
 
 
 class Session:
@@ -135,21 +165,30 @@ def progress(model, n_chunks, threads):
                 hook.remove()
 
 
-def stream(tokenizer):
-    """A function that prints what each new token adds, as soon as its characters are complete."""
-    shown = ""
+class Stream:
+    """Prints an answer while it grows, each character as soon as it is complete."""
 
-    def show(tokens):
-        nonlocal shown
-        text = tokenizer.decode(tokens)
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    return show
+    def __init__(self, tokenizer):
+        self.tokenizer, self.shown = tokenizer, ""
+
+    def __call__(self, tokens):
+        self.show(self.tokenizer.decode(tokens).rstrip("\ufffd"))
+
+    def end(self, tokens):
+        """All that is left of the answer, with a character that its end cut, and a new line."""
+        self.show(self.tokenizer.decode(tokens))
+        print(flush=True)
+
+    def show(self, text):
+        if text.startswith(self.shown):
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
 
 
 def turns():
     """The lines of standard input that are not empty. At a terminal each has a prompt, > ."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")         # a letter of another encoding ends no chat
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

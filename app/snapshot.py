@@ -1,16 +1,16 @@
 """An index on disk: a text is read once, and questions about it are asked on other days.
 
-    save("log.safetensors", model, tokenizer, caches, ids)      # after a prefill of ids (T,)
+    save("log.safetensors", model, tokenizer, caches, ids, text)    # after a prefill of ids (T,)
 
     snapshot = Snapshot("log.safetensors", model, tokenizer, config)
     caches = [WaveIndex(config, capacity) for _ in model.layers]        # of any capacity
     snapshot.restore(caches)                                    # now prefill or decode as usual
 
-It is one safetensors file: token_ids (T,), and the tensors of cache.state(0) of each layer N, named
-N.centroids, N.sizes and so on. Keys and values are kept head by head, as N.k.0 and N.k.1: a head's
-rows are one run of memory, so saving takes no second copy of them. Its header holds the version of
-this format, a CRC-32 of each tensor, and a fingerprint of all that shaped the index: model,
-weights, dtype, RoPE, tokenizer, settings. The file holds the text: only its owner may read it.
+It is one safetensors file: token_ids (T,), the text in UTF-8, and the tensors of cache.state(0) of
+each layer N, named N.centroids, N.sizes and so on. Keys and values are kept head by head, as N.k.0
+and N.k.1: a head's rows are one run of memory, so saving takes no second copy of them. Its header
+holds the version of this format, a CRC-32 of each tensor, and a fingerprint of all that shaped the
+index: model, weights, dtype, RoPE, tokenizer, settings. Only its owner may read the file.
 
 Does not include: batches, compression (the file is as large as the cache). The fingerprint reads a
 sample of each weight matrix: two models that differ elsewhere have the same fingerprint.
@@ -26,19 +26,21 @@ import torch
 from retroinfer import InputError, WaveIndex
 
 KIND = "retroinfer index"
-FORMAT = f"{KIND} 7"
+FORMAT = f"{KIND} 8"
 SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
             "channel_power")                            # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
 
 
-def save(path, model, tokenizer, caches, ids):
-    """Write the index of one sequence of token ids (T,) to a file, whole or not at all.
+def save(path, model, tokenizer, caches, ids, text):
+    """Write the index of one sequence of token ids (T,) to a file, whole or not at all. They are
+    those of a text, as far as no question changes them.
 
     The new file replaces an old one only when it is complete. InputError if it cannot be written;
     the old file is then unchanged.
     """
-    tensors = {"token_ids": ids.cpu()}
+    letters = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    tensors = {"token_ids": ids.cpu(), "text": letters}
     for n, cache in enumerate(caches):
         tensors |= {f"{n}.{name}": x for name, x in split_heads(cache.state(0))}
     header = {"format": FORMAT,
@@ -125,6 +127,10 @@ class Snapshot:
         self.ids = self.tensor("token_ids")
         if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
             raise self.damaged("token_ids is no list of whole numbers")
+        try:
+            self.text = self.tensor("text").numpy().tobytes().decode()
+        except UnicodeDecodeError:
+            raise self.damaged("its text is not UTF-8") from None
 
     def damaged(self, why):
         return InputError(f"the index {self.path} is damaged: {why}")

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from app.command import Parser, run_command
-from app.session import Writer
 from app.snapshot import Snapshot, save
 from bench.timing import (
     clock,
@@ -357,7 +356,7 @@ def reload(args):
     net, tokenizer = load(dtype=getattr(torch, args.dtype), device=CPU)
     config, T = RetroConfig(), (args.tokens or [7000])[0]
     ids = sample_ids(tokenizer, T)
-    _, question = Writer(tokenizer, True, CPU).prompt("", "Who wrote this, and when?")
+    question = torch.tensor(tokenizer.continued("\n\nWho wrote this, and when?"))
 
     def caches():
         return [WaveIndex(config, T + 100) for _ in net.layers]
@@ -373,7 +372,7 @@ def reload(args):
     with tempfile.TemporaryDirectory() as folder:
         path, filled = Path(folder) / "text.safetensors", caches()
         prefill(net, filled, [ids])
-        writing = clock(lambda: save(path, net, tokenizer, filled, ids))
+        writing = clock(lambda: save(path, net, tokenizer, filled, ids, "-"))
         seconds = take_turns({"text read": read_text, "index loaded": load_index}, args.repeats)
         size = path.stat().st_size
     rows = [[name, f"{statistics.median(x):.2f}", f"{speed_up(x, seconds['text read']):.1f}"]

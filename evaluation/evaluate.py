@@ -64,7 +64,7 @@ def needle_prompt(tokenizer, length, depth, seed):
 
 def ruler_answers(model, tokenizer, name, sample, methods):
     """{method: score} for one sample. Dense attention reads the prompt once for all methods."""
-    prompt = ruler.ask(name, sample, lambda x: tokenizer.chat([{"role": "user", "content": x}]))
+    prompt = ruler.ask(name, sample, lambda x: tokenizer.render([{"role": "user", "content": x}]))
     ids = torch.tensor(tokenizer.encode(prompt))
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
     (logits, dense), points = fidelity.read_dense(model, ids, 0), {}
@@ -207,7 +207,7 @@ def ruler_cell(run, name, length, i):
     if not run.left(key, [str(i)]) or f"{key}/none" in run.results.cells:
         return
     if (name, length) not in run.samples:
-        empty = len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": ""}])))
+        empty = len(tokenizer.chat([{"role": "user", "content": ""}]))
         try:
             run.samples[name, length] = ruler.generate(
                 name, lambda text: len(tokenizer.encode(text)), length, n,

@@ -76,7 +76,7 @@ def captured():
 def read_text():
     """The fields of a Capture, as plain values: one prefill and a greedy answer."""
     model, tokenizer = load(dtype=torch.float32, device="cpu")
-    ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": PROMPT.read_text("utf-8")}]))
+    ids = tokenizer.chat([{"role": "user", "content": PROMPT.read_text("utf-8")}])
     caches = [Recorder(len(ids) + N_ANSWER) for _ in model.layers]
     answer = torch.cat(list(generate(model, caches, [torch.tensor(ids)], N_ANSWER,
                                      step=eager_step))).tolist()

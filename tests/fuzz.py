@@ -99,7 +99,7 @@ class Index:
         self.ids = torch.randint(3, 320, (300,), generator=torch.Generator().manual_seed(0))
         caches = [WaveIndex(CONFIG, 300) for _ in model.layers]
         prefill(model, caches, [self.ids])
-        snapshot.save(self.path, model, tokenizer, caches, self.ids)
+        snapshot.save(self.path, model, tokenizer, caches, self.ids, "a text, né")
         self.raw, self.tensors = self.path.read_bytes(), load_file(self.path)
         with safe_open(self.path, "pt") as f:
             self.header = f.metadata()

@@ -190,7 +190,7 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
     facts, loaded = map(json.loads, out.splitlines()[-2:])
     assert facts["generated_tokens"] == [3]
     app = ["choose", "cli", "command", "relay", "report", "session", "settings", "threads"]
-    library = ["checkpoint", "generate", "model", "retroinfer"]
+    library = ["checkpoint", "generate", "model", "retroinfer", "tokenizer"]
     assert loaded == [0, [*(f"app/{name}.py" for name in app), *(f"{name}.py" for name in library)]]
 
 
@@ -281,6 +281,33 @@ def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
     assert len(last_json(capsys.readouterr().out)["answers"]) == 2
     talk(monkeypatch)
     refused((cli.main(flags), *capsys.readouterr()), "nothing to answer on standard input")
+
+
+def test_letters_of_another_encoding_end_no_chat(checkpoint, monkeypatch, capsys):
+    """A line in Latin-1, and an argument that is no UTF-8."""
+    raw = io.BytesIO("the caf\xe9\nthe cat\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(raw, "utf-8"))
+    assert cli.main(["--chat", "--model", str(checkpoint(**LONG)), "--backend", "eager", "--device",
+                     "cpu", "--max-new-tokens", "4", "--json", "--question", "na\udcefve"]) == 0
+    assert len(last_json(capsys.readouterr().out)["answers"]) == 3
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run, checkpoint, tmp_path, prompt):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + prompt.read_bytes())
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 4, "--json")
+    assert last_json(run(*flags, file=marked)[1])["read_tokens"] == last_json(
+        run(*flags, file=prompt)[1])["read_tokens"]
+
+
+def test_an_answer_that_ends_within_a_character_is_shown_whole(run, checkpoint, monkeypatch):
+    from model import load
+    _, tokenizer = load(checkpoint(**LONG), device="cpu")
+    ids = tokenizer.encode("na\u00ef")[:-1]
+    picked = iter(ids)
+    monkeypatch.setattr(cli, "sampler", lambda *_: lambda logits: torch.tensor([next(picked)]))
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", len(ids), "--json")
+    assert out.splitlines()[0] == last_json(out)["answers"][0] == "na\ufffd"
 
 
 @pytest.fixture
@@ -454,13 +481,13 @@ def test_prompt_beyond_the_context_names_the_limit_and_the_flag(run, checkpoint)
 
 
 def test_a_text_far_beyond_the_context_is_not_read_whole(run, checkpoint, monkeypatch, tmp_path):
-    from checkpoint import Tokenizer
-    lengths, ids = [], Tokenizer.ids
+    from tokenizer import Tokenizer
+    lengths, plain = [], Tokenizer.plain
 
-    def noted(self, text, *more):
+    def noted(self, text):
         lengths.append(len(text))
-        return ids(self, text, *more)
-    monkeypatch.setattr(Tokenizer, "ids", noted)
+        return plain(self, text)
+    monkeypatch.setattr(Tokenizer, "plain", noted)
     long = tmp_path / "long.txt"
     long.write_text("the cat sat on the mat. " * 100_000)
     refused(run("--model", checkpoint(), file=long), "the model's context is 64", "shorten it")

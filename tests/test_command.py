@@ -48,7 +48,7 @@ def test_a_fault_of_ours_keeps_its_traceback(error):
 
 def test_every_error_of_ours_for_a_person_is_an_input_error(checkpoint, monkeypatch, capsys):
     """A ValueError inside the command line is a fault: it is not printed as if it were a hint."""
-    monkeypatch.setattr(cli, "write_prompts", lambda *_: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr(cli, "what_is_asked", lambda *_: list(zip([1], [1, 2], strict=True)))
     prompt = str(ROOT / "examples/lighthouse.txt")
     with pytest.raises(ValueError, match="zip"):
         cli.main(["--prompt-file", prompt, "--model", str(checkpoint(**LONG)), "--beyond-context",

@@ -339,7 +339,7 @@ def long_prompt(tokenizer, n):
     facts = " ".join(f"Crate {7 * i % 101} from {places[i % 4]} holds {3 * i + 2} {goods[i % 5]}."
                      for i in range(n // 8))
     ask = tokenizer.encode("\nDescribe what the crates hold and where they came from.")
-    chat = tokenizer.chat([{"role": "user", "content": "SPLIT"}])
+    chat = tokenizer.render([{"role": "user", "content": "SPLIT"}])
     head, tail = (tokenizer.encode(part) for part in chat.split("SPLIT"))
     body = tokenizer.encode(facts)[:n - len(head) - len(ask) - len(tail)]
     ids = head + body + ask + tail

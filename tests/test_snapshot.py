@@ -31,6 +31,7 @@ from retroinfer import InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
 CONFIG = RetroConfig(**SMALL, retrieve=0.2, estimate=0.3)
+TEXT = "the cat sat, né"
 PER_FUNCTION = [HealthCheck.function_scoped_fixture]
 
 
@@ -60,7 +61,7 @@ def go_on(model, caches, question, n):
 def saved(loaded, tmp_path):
     """(path, ids) of the saved index of 300 tokens."""
     path, ids = tmp_path / "text.safetensors", words(300)
-    save(path, *loaded, read(loaded[0], ids, 300)[0], ids)
+    save(path, *loaded, read(loaded[0], ids, 300)[0], ids, TEXT)
     return path, ids
 
 
@@ -78,7 +79,7 @@ def test_a_restored_index_goes_on_as_if_never_saved(loaded, tmp_path, data):
     ids, question = words(n, seed=n), words(asked, seed=asked)
     path = tmp_path / "text.safetensors"
     caches, _ = read(model, ids, data.draw(st.integers(n, capacity)), config)
-    save(path, *loaded, caches, ids)
+    save(path, *loaded, caches, ids, TEXT)
     snapshot = Snapshot(path, *loaded, config)
     assert snapshot.ids.equal(ids)
     restored = [WaveIndex(config, capacity) for _ in model.layers]
@@ -96,7 +97,7 @@ def test_an_index_is_saved_after_generated_tokens_too(loaded, tmp_path):
     said = [t.item() for t in decode(model, caches, logits, 90, lambda _: torch.tensor([7]),
                                      eager_step)]
     ids = torch.cat([words(100), torch.tensor(said[:-1])])          # the last is in no cache yet
-    save(tmp_path / "x", *loaded, caches, ids)
+    save(tmp_path / "x", *loaded, caches, ids, TEXT)
     restored = [WaveIndex(CONFIG, 400) for _ in model.layers]
     Snapshot(tmp_path / "x", *loaded, CONFIG).restore(restored)
     assert go_on(model, restored, words(5), 20) == go_on(model, caches, words(5), 20)
@@ -253,18 +254,18 @@ import os, random, resource, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-from test_snapshot import CONFIG, Snapshot, load, read, restored_state, save, words
+from test_snapshot import CONFIG, TEXT, Snapshot, load, read, restored_state, save, words
 path, loaded = {path!r}, load({model!r}, device="cpu")
 texts = [words(300, seed) for seed in (1, 2)]
 states = [read(loaded[0], ids, 300)[0] for ids in texts]
-save(path, *loaded, states[0], texts[0])
+save(path, *loaded, states[0], texts[0], TEXT)
 random.seed(0)
 for n in range(12):
     child = os.fork()
     if not child:
         while True:
             for caches, ids in zip(states, texts):
-                save(path, *loaded, caches, ids)
+                save(path, *loaded, caches, ids, TEXT)
     time.sleep(random.uniform(0.0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -275,7 +276,7 @@ for n in range(12):
 before, names = open(path, "rb").read(), os.listdir(os.path.dirname(path))
 resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, -1))            # a disk that is full
 try:
-    save(path, *loaded, states[0], texts[0])
+    save(path, *loaded, states[0], texts[0], TEXT)
 except ValueError as e:
     assert "cannot write" in str(e) and "\\n" not in str(e), e
 else:
@@ -325,5 +326,5 @@ def test_no_other_file_is_replaced(loaded, saved, tmp_path):
     (tmp_path / "link").symlink_to("target")
     for name in ("empty", "link", saved[0].name):
         check_place(tmp_path / name)
-    save(tmp_path / "link", *loaded, read(loaded[0], saved[1], 300)[0], saved[1])
+    save(tmp_path / "link", *loaded, read(loaded[0], saved[1], 300)[0], saved[1], TEXT)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").stat().st_size > 1000

@@ -122,7 +122,7 @@ def test_smollm2_ends_at_im_end(smol):
                          ids=["with system", "without system"])
 def test_smollm2_chat_is_that_of_transformers(smol, converted, messages):
     theirs = converted.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert smol.chat(messages) == theirs
+    assert smol.render(messages) == theirs
     assert theirs.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -175,14 +175,15 @@ def test_a_chat_that_writes_bos_does_not_double_it(directory):
     template = "{{ bos_token }}{{ messages[-1]['content'] }}"
     path = with_bos(directory(bos_token=tiny.SPECIALS[0], chat_template=template))
     tokenizer = tokenizer_of(path)
-    assert tokenizer.encode(tokenizer.chat(QUESTION)) == tokenizer.encode("7 & 8?")
+    assert tokenizer.encode(tokenizer.render(QUESTION)) == tokenizer.encode("7 & 8?")
 
 
-ENDS = {"one": ({"eos_token_id": 2}, {"eos_token_id": 2}, {2}),
-        "several in generation_config.json": ({"eos_token_id": 2},
-                                              {"eos_token_id": [0, 2]}, {0, 2}),
-        "several in config.json": ({"eos_token_id": [1, 2]}, None, {1, 2}),
-        "generation_config.json says nothing": ({"eos_token_id": 1}, {}, {1})}
+NAMED = {0, 2}      # <|endoftext|> and <|im_end|> end an answer wherever a tokenizer has them
+ENDS = {"one": ({"eos_token_id": 5}, {"eos_token_id": 5}, {5}),
+        "several in generation_config.json": ({"eos_token_id": 5},
+                                              {"eos_token_id": [6, 7]}, {6, 7}),
+        "several in config.json": ({"eos_token_id": [6, 7]}, None, {6, 7}),
+        "generation_config.json says nothing": ({"eos_token_id": 6}, {}, {6})}
 
 
 @pytest.mark.parametrize("config, generation, ids", ENDS.values(), ids=ENDS)
@@ -192,7 +193,14 @@ def test_end_tokens_are_those_of_the_checkpoint(editable, config, generation, id
     (path / "generation_config.json").unlink()
     if generation is not None:
         tiny.edit(path / "generation_config.json", **generation)
-    assert tokenizer_of(path).eos_ids == frozenset(ids)
+    model, tokenizer = load(path, torch.float32, "cpu")
+    assert tokenizer.eos_ids == model.config.eos_ids == NAMED | ids
+
+
+def test_the_end_token_of_the_tokenizer_ends_an_answer_too(directory):
+    """Of the tokenizer's settings, although config.json names another one."""
+    path = directory(eos_token="<|im_start|>")
+    assert tokenizer_of(path).eos_ids == {1} | NAMED
 
 
 # ---------------------------------------------------------------- sentencepiece
@@ -214,7 +222,7 @@ def pieces(request, editable, tmp_path):
         (path / "tokenizer.json").unlink()
         (path / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
         tiny.edit(path / "tokenizer_config.json",
-                  add_bos_token=add_bos, bos_token="<s>", eos_token="</s>")
+                  add_bos_token=add_bos, bos_token="<s>", eos_token="</s>", legacy=True)
         return tokenizer_of(path)
     return make
 
@@ -301,8 +309,8 @@ def test_gguf_adds_bos_where_it_says_so(gguf_tokenizer, bpe):
 def test_gguf_carries_its_template_and_end_token(gguf_tokenizer):
     template = "{{ messages[0]['content'] }}{{ eos_token }}"
     tokenizer = gguf_tokenizer({"tokenizer.chat_template": template})
-    assert tokenizer.chat(QUESTION) == "7 & 8?<|im_end|>"
-    assert tokenizer.eos_ids == {2}
+    assert tokenizer.render(QUESTION) == "7 & 8?<|im_end|>"
+    assert tokenizer.eos_ids == NAMED
 
 
 # ---------------------------------------------------------------- chat templates
@@ -345,30 +353,30 @@ def test_chat_renders_as_in_transformers(directory, template, place):
         path = directory(**tokens)
         (path / place).write_text(template, encoding="utf-8")
     for messages in (CONVERSATION, QUESTION):
-        assert tokenizer_of(path).chat(messages) == theirs.apply_chat_template(
+        assert tokenizer_of(path).render(messages) == theirs.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_the_template_file_wins_over_the_config(directory):
     path = directory(chat_template="old")
     (path / "chat_template.jinja").write_text("new")
-    assert tokenizer_of(path).chat(QUESTION) == "new"
+    assert tokenizer_of(path).render(QUESTION) == "new"
 
 
 def test_the_default_of_several_templates_is_taken(directory):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert tokenizer_of(directory(chat_template=named)).chat(QUESTION) == "plain"
+    assert tokenizer_of(directory(chat_template=named)).render(QUESTION) == "plain"
 
 
 def test_special_tokens_may_be_objects(directory):
     path = directory(eos_token={"content": "<|im_end|>", "lstrip": False, "special": True},
                      chat_template="{{ eos_token }}")
-    assert tokenizer_of(path).chat(QUESTION) == "<|im_end|>"
+    assert tokenizer_of(path).render(QUESTION) == "<|im_end|>"
 
 
 def test_without_a_template_chat_is_the_last_message_unchanged(bpe):
     last = " {{ as }} it\n is "
-    assert bpe.chat([*QUESTION, {"role": "user", "content": last}]) == last
+    assert bpe.render([*QUESTION, {"role": "user", "content": last}]) == last
 
 
 ESCAPES = {
@@ -387,7 +395,7 @@ ESCAPES = {
 def test_a_template_cannot_leave_its_sandbox(directory, template):
     tokenizer = tokenizer_of(directory(chat_template=template))
     with pytest.raises(ValueError) as refusal:
-        tokenizer.chat(QUESTION)
+        tokenizer.render(QUESTION)
     assert "template" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -402,5 +410,5 @@ FAILURES = {"raise_exception": ("{{ raise_exception('Roles must\nalternate') }}"
 def test_a_failing_template_is_one_line(directory, template, fact):
     path = directory(chat_template=template)
     with pytest.raises(ValueError) as refusal:
-        tokenizer_of(path).chat(QUESTION)
+        tokenizer_of(path).render(QUESTION)
     assert fact in str(refusal.value) and "\n" not in str(refusal.value)
