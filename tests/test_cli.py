@@ -283,12 +283,13 @@ def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
     refused((cli.main(flags), *capsys.readouterr()), "nothing to answer on standard input")
 
 
-def test_letters_of_another_encoding_end_no_chat(checkpoint, monkeypatch, capsys):
+def test_letters_of_another_encoding_end_no_chat(checkpoint, monkeypatch, capsys, tmp_path):
     """A line in Latin-1, and an argument that is no UTF-8."""
     raw = io.BytesIO("the caf\xe9\nthe cat\n".encode("latin-1"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(raw, "utf-8"))
     assert cli.main(["--chat", "--model", str(checkpoint(**LONG)), "--backend", "eager", "--device",
-                     "cpu", "--max-new-tokens", "4", "--json", "--question", "na\udcefve"]) == 0
+                     "cpu", "--max-new-tokens", "4", "--json", "--question", "na\udcefve", "--save-index",
+                     str(tmp_path / "i")]) == 0
     assert len(last_json(capsys.readouterr().out)["answers"]) == 3
 
 

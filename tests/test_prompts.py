@@ -367,3 +367,26 @@ def test_a_character_that_the_end_cuts_is_shown(capsys):
     stream(ids)
     stream.end(ids)
     assert capsys.readouterr().out == "na\u00ef\n"
+
+
+# ---------------------------------------------------------------- tokenizer.json of Llama 2
+
+def test_a_vocabulary_with_an_unknown_token_is_sealed_too(llama2, tmp_path):
+    """transformers writes what it made of tokenizer.model as tokenizer.json."""
+    from model import load
+    theirs = llama2[1]
+    theirs.save_pretrained(tmp_path)
+    tokenizer = load(tmp_path, torch.float32, "cpu")[1]
+    assert not isinstance(tokenizer, PieceTokenizer) and "<unk>" in tokenizer.control
+    turns = conversation("the cat", "the dog", "a 日 and more")
+    expected = theirs.apply_chat_template(turns, add_generation_prompt=True)
+    assert tokenizer.chat(turns) == expected["input_ids"]
+    spelled = tokenizer.chat(conversation("<s> </s> <unk> <|im_end|>"))
+    assert [i for i in spelled if i < 3] == [1]
+
+
+def test_a_character_of_no_token_is_the_unknown_token_in_a_prompt():
+    from tokenizers import models
+    made = Backend(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    made.add_special_tokens(["<unk>"])
+    assert Tokenizer(made, {}, {9}).chat(conversation("aé")) == made.encode("aé").ids == [1, 0]
