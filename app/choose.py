@@ -44,6 +44,8 @@ def choose_step(args, spec, device):
 
     InputError if the backend that a person asked for does not compile here.
     """
+    if args.method != "wave":
+        return choose_plain(args, device)
     if args.backend == "eager":
         words = f"eager on {place(device)}, asked for"
         return eager_step, hot_functions(device, "eager"), lambda: words
@@ -56,6 +58,17 @@ def choose_step(args, spec, device):
         hot, reason = hot_functions(device, "compile"), f"{e.name} is not here"
     words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
     return compiled_step, hot, lambda: words
+
+
+def choose_plain(args, device):
+    """choose_step for a method without hot functions: a step is eager or compiled as it is."""
+    name = args.backend or ("eager" if device.type == "cpu" else "compile")
+    if name not in ("eager", "compile"):
+        raise InputError(f"--backend {name} goes with --method wave: give eager or compile")
+    if name == "compile":
+        try_compiler()
+    words = f"{name} on {place(device)}, {'asked for' if args.backend else 'the default'}"
+    return eager_step if name == "eager" else compiled_step, None, lambda: words
 
 
 def choose_on_cpu(args, spec):
@@ -127,9 +140,11 @@ def check_memory(args, model, spec, device):
     c, row = spec.model, 2 * spec.dtype.itemsize * spec.capacity * spec.batch
     need = row * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     free = free_memory(device)
-    if need < 0.8 * free or args.store:
+    if need < 0.8 * free or args.store or args.method == "antkv":       # which keeps a few bits
         return
     try:
+        if args.method != "wave":
+            raise ModuleNotFoundError                       # the plan is of the wave index
         from app.plan import Run, fit
     except ModuleNotFoundError:
         raise InputError(f"K and V of {spec.capacity:,} tokens take {need / 2**30:.1f} GiB, "

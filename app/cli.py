@@ -28,10 +28,11 @@ from app.choose import (
     choose_step,
 )
 from app.command import Parser, run_command
+from app.method import CACHES, config_class, make_cache
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
-from app.settings import add_set
+from app.settings import add_set, take_settings
 from generate import CHUNK, sampler
 from model import DEFAULT_NAME, DenseCache, fast_dtype, load
 from retroinfer import InputError, RetroConfig, WaveIndex
@@ -45,6 +46,7 @@ def parse_args(argv):
     add_model(parser.add_argument_group("model and method").add_argument)
     add_memory(parser.add_argument_group("memory").add_argument)
     args = parser.parse_args(argv)
+    take_settings(args, config_class(args.method))
     check_flags(args)
     return args
 
@@ -73,6 +75,8 @@ def add_answer(add):
 def add_model(add):
     add("--model", metavar="PATH", default=DEFAULT_NAME,
         help="folder or .gguf (default %(default)s)")
+    add("--method", metavar="NAME", choices=CACHES, default="wave",
+        help="%(choices)s (default %(default)s): app/method.py says what they are")
     add_set(add)
     add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"],
         help="%(choices)s (default: what the processor multiplies best)")
@@ -108,6 +112,9 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise InputError("--compare takes one answer: leave out --chat")
+    for name in ("offload", "save_index", "load_index"):
+        if getattr(args, name) and args.method != "wave":
+            raise InputError(f"{flag(name)} goes with --method wave")
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise InputError(f"{flag(name)} goes with --offload")
@@ -180,8 +187,8 @@ def answer(args):
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
-    make_cache = cache_maker(args, model, config, hot, capacity, len(prompts))
-    session = Session(model, make_cache, pick, step, args.prefill_chunk)
+    make = cache_maker(args, model, config, hot, capacity, len(prompts))
+    session = Session(model, make, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, writer, asked[0], snapshot)
     logits = session.record() if args.compare else None
     said = say(args, session, n_tokens, tokenizer)
@@ -239,15 +246,17 @@ class Interrupt:
 
 
 def make_config(args):
-    """The RetroConfig of a run. --offload has its own numbers: see buffer.WHOLE."""
+    """The numbers of a run's method. --offload has its own: see buffer.WHOLE."""
     if not args.offload:
-        return RetroConfig(**args.set)
+        return config_class(args.method)(**args.set)
     from buffer import WHOLE
     return RetroConfig(**WHOLE | args.set)
 
 
 def cache_maker(args, model, config, hot, capacity, batch):
     """A function that makes the cache of a layer."""
+    if args.method != "wave":
+        return lambda: make_cache(args.method, config, capacity, batch)
     if not args.offload:
         return lambda: WaveIndex(config, capacity, batch, hot)
     from buffer import offload

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 from app.choose import choose_device
 from app.cli import check_counts, make_config
 from app.command import Parser, run_command
-from app.settings import add_set
+from app.settings import add_set, take_settings
 from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import CHUNK, eager_step
@@ -320,6 +320,8 @@ def parse_args(argv):
     add("--store", metavar="FILE", help="keep K and V in a file (plan writes none)")
     add_set(add)
     args = parser.parse_args(argv)
+    args.method = "wave"                        # the only one that is planned
+    take_settings(args, RetroConfig)
     check_counts(args, "prefill_chunk", "capacity", "batch")
     if args.memory is not None and not args.memory > 0:
         raise InputError(f"--memory is {args.memory}: give GiB above 0")

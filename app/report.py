@@ -6,6 +6,7 @@
 import math
 
 MIB = 2**20
+PER_SEQUENCE = "clusters", "retrieved_clusters", "estimated_clusters", "anchors", "true_bits"
 
 
 def measure(session):
@@ -15,10 +16,8 @@ def measure(session):
     found = {
         "context_tokens": first["tokens"], "read_tokens": session.n_read,
         "generated_tokens": session.n_said, "indexed_tokens": first["indexed_tokens"],
-        "clusters": mean_of_layers(layers, "clusters"),
-        "retrieved_clusters": mean_of_layers(layers, "retrieved_clusters"),
-        "estimated_clusters": mean_of_layers(layers, "estimated_clusters"),
-        "bits": first["bits"],
+        **{name: mean_of_layers(layers, name) for name in PER_SEQUENCE if name in first},
+        **{name: first[name] for name in ("bits", "top") if name in first},
         "bytes_a_step": sum(facts["bytes_read"] for facts in layers),
         "dense_bytes_a_step": sum(facts["dense_bytes"] for facts in layers),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
@@ -30,9 +29,10 @@ def measure(session):
 
 
 def mean_of_layers(layers, name):
-    """The mean over layers of a fact, a whole number for each sequence."""
-    columns = zip(*(facts[name] for facts in layers), strict=True)
-    return [round(sum(column) / len(layers)) for column in columns]
+    """The mean over layers of a fact, for each sequence. That of whole numbers is one."""
+    columns = [list(column) for column in zip(*(facts[name] for facts in layers), strict=True)]
+    means = [sum(column) / len(layers) for column in columns]
+    return means if isinstance(columns[0][0], float) else [round(mean) for mean in means]
 
 
 def measure_offload(session, layers):
@@ -73,19 +73,30 @@ def context_line(facts, context):
 def zone_lines(facts):
     """A line for each sequence."""
     for row, tokens in enumerate(facts["context_tokens"]):
-        indexed, clusters, retrieved, estimated = (facts[name][row] for name in (
-            "indexed_tokens", "clusters", "retrieved_clusters", "estimated_clusters"))
-        if indexed:
-            yield (f"zones      {tokens - indexed:,} tokens exact; of {clusters:,} clusters a head "
-                   f"retrieves {retrieved:,}, estimates {estimated:,}")
-        else:
+        indexed = facts["indexed_tokens"][row]
+        if not indexed:
             yield f"zones      all {tokens:,} tokens exact: the text is too short to index"
+        else:
+            yield f"zones      {tokens - indexed:,} tokens exact; {rest(facts, row, indexed)}"
+
+
+def rest(facts, row, indexed):
+    """What becomes of the tokens that are not exact, by method."""
+    if "anchors" in facts:
+        return (f"{indexed:,} in codes, of which a head keeps {facts['anchors'][row]:,} anchors "
+                f"exact: {facts['true_bits'][row]:.2f} bits a number in all")
+    if "top" in facts:
+        return f"of {indexed:,} indexed a query head retrieves {min(facts['top'], indexed):,}"
+    clusters, retrieved, estimated = (facts[name][row] for name in (
+        "clusters", "retrieved_clusters", "estimated_clusters"))
+    return f"of {clusters:,} clusters a head retrieves {retrieved:,}, estimates {estimated:,}"
 
 
 def reads_line(facts):
     ours, dense = facts["bytes_a_step"], facts["dense_bytes_a_step"]
     return (f"reads      at most {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
-            f"{ours / dense:.1%}; index in {facts['bits']} bits")
+            f"{ours / dense:.1%}" + (f"; index in {facts['bits']} bits" if "clusters" in facts
+                                     else ""))
 
 
 def offload_line(facts):

@@ -1,10 +1,11 @@
-"""The numbers of the method on a command line: --set NAME=VALUE ..., for several commands.
+"""The numbers of a method on a command line: --set NAME=VALUE ..., for several commands.
 
-    add_set(parser.add_argument)                        # args.set is a dict of RetroConfig's fields
+    add_set(parser.add_argument)
+    args = parser.parse_args()
+    take_settings(args, RetroConfig)                    # args.set is a dict of its fields
     parse_settings(["retrieve=0.04", "by_mass=no"])     # {"retrieve": 0.04, "by_mass": False}
     print(listing())                                    # every name, its default, its meaning
 """
-import argparse
 import inspect
 import re
 from dataclasses import fields
@@ -14,24 +15,23 @@ from retroinfer import InputError, RetroConfig
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
-class Settings(argparse.Action):
-    """Collects the numbers given. With none, or the word help, it prints all of them and exits."""
-
-    def __call__(self, parser, args, given, option=None):
-        if not given or "help" in given:
-            print(listing())
-            parser.exit()
-        setattr(args, self.dest, getattr(args, self.dest) | parse_settings(given))
-
-
 def add_set(add):
-    add("--set", metavar="NAME=VALUE", nargs="*", action=Settings, default={},
+    add("--set", metavar="NAME=VALUE", nargs="*", action="append", default=[],
         help="numbers of the method; --set help lists them")
 
 
-def parse_settings(given):
-    """Fields of RetroConfig by name, typed. InputError says what is allowed."""
-    kinds, found = {field.name: field.type for field in fields(RetroConfig)}, {}
+def take_settings(args, kind):
+    """Make a dict of the words behind --set, fields of the dataclass `kind`. Of no words, and of
+    the word help: list the fields and exit."""
+    if any(not words or "help" in words for words in args.set):
+        print(listing(kind))
+        raise SystemExit
+    args.set = parse_settings([word for words in args.set for word in words], kind)
+
+
+def parse_settings(given, kind=RetroConfig):
+    """Fields of a dataclass by name, typed. InputError says what is allowed."""
+    kinds, found = {field.name: field.type for field in fields(kind)}, {}
     for word in given:
         name, is_given, value = word.partition("=")
         if name not in kinds:
@@ -52,10 +52,10 @@ def parse_value(name, value, kind):
         raise InputError(f"--set {name}={value}: give {wanted}") from None
 
 
-def listing():
+def listing(kind=RetroConfig):
     """A line for each field: its name, its default, and the comment beside it."""
-    source, lines = inspect.getsource(RetroConfig), []
-    for field in fields(RetroConfig):
+    source, lines = inspect.getsource(kind), []
+    for field in fields(kind):
         meaning = re.search(rf"^ +{field.name}: .*# +(.*)$", source, re.MULTILINE)[1]
         default = field.default
         if field.type is bool:

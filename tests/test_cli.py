@@ -189,7 +189,7 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
         "--device", "cpu", "--max-new-tokens", 3, "--json")
     facts, loaded = map(json.loads, out.splitlines()[-2:])
     assert facts["generated_tokens"] == [3]
-    app = ["choose", "cli", "command", "relay", "report", "session", "settings", "threads"]
+    app = ["choose", "cli", "command", "method", "relay", "report", "session", "settings", "threads"]
     library = ["checkpoint", "generate", "model", "retroinfer", "tokenizer"]
     assert loaded == [0, [*(f"app/{name}.py" for name in app), *(f"{name}.py" for name in library)]]
 
@@ -288,7 +288,8 @@ def test_letters_of_another_encoding_end_no_chat(checkpoint, monkeypatch, capsys
     raw = io.BytesIO("the caf\xe9\nthe cat\n".encode("latin-1"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(raw, "utf-8"))
     assert cli.main(["--chat", "--model", str(checkpoint(**LONG)), "--backend", "eager", "--device",
-                     "cpu", "--max-new-tokens", "4", "--json", "--question", "na\udcefve", "--save-index",
+                     "cpu", "--max-new-tokens", "4", "--json", "--question", "na\udcefve",
+                     "--save-index",
                      str(tmp_path / "i")]) == 0
     assert len(last_json(capsys.readouterr().out)["answers"]) == 3
 
