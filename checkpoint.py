@@ -1,6 +1,6 @@
 """Checkpoints: the shape, weights and tokenizer in a model directory or a .gguf file.
 
-    config, tensors, tokenizer = open_checkpoint(path)
+    config, tensors, tokenizer = open_checkpoint(path, torch.bfloat16)
 
 config     a dict of model.ModelConfig's fields
 tensors    an iterator of (name, tensor): names are Hugging Face's, without the leading "model."
@@ -14,6 +14,8 @@ Does not include: weights in whole numbers, RoPE that differs between layers.
 import json
 import math
 import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -25,15 +27,19 @@ ROPE_NUMBERS = ("rope_theta", "factor", "trained", "low_freq_factor", "high_freq
                 "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
-def open_checkpoint(path):
-    """(config, tensors, tokenizer) of a Hugging Face directory or a GGUF file."""
+def open_checkpoint(path, dtype=torch.float32):
+    """(config, tensors, tokenizer) of a Hugging Face directory or a GGUF file.
+
+    dtype: that of quantised tensors, once they are expanded.
+    """
     if path.suffix in (".bin", ".pt", ".pth"):
         raise InputError(f"{path} is a pickle, which runs code when opened: convert to safetensors")
     if not path.exists():
         raise InputError(f"no model at {path}: give a directory with config.json and "
                          "*.safetensors, or a .gguf file")
     try:
-        config, tensors, tokenizer = open_gguf(path) if path.is_file() else open_directory(path)
+        config, tensors, tokenizer = (open_gguf(path, dtype) if path.is_file() else
+                                      open_directory(path))
         check(config, path)
         check_size(config, tokenizer, path)
         config["eos_ids"] = tokenizer.eos_ids
@@ -193,7 +199,10 @@ GGUF_NAMES = {
     "ffn_down": "mlp.down_proj"}
 
 
-def open_gguf(path):
+PART = 2**24        # numbers that are expanded at a time: this bounds the memory
+
+
+def open_gguf(path, dtype):
     reader = gguf_reader(path)
 
     def get(key, *default):
@@ -206,10 +215,9 @@ def open_gguf(path):
     config = config_from_gguf(get, tensors)
     if "rope_freqs.weight" in tensors:  # llama3 scaling, already worked out
         config["rope"]["freq_factors"] = torch.tensor(tensors.pop("rope_freqs.weight").data)
-    permuted = get("general.architecture") == "llama"
+    paired = config["head_dim"] if get("general.architecture") == "llama" else None
     from tokenizer import gguf_tokenizer
-    return (config, read_gguf(tensors, permuted, config["head_dim"]),
-            gguf_tokenizer(get, config["eos_ids"]))
+    return config, read_gguf(tensors, dtype, paired), gguf_tokenizer(get, config["eos_ids"])
 
 
 def gguf_reader(path):
@@ -264,14 +272,31 @@ def config_from_gguf(get, tensors):
         "eos_ids": frozenset(e for e in ends if e is not None)}
 
 
-def read_gguf(tensors, permuted, head_dim):
+def read_gguf(tensors, dtype, paired):
+    """Names and tensors, expanded by several threads, a few tensors ahead."""
+    pending, n = deque(), torch.get_num_threads()
+    with ThreadPoolExecutor(n) as pool:
+        for t in tensors.values():
+            pending.append(pool.submit(expand, t, dtype, paired))
+            if len(pending) > n:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
+
+
+def expand(t, dtype, paired):
+    """The name of a GGUF tensor, and its numbers. paired: the dims of a head, where queries and
+    keys have the two numbers that RoPE turns side by side."""
     import gguf
-    for name, t in tensors.items():
-        try:
-            tensor = torch.tensor(gguf.dequantize(t.data, t.tensor_type))
-            if permuted and (".attn_q." in name or ".attn_k." in name):     # pairs (2i, 2i + 1)
-                pairs = tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])
-                tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        except Exception as e:      # the package lets through whatever numpy raises
-            raise InputError(f"tensor {name} cannot be read: {one_line(e)}") from None
-        yield ".".join(GGUF_NAMES.get(part, part) for part in name.split(".")), tensor
+    try:
+        tensor = torch.empty(*reversed(t.shape.tolist()), dtype=dtype)
+        n = max(PART * len(tensor) // max(tensor.numel(), 1), 1)
+        for part, rows in zip(tensor.split(n), range(0, len(tensor), n), strict=True):
+            numbers = gguf.dequantize(t.data[rows:rows + n], t.tensor_type)
+            part.copy_(torch.tensor(numbers))
+        if paired and (".attn_q." in t.name or ".attn_k." in t.name):       # pairs (2i, 2i + 1)
+            pairs = tensor.view(-1, paired // 2, 2, *tensor.shape[1:])
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+    except Exception as e:      # the package lets through whatever numpy raises
+        raise InputError(f"tensor {t.name} cannot be read: {one_line(e)}") from None
+    return ".".join(GGUF_NAMES.get(part, part) for part in t.name.split(".")), tensor

@@ -314,7 +314,7 @@ def load(path_or_name=None, dtype=None, device=None):
     path = default_model() if is_default else Path(path_or_name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    config, tensors, tokenizer = open_checkpoint(path)
+    config, tensors, tokenizer = open_checkpoint(path, dtype)
     with torch.device("meta"):
         model = Llama(ModelConfig(**config))
     state = read_weights(model, tensors, dtype, device)
@@ -356,7 +356,7 @@ def read_weights(model, tensors, dtype, device):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"tensor {name} is {tensor.dtype}: only float weights are supported")
         state[name] = tensor.to(device, dtype)
-        if not state[name].isfinite().all():
+        if not all(x.isfinite() for x in state[name].aminmax()):
             raise InputError(f"tensor {name} holds NaN or infinity in {dtype}: damaged weights, "
                              "or a dtype too narrow for them")
     head = state.get("lm_head.weight")

@@ -189,7 +189,8 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
         "--device", "cpu", "--max-new-tokens", 3, "--json")
     facts, loaded = map(json.loads, out.splitlines()[-2:])
     assert facts["generated_tokens"] == [3]
-    app = ["choose", "cli", "command", "method", "relay", "report", "session", "settings", "threads"]
+    app = ["choose", "cli", "command", "method", "relay", "report", "session", "settings",
+           "threads"]
     library = ["checkpoint", "generate", "model", "retroinfer", "tokenizer"]
     assert loaded == [0, [*(f"app/{name}.py" for name in app), *(f"{name}.py" for name in library)]]
 
