@@ -106,6 +106,9 @@ class Session:
         After every token show is called with the first sequence's tokens. If it returns True, the
         answer ends.
         """
+        from tqdm import tqdm
+        for cache in tqdm(self.caches, desc="index", unit="layer", leave=False, delay=1):
+            cache.update()                          # a graph over the keys takes minutes
         found = decode(self.model, self.caches, self.logits, n_tokens, self.pick, self.step)
         said = [[] for _ in self.logits]
         n_before, clock = 0, time.perf_counter()

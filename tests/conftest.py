@@ -104,6 +104,7 @@ def backend(request, monkeypatch):
     import retroinfer
     from generate import COMPILE
     from model import DenseCache
+    from retrieval_attention import GraphCache
     name, steps = getattr(request, "param", "eager"), []
     attend, compiled = twin(name), {"compiled": {"backend": "eager", "fullgraph": True},
                                     "inductor": COMPILE}
@@ -114,7 +115,7 @@ def backend(request, monkeypatch):
 
     if name in compiled:
         torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
-        for cache in (DenseCache, retroinfer.WaveIndex):
+        for cache in (DenseCache, GraphCache, retroinfer.WaveIndex):
             monkeypatch.setattr(cache, "decode", torch.compile(
                 cache.decode, **compiled[name] | {"dynamic": False}))
     if name not in ("eager", "compiled"):

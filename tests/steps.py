@@ -24,6 +24,10 @@ from retroinfer import (
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "min_retrieve": 1}
 WHOLE = SMALL | {"bits": 16}
 ALL = {"retrieve": 1.0, "estimate": 0.0, "values": 1.0}
+# GraphConfig that finds every key of a short text
+EVERYTHING = {"sink": 2, "local": 4, "update": 32, "top": 256, "beam": 256, "degree": 8,
+              "entries": 8, "width": 32, "hops": 10, "coarse": 16, "fallback": 16,
+              "centroids": 8, "listed": 256, "visits": 2}
 BACKENDS = ["eager", "compiled", "native", pytest.param("kernels", marks=pytest.mark.slow)]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LONG = {"max_position_embeddings": 4096}     # of a tiny checkpoint

@@ -5,20 +5,23 @@ import math
 import oracle
 import pytest
 import torch
-from steps import ALL, SMALL, qkv, read
+from steps import ALL, EVERYTHING, SMALL, qkv, read
 
 import retroinfer
 from app.plan import ByteCounter
 from model import DenseCache
+from retrieval_attention import GraphCache, GraphConfig
 from retroinfer import RetroConfig, WaveIndex, attend_causally
 
 CACHES = {"dense": DenseCache,
-          "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape)}
+          "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape),
+          "graph": lambda *shape: GraphCache(GraphConfig(**EVERYTHING), *shape),
+          "qcivf": lambda *shape: GraphCache(GraphConfig("qcivf", **EVERYTHING), *shape)}
 
 
 CHUNKS = [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]]
-QUICK = [("dense", "eager"), ("wave", "eager"), ("wave", "native")]
-TRACED = [("dense", "compiled"), ("wave", "compiled")]
+QUICK = [*((name, "eager") for name in CACHES), ("wave", "native")]
+TRACED = [(name, "compiled") for name in CACHES]
 
 
 @pytest.fixture(params=CACHES, ids=str)
@@ -29,6 +32,7 @@ def make(request):
 @pytest.mark.parametrize("make, backend, chunks", [
     *((*where, chunks) for chunks in CHUNKS for where in QUICK),
     *((*where, [40, 1, 49]) for where in TRACED),
+    pytest.param("graph", "inductor", [40, 1, 49], marks=pytest.mark.slow),
     pytest.param("wave", "kernels", [40, 1, 49], marks=pytest.mark.slow)],
     indirect=["make", "backend"], ids=str)
 def test_chunks_attend_exactly_to_all_before(make, backend, chunks):
