@@ -498,7 +498,8 @@ class GraphCache(LayerCache):
         """What there is to say of a run, by name. is_dense: nothing is indexed, all is exact."""
         token = 2 * self.store.k[0, :, 0].nbytes
         return {"tokens": self.n_tokens.tolist(), "indexed_tokens": self.n_indexed.tolist(),
-                "is_dense": not self.n_indexed.any().item(), "bytes_read": self.bytes_read(),
+                "is_dense": not self.n_indexed.any().item(), "top": self.config.top,
+                "bytes_read": self.bytes_read(),
                 "dense_bytes": token * int(self.n_tokens.sum()), **self.store.facts()}
 
     def nbytes(self):

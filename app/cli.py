@@ -77,6 +77,7 @@ def add_model(add):
         help="folder or .gguf (default %(default)s)")
     add("--method", metavar="NAME", choices=CACHES, default="wave",
         help="%(choices)s (default %(default)s): app/method.py says what they are")
+    add("--codebooks", metavar="FILE", help="of --method antkv; default: from the prompt itself")
     add_set(add)
     add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"],
         help="%(choices)s (default: what the processor multiplies best)")
@@ -112,9 +113,7 @@ def check_flags(args):
                          "and without --chat")
     if args.compare and args.chat:
         raise InputError("--compare takes one answer: leave out --chat")
-    for name in ("offload", "save_index", "load_index"):
-        if getattr(args, name) and args.method != "wave":
-            raise InputError(f"{flag(name)} goes with --method wave")
+    check_method(args)
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise InputError(f"{flag(name)} goes with --offload")
@@ -123,6 +122,14 @@ def check_flags(args):
     if args.save_index:
         from app.snapshot import check_place
         check_place(args.save_index)
+
+
+def check_method(args):
+    """InputError if a flag belongs to another method than the one chosen."""
+    for name, method in {"codebooks": "antkv", "offload": "wave", "save_index": "wave",
+                         "load_index": "wave"}.items():
+        if getattr(args, name) and args.method != method:
+            raise InputError(f"{flag(name)} goes with --method {method}")
 
 
 def check_counts(args, *names):
@@ -187,7 +194,7 @@ def answer(args):
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
-    make = cache_maker(args, model, config, hot, capacity, len(prompts))
+    make = cache_maker(args, model, tokenizer, spec, hot)
     session = Session(model, make, pick, step, args.prefill_chunk)
     status = read(args, session, prompts, writer, asked[0], snapshot)
     logits = session.record() if args.compare else None
@@ -253,10 +260,23 @@ def make_config(args):
     return RetroConfig(**WHOLE | args.set)
 
 
-def cache_maker(args, model, config, hot, capacity, batch):
-    """A function that makes the cache of a layer."""
+def read_codebooks(args, model, tokenizer, config):
+    """A list of what --codebooks has for each layer; of nothing without it."""
+    if not args.codebooks:
+        return [()] * len(model.layers)
+    from antkv import load_codebooks
+    from app.snapshot import origin
+    weight = model.lm_head.weight
+    books = load_codebooks(args.codebooks, origin(model, tokenizer), config.bits, weight.device)
+    return [(book,) for book in books]
+
+
+def cache_maker(args, model, tokenizer, spec, hot):
+    """A function that makes the cache of the next layer."""
+    config, capacity, batch = spec.config, spec.capacity, spec.batch
     if args.method != "wave":
-        return lambda: make_cache(args.method, config, capacity, batch)
+        books = iter(read_codebooks(args, model, tokenizer, config))
+        return lambda: make_cache(args.method, config, capacity, batch, *next(books))
     if not args.offload:
         return lambda: WaveIndex(config, capacity, batch, hot)
     from buffer import offload

@@ -216,6 +216,12 @@ def find_fault(state, n_tokens, config):
 
 def fingerprint(model, tokenizer, config):
     """All that shapes an index, by name, with a CRC-32 in place of what is too long."""
+    settings = {f"--set {name}": getattr(config, name) for name in SETTINGS}
+    return json.loads(json.dumps(origin(model, tokenizer) | settings))      # as a file holds it
+
+
+def origin(model, tokenizer):
+    """What tells a model from all others, by name."""
     weights = 0
     for name, x in sorted(model.named_parameters()):
         some = x.flatten()[::max(1, x.numel() // SAMPLE)]
@@ -223,11 +229,9 @@ def fingerprint(model, tokenizer, config):
     sizes = asdict(model.config) | {"eos_ids": sorted(model.config.eos_ids)}
     rope = {f"RoPE {name}": x if not isinstance(x, torch.Tensor) else f"of CRC-32 {crc32(x)}"
             for name, x in sizes.pop("rope").items()}
-    facts = {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **rope, **sizes,
-             "weights of CRC-32": weights,
-             "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition()),
-             **{f"--set {name}": getattr(config, name) for name in SETTINGS}}
-    return json.loads(json.dumps(facts))                                    # as a file holds it
+    return {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), **rope, **sizes,
+            "weights of CRC-32": weights,
+            "a tokenizer of CRC-32": zlib.crc32(tokenizer.definition())}
 
 
 def crc32(x, start=0):

@@ -102,6 +102,7 @@ def backend(request, monkeypatch):
     import torch
 
     import retroinfer
+    from antkv import AnchorCache
     from generate import COMPILE
     from model import DenseCache
     from retrieval_attention import GraphCache
@@ -115,7 +116,7 @@ def backend(request, monkeypatch):
 
     if name in compiled:
         torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
-        for cache in (DenseCache, GraphCache, retroinfer.WaveIndex):
+        for cache in (DenseCache, GraphCache, retroinfer.WaveIndex, AnchorCache):
             monkeypatch.setattr(cache, "decode", torch.compile(
                 cache.decode, **compiled[name] | {"dynamic": False}))
     if name not in ("eager", "compiled"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import retroinfer
+from antkv import CHANNELS, Codebook, M
 from retroinfer import (
     Budget,
     Index,
@@ -46,6 +47,13 @@ def qkv(T, B=1, H=2, G=3, D=16, seed=0, spread=1.0):
 def read(cache, q, k, v):
     """Prefill of a batch of texts of one length."""
     return torch.cat([cache.prefill(q[b:b + 1], k[b:b + 1], v[b:b + 1], b) for b in range(len(q))])
+
+
+def random_book(bits, H=2, D=16, seed=0):
+    """Codewords that nothing was fitted to."""
+    g = torch.Generator().manual_seed(seed)
+    words = [torch.randn(1, H, D // c, M, c, generator=g).half() for c in CHANNELS[bits]]
+    return Codebook(*words, torch.randn(1, H, 1, D, generator=g))
 
 
 def run(config, q, k, v, n_prompt):

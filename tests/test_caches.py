@@ -5,18 +5,21 @@ import math
 import oracle
 import pytest
 import torch
-from steps import ALL, EVERYTHING, SMALL, qkv, read
+from steps import ALL, EVERYTHING, SMALL, qkv, random_book, read
 
 import retroinfer
+from antkv import AnchorCache, AnchorConfig
 from app.plan import ByteCounter
 from model import DenseCache
 from retrieval_attention import GraphCache, GraphConfig
 from retroinfer import RetroConfig, WaveIndex, attend_causally
 
+ANCHORS = AnchorConfig(bits=2, anchors=1.0, sink=2, window=4, update=32)
 CACHES = {"dense": DenseCache,
           "wave": lambda *shape: WaveIndex(RetroConfig(**SMALL, **ALL), *shape),
           "graph": lambda *shape: GraphCache(GraphConfig(**EVERYTHING), *shape),
-          "qcivf": lambda *shape: GraphCache(GraphConfig("qcivf", **EVERYTHING), *shape)}
+          "qcivf": lambda *shape: GraphCache(GraphConfig("qcivf", **EVERYTHING), *shape),
+          "anchor": lambda *shape: AnchorCache(ANCHORS, *shape, book=random_book(ANCHORS.bits))}
 
 
 CHUNKS = [[90], [1] * 8 + [82], [45, 45], [40, 1, 49], [7] * 12 + [6]]

@@ -1,4 +1,5 @@
 """The command line as a person meets it: an answer and a card, or one line and status 2."""
+import dataclasses
 import io
 import json
 import re
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from steps import LONG
+from steps import LONG, random_book
 
 import native.step
+from antkv import AnchorConfig
 from app import choose, cli
 from app.settings import parse_settings
 from buffer import WHOLE
 from generate import eager_step, generate
 from model import DenseCache, ModelConfig
+from retrieval_attention import GraphConfig
 from retroinfer import InputError, RetroConfig
 
 ROOT = Path(__file__).parent.parent
@@ -282,6 +285,74 @@ def test_a_chat_may_begin_on_standard_input(checkpoint, monkeypatch, capsys):
     assert len(last_json(capsys.readouterr().out)["answers"]) == 2
     talk(monkeypatch)
     refused((cli.main(flags), *capsys.readouterr()), "nothing to answer on standard input")
+
+
+GRAPH = ("--set", "sink=4", "local=32", "update=32", "top=1000")
+METHODS = {"graph": (*GRAPH, "beam=1000", "width=32", "hops=12", "coarse=16", "fallback=64"),
+           "qcivf": (*GRAPH, "index=qcivf", "centroids=64", "listed=800", "visits=16"),
+           "flat": (*GRAPH, "index=flat"), "antkv": ("--set", "anchors=1", "window=32")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_dense_says_when_it_keeps_or_reads_all(run, checkpoint, name):
+    method = "antkv" if name == "antkv" else "graph"
+    status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 40, "--compare",
+                           "--json", "--method", method, *METHODS[name])
+    facts = last_json(out)
+    assert status == 0 and facts["agreement"] == 1 and facts["kl"] < 1e-6
+    assert facts["indexed_tokens"][0] > 400
+    assert {"antkv": "bits a number in all"}.get(name, "a query head retrieves") in err
+
+
+@pytest.mark.parametrize("method, fields", [("graph", GraphConfig), ("antkv", AnchorConfig)])
+def test_the_numbers_of_other_methods_are_listed_and_set(capsys, method, fields):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--set", "help", "--method", method])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert not end.value.code and names == [field.name for field in dataclasses.fields(fields)]
+    words = [f"{field.name}={field.default}" for field in dataclasses.fields(fields)]
+    assert fields(**parse_settings(words, fields)) == fields()
+
+
+def test_codebooks_are_those_of_this_model(run, checkpoint, tmp_path):
+    import antkv
+    from app.snapshot import origin
+    from model import load
+    model, tokenizer = load(checkpoint(**LONG), torch.float32, "cpu")
+    books = [random_book(2) for _ in model.layers]
+    flags = ("--model", checkpoint(**LONG), "--max-new-tokens", 3, "--method", "antkv",
+             "--codebooks", tmp_path / "books")
+    refused(run(*flags), "cannot read the codebooks")
+    antkv.save_codebooks(tmp_path / "books", books, origin(model, tokenizer), 2)
+    status, out, _ = run(*flags, "--json")
+    assert status == 0 and last_json(out)["indexed_tokens"][0] > 400
+    refused(run(*flags, "--set", "bits=4"), "were made with bits 2, here it is 4")
+    other = checkpoint("llama", **LONG | {"rms_norm_eps": 0.02})
+    refused(run("--model", other, *flags[2:]), "were made with rms_norm_eps")
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--method", "graph", "--offload"], "--offload goes with --method wave"),
+    (["--method", "antkv", "--save-index", "x"], "--save-index goes with --method wave"),
+    (["--method", "graph", "--load-index", "x"], "--load-index goes with --method wave"),
+    (["--codebooks", "x"], "--codebooks goes with --method antkv"),
+    (["--method", "graph", "--set", "retrieve=1"], "does not know 'retrieve'"),
+    (["--method", "antkv", "--set", "bits=3"], "bits is 3.0: give one of 4, 2, 1, 0.75, 0.375")],
+    ids=str)
+def test_what_goes_with_one_method_only_is_said(capsys, prompt, more, words):
+    refused((cli.main(["--prompt-file", str(prompt), *more]), *capsys.readouterr()), words)
+
+
+def test_a_method_without_hot_functions_is_eager_or_compiled(capsys, prompt, checkpoint):
+    flags = ["--prompt-file", str(prompt), "--model", str(checkpoint(**LONG)), "--method", "graph",
+             "--device", "cpu", "--backend", "native"]
+    refused((cli.main(flags), *capsys.readouterr()), "give eager or compile")
+
+
+def test_a_method_whose_file_was_left_out_is_named(monkeypatch, capsys, prompt):
+    monkeypatch.setitem(sys.modules, "retrieval_attention", None)
+    flags = ["--prompt-file", str(prompt), "--method", "graph"]
+    refused((cli.main(flags), *capsys.readouterr()), "needs retrieval_attention.py")
 
 
 def test_letters_of_another_encoding_end_no_chat(checkpoint, monkeypatch, capsys, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ["buffer", "checkpoint", "generate", "kernels", "model", "retrieval_attention",
+LIBRARY = ["antkv", "buffer", "checkpoint", "generate", "kernels", "model", "retrieval_attention",
            "retroinfer", "tokenizer"]
 FOLDERS = ["app", "bench", "evaluation", "native"]
 FILES = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.py"))
@@ -16,7 +16,7 @@ FILES = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 ARROWS = {"retroinfer": set(), "model": {"retroinfer"}, "checkpoint": {"retroinfer"},
           "tokenizer": {"checkpoint", "retroinfer"},
           "kernels": set(), "generate": {"retroinfer"}, "buffer": {"retroinfer", "generate"},
-          "retrieval_attention": {"retroinfer"},
+          "retrieval_attention": {"retroinfer"}, "antkv": {"retroinfer"},
           "native": {"retroinfer"}, "app": {"app", "retroinfer", "generate", "model"}}
 FREE = {"evaluation", "bench"}                              # these import what they like
 

@@ -1,0 +1,285 @@
+"""What a vector-quantised cache loses: KL to dense attention and perplexity, against true bits.
+
+    python -m evaluation.antkv --calibrate books.safetensors --bits 1      # codebooks of a model
+    python -m evaluation.antkv --json results/antkv.jsonl                   # the table
+
+Two modes. In "first", a text is read in chunks of as many tokens as the window, and each chunk
+reads the tokens before it from codes, as in the perplexity runs of the paper. In "prefill", a
+prompt is read exactly in one chunk, and what follows reads it from codes. Both are teacher-forced.
+Perplexity is that of the tokens behind the first SKIP, or behind the prompt.
+
+Calibration texts are never evaluation texts: Python's language reference (pydoc_data), modules of
+the standard library that texts.py does not use, and random identifiers.
+
+Baselines: 16 bits; keys per channel and values per token in 4 and 2 bits, in groups of 32 numbers
+(as in KIVI); FP8 (e4m3) with a scale a token; codebooks without weights. All keep the same sink and
+window exact. True bits count codes, scales, exact tokens and codebooks of this one text, over all
+numbers of K and V.
+"""
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import antkv
+from antkv import AnchorCache, AnchorConfig
+from app.command import Parser, run_command
+from app.snapshot import origin
+from evaluation import texts
+from model import DEFAULT_NAME, DenseCache, load
+from retroinfer import InputError, attend_causally
+
+PIECE = 2048        # tokens of a calibration text, as in Coupled Quantization
+MODULES = ("statistics", "textwrap", "heapq", "shelve", "inspect", "pathlib", "csv", "difflib")
+GROUP = 32          # numbers of a group that share a scale and a zero
+SKIP = 512          # tokens of a text whose perplexity is not counted in mode "first"
+FINE = 32           # tokens that are read together behind a prompt in mode "prefill"
+
+
+# ---------------------------------------------------------------- calibration
+
+def calibration_pieces(tokenizer, n):
+    """n texts of PIECE token ids: of eight, four are prose, three are code, one has identifiers."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    prose = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)))
+    sources = (inspect.getsource(importlib.import_module(name)) for name in MODULES)
+    code, dice = tokenizer.encode("\n\n".join(sources)), random.Random(0)
+    found = []
+    for i in range(n):
+        if i % 8 == 7:
+            ids = tokenizer.encode("\n".join(identifier(dice) for _ in range(PIECE // 8)))
+            start = 0
+        else:
+            ids = prose if i % 8 < 4 else code
+            start = (len(ids) - PIECE) * i // n
+        found.append(torch.tensor(ids[start:start + PIECE]))
+    return found
+
+
+def identifier(dice):
+    """A line with a random identifier and a random number, as in needle tests."""
+    word = dice.randbytes(16).hex()
+    return f"{word[:8]}-{word[8:12]}-{word[12:16]}-{word[16:]}: {dice.randrange(10**7)}"
+
+
+def codebooks(heard, bits, is_weighted=True, most=4096):
+    """The Codebook of each layer from what antkv.listen heard, of up to `most` of its tokens."""
+    books, dice = [], torch.Generator().manual_seed(0)
+    for layer in heard:
+        some = torch.randperm(layer[0].shape[1], generator=dice)[:most]
+        k, v = (x[:, some] for x in layer[:2])                              # (H, n, D)
+        score = layer[2][..., some] if is_weighted else torch.ones(2, k.shape[0], len(some))
+        books.append(antkv.fit_codebook(k, v, score, bits))
+    return books
+
+
+def calibrate(args, model, tokenizer):
+    """Write codebooks to a file."""
+    bits = args.bits[0]
+    heard = antkv.listen(model, calibration_pieces(tokenizer, args.pieces), tqdm)
+    books = codebooks(heard, bits)
+    antkv.save_codebooks(args.calibrate, books, origin(model, tokenizer), bits)
+    print(f"{args.calibrate}: codebooks of {len(books)} layers, {bits:g} bits")
+
+
+# ---------------------------------------------------------------- baselines
+
+class RoundTrip(DenseCache):
+    """A dense cache in which tokens past the window become what change(k, v) makes of them, GROUP
+    at a time."""
+
+    def __init__(self, change, config, capacity):
+        super().__init__(capacity)
+        self.change, self.config, self.done = change, config, config.sink
+
+    def prefill(self, q, k, v, row=0):
+        o = super().prefill(q, k, v, row)
+        n = int(self.n_tokens[0]) - self.config.window - self.done
+        end = self.done + max(n, 0) // GROUP * GROUP
+        if end > self.done:
+            part = slice(self.done, end)
+            self.k[:, :, part], self.v[:, :, part] = self.change(self.k[:, :, part],
+                                                                 self.v[:, :, part])
+            self.done = end
+        return o
+
+    def true_bits(self, bits):
+        n = int(self.n_tokens[0])
+        return bits + (16 - bits) * (n - self.done + self.config.sink) / n
+
+
+def uniform(x, bits, dim):
+    """x in whole steps from the least to the largest of GROUP numbers along dim."""
+    groups = x.unflatten(dim, (-1, GROUP))
+    least = groups.amin(dim, keepdim=True)
+    step = (groups.amax(dim, keepdim=True) - least) / (2**bits - 1)
+    step = step.clamp(min=1e-8)
+    return (((groups - least) / step).round() * step + least).flatten(dim - 1, dim)
+
+
+def kivi(bits, k, v):
+    """Keys per channel, values per token."""
+    return uniform(k, bits, -2), uniform(v, bits, -1)
+
+
+def fp8(k, v):
+    scales = (x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 448 for x in (k, v))
+    pairs = zip((k, v), scales, strict=True)
+    return [(x / scale).to(torch.float8_e4m3fn).float() * scale for x, scale in pairs]
+
+
+# ---------------------------------------------------------------- measuring
+
+def follow(model, ids, attends, start, size):
+    """Yield (first place, hidden states (n, hidden)) of ids (T,) from `start` on, `size` at a time.
+    """
+    for first in range(start, len(ids), size):
+        part = ids[first:first + size]
+        positions = torch.arange(first, first + len(part))
+        yield first, model(part[None], positions[None], attends)[0]
+
+
+def compare(model, case, attends, first, size):
+    """Means, over the tokens from `first` on, of KL to dense and of negative log-likelihood: of
+    dense, of what attends. They read `size` tokens at a time."""
+    sums, start = torch.zeros(3, dtype=torch.float64), SKIP if first == 0 else first
+    for at, hidden in follow(model, case.ids[:-1], attends, first, size):
+        if at < start:
+            continue
+        end = at + len(hidden)
+        p, q = (model.logits(x).log_softmax(-1) for x in (case.hidden[at:end], hidden))
+        after = case.ids[at + 1:end + 1, None]
+        sums += torch.stack([(p.exp() * (p - q)).sum(), -p.gather(-1, after).sum(),
+                             -q.gather(-1, after).sum()]).double()
+    return (sums / (len(case.ids) - 1 - start)).tolist()
+
+
+# ---------------------------------------------------------------- the table
+
+def baselines(model, config, capacity):
+    """Yield (name, caches, bits of a number past the window)."""
+    made = {"16 bits": (lambda k, v: (k, v), 16), "FP8": (fp8, 8 + 16 / model.config.head_dim),
+            **{f"uniform {bits} bits": (functools.partial(kivi, bits), bits + 32 / GROUP)
+               for bits in (4, 2)}}
+    for name, (change, bits) in made.items():
+        yield name, [RoundTrip(change, config, capacity) for _ in model.layers], bits
+
+
+def vector_quantised(heard, args):
+    """Yield (name, caches, bits of a code) of codebooks without weights, and of AnTKV."""
+    for bits, is_weighted in itertools.product(args.bits, (False, True)):
+        books = codebooks(heard, bits, is_weighted)
+        for share in args.anchors if is_weighted else args.anchors[:1]:
+            config, kind = AnchorConfig(bits, share), "AnTKV" if is_weighted else "unweighted"
+            caches = [AnchorCache(config, args.length, 1, book) for book in books]
+            yield f"{kind} {bits:g} bits, {share:.2%} anchors", caches, bits
+
+
+@dataclass
+class Case:
+    """A text as dense attention reads it."""
+    kind: str
+    ids: torch.Tensor       # (T,)
+    hidden: torch.Tensor    # (T, hidden)
+    layers: list            # each layer's q (1, H*G, T, D), k, v (1, H, T, D)
+
+
+def read(model, tokenizer, kind, length):
+    """The Case of a text. InputError if it is too short."""
+    ids = torch.tensor(tokenizer.encode(texts.KINDS[kind]("final")[:12 * length])[:length])
+    if len(ids) < length:
+        raise InputError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
+    layers = []
+
+    def keep(*qkv):
+        layers.append(qkv)
+        return attend_causally(*qkv)
+    (_, hidden), = follow(model, ids, [keep] * len(model.layers), 0, length)
+    return Case(kind, ids, hidden, layers)
+
+
+def measure(model, mode, case, caches, steps):
+    """A row of the table: KL and perplexities of a text."""
+    n, size = 0, AnchorConfig().window
+    if mode == "prefill":
+        n, size = len(case.ids) - steps, FINE
+        for cache, layer in zip(caches, case.layers, strict=True):
+            cache.prefill(*(x[:, :, :n] for x in layer))
+    kl, nll_dense, nll = compare(model, case, [cache.prefill for cache in caches], n, size)
+    return {"text": case.kind, "mode": mode, "tokens": len(case.ids), "kl": kl,
+            "perplexity": math.exp(nll), "perplexity of dense": math.exp(nll_dense)}
+
+
+def table(args, model, tokenizer):
+    """Print a row for each mode, text and method, and write them to a file."""
+    found = [read(model, tokenizer, kind, args.length) for kind in args.texts]
+    heard = antkv.listen(model, calibration_pieces(tokenizer, args.pieces), tqdm)
+    print("| text | mode | method | true bits | without codebooks | KL | perplexity | of dense |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case, mode in itertools.product(found, args.modes):
+        plain = baselines(model, AnchorConfig(), args.length)
+        for name, caches, bits in itertools.chain(plain, vector_quantised(heard, args)):
+            row = measure(model, mode, case, caches, args.steps)
+            show({"method": name, **row, **bits_of(caches, bits), "pieces": args.pieces}, args.json)
+
+
+def bits_of(caches, bits):
+    """True bits of a method, with its codebooks and without."""
+    whole = sum(cache.true_bits(bits) if isinstance(cache, RoundTrip) else cache.true_bits()
+                for cache in caches) / len(caches)
+    words = sum(8 * cache.bytes_held()["codebooks"] / numbers_of(cache)
+                for cache in caches if isinstance(cache, AnchorCache)) / len(caches)
+    return {"true bits": whole, "without codebooks": whole - words}
+
+
+def numbers_of(cache):
+    """Numbers of the keys and values that a cache holds."""
+    _, H, _, D = cache.k_steady.shape
+    return 2 * H * D * int(cache.n_tokens[0])
+
+
+def show(row, path):
+    """Print a row, and append it to a file of JSON lines."""
+    print("| {text} | {mode} | {method} | {true bits:.2f} | {without codebooks:.2f} | {kl:.4f} | "
+          "{perplexity:.2f} | {perplexity of dense:.2f} |".format(**row), flush=True)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "at": time.strftime("%F %R")}) + "\n")
+
+
+def parse_args(argv):
+    parser = Parser(prog="python -m evaluation.antkv", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--calibrate", metavar="FILE", help="write codebooks of the first of --bits, and stop")
+    add("--bits", type=float, nargs="+", choices=antkv.CHANNELS, default=list(antkv.CHANNELS))
+    add("--anchors", type=float, nargs="+", default=[0, 0.0025, 0.01, 0.02], help="shares")
+    add("--pieces", type=int, default=16, help=f"calibration texts, of {PIECE:,} tokens each")
+    add("--texts", nargs="+", choices=texts.KINDS, default=["prose", "code"])
+    add("--modes", nargs="+", choices=["first", "prefill"], default=["first", "prefill"])
+    add("--length", type=int, default=2048, help="tokens of a text")
+    add("--steps", type=int, default=512, help="of them behind the prompt, in mode prefill")
+    add("--json", metavar="FILE", help="append the rows to this file")
+    return parser.parse_args(argv)
+
+
+def evaluate(args):
+    model, tokenizer = load(args.model, torch.float32, "cpu")
+    (calibrate if args.calibrate else table)(args, model, tokenizer)
+
+
+def main(argv=None):
+    """The exit status."""
+    return run_command("antkv", lambda: evaluate(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
