@@ -29,10 +29,10 @@ def measure(session):
 
 
 def mean_of_layers(layers, name):
-    """The mean over layers of a fact, for each sequence. That of whole numbers is one."""
-    columns = [list(column) for column in zip(*(facts[name] for facts in layers), strict=True)]
-    means = [sum(column) / len(layers) for column in columns]
-    return means if isinstance(columns[0][0], float) else [round(mean) for mean in means]
+    """The mean over layers of a fact, for each sequence. What is counted is a whole number."""
+    columns = zip(*(facts[name] for facts in layers), strict=True)
+    return [round(sum(column) / len(layers), 3 if name == "true_bits" else None)
+            for column in columns]
 
 
 def measure_offload(session, layers):

@@ -66,6 +66,7 @@ def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
     facts = last_json(out)
     assert status == 0 and facts["generated_tokens"] == [5]
     assert f"{facts['read_tokens'][0]:,} read" in err
+    assert isinstance(facts["clusters"][0], int) and f"of {facts['clusters'][0]} clusters" in err
     assert facts["answers"][0] in out
 
 
