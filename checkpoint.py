@@ -200,6 +200,7 @@ GGUF_NAMES = {
 
 
 PART = 2**24        # numbers that are expanded at a time: this bounds the memory
+FOLD = 64           # rows that the package takes as one: by itself it expands few at a time
 
 
 def open_gguf(path, dtype):
@@ -290,10 +291,12 @@ def expand(t, dtype, paired):
     import gguf
     try:
         tensor = torch.empty(*reversed(t.shape.tolist()), dtype=dtype)
-        n = max(PART * len(tensor) // max(tensor.numel(), 1), 1)
-        for part, rows in zip(tensor.split(n), range(0, len(tensor), n), strict=True):
-            numbers = gguf.dequantize(t.data[rows:rows + n], t.tensor_type)
-            part.copy_(torch.tensor(numbers))
+        n = FOLD * max(PART * len(tensor) // max(tensor.numel(), 1) // FOLD, 1)
+        for part, first in zip(tensor.split(n), range(0, len(tensor), n), strict=True):
+            data = t.data[first:first + n]
+            if data.ndim == 2:
+                data = data.reshape(len(data) // math.gcd(len(data), FOLD), -1)
+            part.copy_(torch.tensor(gguf.dequantize(data, t.tensor_type)).view_as(part))
         if paired and (".attn_q." in t.name or ".attn_k." in t.name):       # pairs (2i, 2i + 1)
             pairs = tensor.view(-1, paired // 2, 2, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
