@@ -37,7 +37,7 @@ class Tokenizer:
     def __init__(self, backend, named, eos_ids, template=None):
         self.backend, self.named, self.template = backend, named, template
         self.control = self.find_control()                  # {text: id} of the control tokens
-        self.pattern = re.compile("|".join(map(re.escape, longest_first(self.control))) or "(?!)")
+        self.pattern = re.compile(any_of(self.control))
         self.opening = self.find_opening()                  # ids that go before a text
         ends = {self.control.get(text) for text in (*ENDS, named.get("eos_token"))}
         self.eos_ids = frozenset(eos_ids) | ends - {None}
@@ -92,7 +92,7 @@ class Tokenizer:
 
     def find_control(self):
         added = self.backend.get_added_tokens_decoder()
-        return {token.content: i for i, token in added.items() if token.special}
+        return {token.content: i for i, token in added.items() if token.special and token.content}
 
     def find_opening(self):
         """What the library puts before a text; what it puts behind one would end a prompt."""
@@ -137,8 +137,12 @@ class Tokenizer:
         return self.backend.decode(list(ids))
 
 
-def longest_first(texts):
-    return sorted(filter(None, texts), key=len, reverse=True)
+def any_of(texts):
+    """A pattern of one of the texts, the longest that fits. Their first characters are looked for
+    first, which is quick where a thousand texts are known."""
+    first = "".join(re.escape(c) for c in sorted({text[0] for text in texts}))
+    texts = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+    return f"(?=[{first}])(?:{texts})" if texts else "(?!)"
 
 
 def whole(text):
@@ -234,8 +238,7 @@ class PieceTokenizer(Tokenizer):
 
     def seal(self, text, shown):
         known = self.control | self.others
-        pattern = "|".join(map(re.escape, longest_first(known)))
-        ids, parts = [], re.split(f"({pattern})", text) if known else [text]
+        ids, parts = [], re.split(f"({any_of(known)})", text)
         for n, part in enumerate(parts):
             if n % 2:
                 ids.append(known[part])
