@@ -127,9 +127,12 @@ class Snapshot:
         self.ids = self.tensor("token_ids")
         if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
             raise self.damaged("token_ids is no list of whole numbers")
+        letters = self.tensor("text")
         try:
-            self.text = self.tensor("text").numpy().tobytes().decode()
-        except UnicodeDecodeError:
+            if letters.dtype != torch.uint8:
+                raise ValueError
+            self.text = letters.numpy().tobytes().decode()
+        except ValueError:                              # not UTF-8, too
             raise self.damaged("its text is not UTF-8") from None
 
     def damaged(self, why):

@@ -230,6 +230,15 @@ def test_an_index_that_contradicts_itself_is_refused_whatever_its_checksums(
         restored_state(saved[0], loaded)
 
 
+@pytest.mark.parametrize("letters", [torch.tensor([200], dtype=torch.uint8), torch.ones(3),
+                                     torch.ones(3, dtype=torch.bfloat16)], ids=str)
+def test_a_text_that_is_none_is_refused(loaded, saved, letters):
+    assert Snapshot(saved[0], *loaded, CONFIG).text == TEXT
+    forge(saved[0], lambda tensors: tensors.update(text=letters))
+    with pytest.raises(InputError, match="its text is not UTF-8"):
+        Snapshot(saved[0], *loaded, CONFIG)
+
+
 def test_a_rope_with_factors_is_part_of_the_fingerprint(loaded):
     """GGUF files of Llama 3 have them: a tensor, which JSON does not hold."""
     model, tokenizer = loaded
