@@ -135,6 +135,12 @@ class Case:
         row = torch.arange(T).expand(B, H, T)
         self.is_free_row = (row < 3) | (row >= 3 + ends[..., -1:])
 
+    def is_tied(self):
+        """Whether a number of a query lies in the middle between two bytes, as those of bfloat16
+        may: then the last bit of a product decides which of the two it becomes."""
+        x = 127 * self.q.double() / self.q.double().abs().amax(-1, keepdim=True)
+        return ((x - x.floor() - 0.5).abs() < 2e-6).any()
+
     def give_values(self, share):
         """Read the values of this share of the retrieved tokens."""
         self.config = replace(self.config, values=share)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from steps import CASES, SMALL, Case, assert_as_exact, qkv, run
 
@@ -76,6 +76,7 @@ def test_a_step_of_any_shape_is_as_exact_as_pytorch(data):
     case = Case(shape, (min(R, C), K, some(1, 9)), shares, lives, dtype,
                 by_mass=data.draw(st.booleans()), bits=bits,
                 values=data.draw(st.sampled_from([1.0, 0.5, 0.2, 0.01])))
+    assume(not case.is_tied())
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
