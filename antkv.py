@@ -41,7 +41,8 @@ M = 256             # codewords of a group: a code is one byte
 # Channels that share a code, of keys and of values, by bits a number: the mean of 8/c of both.
 CHANNELS = {4: (2, 2), 2: (4, 4), 1: (8, 8), 0.75: (16, 8), 0.375: (16, 32)}
 LEAST = 2 * M       # tokens that codebooks are made from at least
-FORMAT = "antkv codebooks 1"
+KIND = "antkv codebook"
+FORMAT = f"{KIND} 1"
 BLOCK = 256         # queries, or tokens to encode, at a time: this bounds memory
 
 
@@ -102,7 +103,7 @@ def anchor_scores(q, k, first=0):
 
     It is the cheapest of the scores, and on real heads it finds anchors as well as F^K does, if it
     is divided by the number of queries that saw a token (AnchorCache.absorb): *our choice*. A plain
-    sum favours early tokens. docs/antkv.md has the figures.
+    sum favours early tokens.
     """
     score = k.new_zeros(*k.shape[1:3], dtype=torch.float32)                 # (H, T)
     for _, weights in attention_rows(q, k):
@@ -286,7 +287,8 @@ def load_codebooks(path, fingerprint, bits, device=None):
 
 
 def check_origin(path, header, ours):
-    """InputError that names the first difference between a file's header and what is asked."""
+    """InputError if a file's header says something else than `ours`. It names the first thing that
+    differs."""
     try:
         theirs = json.loads(header["fingerprint"]) | {"bits": json.loads(header["bits"])}
     except (KeyError, TypeError, ValueError):

@@ -128,8 +128,9 @@ class Found(NamedTuple):
 def build(q, k, bias, old, config):
     """The Index of one kv head, without batch and head, rows counted from its first key.
 
-    q (Q, D): queries that stand for those to come, scaled. k (N, D): its keys. bias (N,): added to
-    logits. old (N, M): neighbours so far, which a graph keeps unless it finds better ones.
+    q (Q, D) are scaled queries of the prompt: the index is made for queries like these. k (N, D)
+    are the keys of the head. bias (N,) is added to the logits of the keys. old (N, M) are the
+    neighbours so far. A graph keeps them unless it finds better ones.
     """
     if config.index == "graph":
         return build_graph(q, k, bias, old, config)

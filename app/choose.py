@@ -8,6 +8,7 @@ args are those of app/cli.py. What cannot be is an InputError, before the prompt
 """
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -142,13 +143,10 @@ def check_memory(args, model, spec, device):
     free = free_memory(device)
     if need < 0.8 * free or args.store or args.method == "antkv":       # which keeps a few bits
         return
-    try:
-        if args.method != "wave":
-            raise ModuleNotFoundError                       # the plan is of the wave index
-        from app.plan import Run, fit
-    except ModuleNotFoundError:
+    if args.method != "wave" or not find_spec("app.plan"):      # a plan is of the wave index
         raise InputError(f"K and V of {spec.capacity:,} tokens take {need / 2**30:.1f} GiB, "
-                         f"{free / 2**30:.1f} are free: lower --capacity") from None
+                         f"{free / 2**30:.1f} are free: lower --capacity")
+    from app.plan import Run, fit
     free += sum(x.nbytes for x in model.parameters())           # which a plan counts
     ratio = None
     if args.offload:

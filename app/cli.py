@@ -28,7 +28,7 @@ from app.choose import (
     choose_step,
 )
 from app.command import Parser, run_command
-from app.method import CACHES, config_class, make_cache
+from app.method import METHODS, classes
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
@@ -46,7 +46,7 @@ def parse_args(argv):
     add_model(parser.add_argument_group("model and method").add_argument)
     add_memory(parser.add_argument_group("memory").add_argument)
     args = parser.parse_args(argv)
-    take_settings(args, config_class(args.method))
+    take_settings(args, classes(args.method)[0])
     check_flags(args)
     return args
 
@@ -75,7 +75,7 @@ def add_answer(add):
 def add_model(add):
     add("--model", metavar="PATH", default=DEFAULT_NAME,
         help="folder or .gguf (default %(default)s)")
-    add("--method", metavar="NAME", choices=CACHES, default="wave",
+    add("--method", metavar="NAME", choices=METHODS, default="wave",
         help="%(choices)s (default %(default)s): app/method.py says what they are")
     add("--codebooks", metavar="FILE", help="of --method antkv; default: from the prompt itself")
     add_set(add)
@@ -106,8 +106,9 @@ def check_flags(args):
     for name in ("chat", "compare", "save_index", "load_index"):
         if getattr(args, name) and n_prompts > 1:
             raise InputError(f"{flag(name)} takes one --prompt-file, {n_prompts} are given")
-    if args.question:                           # bytes of an argument that are no letters
-        args.question = args.question.encode("utf-8", "replace").decode()
+    if args.question:                           # an argument may hold bytes that are no letters
+        from tokenizer import whole
+        args.question = whole(args.question)
     if args.prompt_file.count("-") > (0 if args.chat else 1):
         raise InputError("--prompt-file - reads all of standard input: it goes with one prompt, "
                          "and without --chat")
@@ -255,13 +256,13 @@ class Interrupt:
 def make_config(args):
     """The numbers of a run's method. --offload has its own: see buffer.WHOLE."""
     if not args.offload:
-        return config_class(args.method)(**args.set)
+        return classes(args.method)[0](**args.set)
     from buffer import WHOLE
     return RetroConfig(**WHOLE | args.set)
 
 
 def read_codebooks(args, model, tokenizer, config):
-    """A list of what --codebooks has for each layer; of nothing without it."""
+    """For each layer the arguments that --codebooks adds to its cache. Without it, none."""
     if not args.codebooks:
         return [()] * len(model.layers)
     from antkv import load_codebooks
@@ -275,8 +276,9 @@ def cache_maker(args, model, tokenizer, spec, hot):
     """A function that makes the cache of the next layer."""
     config, capacity, batch = spec.config, spec.capacity, spec.batch
     if args.method != "wave":
+        cache = classes(args.method)[1]
         books = iter(read_codebooks(args, model, tokenizer, config))
-        return lambda: make_cache(args.method, config, capacity, batch, *next(books))
+        return lambda: cache(config, capacity, batch, *next(books))
     if not args.offload:
         return lambda: WaveIndex(config, capacity, batch, hot)
     from buffer import offload

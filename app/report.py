@@ -94,9 +94,9 @@ def rest(facts, row, indexed):
 
 def reads_line(facts):
     ours, dense = facts["bytes_a_step"], facts["dense_bytes_a_step"]
+    index = f"; index in {facts['bits']} bits" if "clusters" in facts else ""
     return (f"reads      at most {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
-            f"{ours / dense:.1%}" + (f"; index in {facts['bits']} bits" if "clusters" in facts
-                                     else ""))
+            f"{ours / dense:.1%}{index}")
 
 
 def offload_line(facts):

@@ -32,25 +32,30 @@ class Writer:
 
     def prompt(self, text, question=None):
         """A text, and a question about it."""
-        question = f"\n\n{question}" if question else ""
-        if self.raw:
-            return self.tensor(self.tokenizer.encode(text + question))
-        return self.tensor(self.chat(text.rstrip() + question))
+        return self.tensor(self.ids(text, question))
 
     def head(self, text, question=None):
         """What the prompts of a text begin with, whatever is asked. An index holds it.
 
         Tokens at the text's end that a question changes do not belong to it.
         """
-        asked = self.prompt(text, question)
-        return asked[:min(n_same(asked, self.prompt(text, other)) for other in OTHERS)]
+        asked = self.ids(text, question)
+        n = min(n_same(asked, self.ids(text, other)) for other in OTHERS)
+        return self.tensor(asked[:n])
+
+    def ids(self, text, question):
+        """The token ids of prompt(), a list."""
+        question = f"\n\n{question}" if question else ""
+        if self.raw:
+            return self.tokenizer.encode(text + question)
+        return self.chat(text.rstrip() + question)
 
     def turn(self, text, said):
         """A turn after an answer of tokens `said`. It begins with the answer's last token, which
         no cache holds yet.
 
-        A template may do anything with an answer. So the turn is what two conversations have in
-        common behind their answers, and a conversation without an answer does not begin with.
+        A template may do anything with an answer. So two conversations are rendered that differ in
+        their answers. The turn is what both end with, without what stands before an answer.
         """
         last = [token for token in said[-1:] if token not in self.tokenizer.eos_ids]
         if self.raw or not self.tokenizer.template:

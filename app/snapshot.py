@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from app.session import n_same
 from retroinfer import InputError, WaveIndex
 
 KIND = "retroinfer index"
@@ -75,8 +76,8 @@ def write(path, tensors, header):
         part.unlink(missing_ok=True)                # also when a person stops the program
 
 
-def check_place(path):
-    """InputError if no file can be written at path, or another file than an index is there."""
+def check_place(path, kind=KIND):
+    """InputError if no file can be written at path, or a file of another kind is there."""
     place = Path(os.path.realpath(path))
     try:
         is_taken, size = place.exists(), place.stat().st_size if place.is_file() else 0
@@ -86,8 +87,9 @@ def check_place(path):
         raise InputError(f"cannot write {path}: its folder must exist and be writable")
     if is_taken and not place.is_file():
         raise InputError(f"cannot write {path}: it is no regular file")
-    if size and not str(metadata(place).get("format")).startswith(KIND):
-        raise InputError(f"{path} exists and is no index: delete it first, or give another name")
+    if size and not str(metadata(place).get("format")).startswith(kind):
+        raise InputError(f"{path} exists and is no {kind.split()[-1]}: delete it first, or give "
+                         "another name")
 
 
 def metadata(path):
@@ -156,12 +158,11 @@ class Snapshot:
 
     def unread(self, ids):
         """What follows the index's tokens in ids (T,). InputError if ids do not begin with them."""
-        n = min(len(ids), len(self.ids))
-        same = int((ids[:n].cpu() == self.ids[:n]).long().cumprod(0).sum())
+        same = n_same(ids.tolist(), self.ids.tolist())
         if same < len(self.ids):
             raise InputError(f"the prompt is not the text of {self.path}: of its "
                              f"{len(self.ids):,} tokens only the first {same:,} are the same")
-        return ids[n:]
+        return ids[same:]
 
     def restore(self, caches):
         """Fill one empty cache for each layer. InputError if the text does not fit."""

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import antkv
 from antkv import AnchorCache, AnchorConfig
 from app.command import Parser, run_command
-from app.snapshot import origin
+from app.snapshot import check_place, origin
 from evaluation import texts
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import InputError, attend_causally
@@ -268,7 +268,10 @@ def parse_args(argv):
     add("--length", type=int, default=2048, help="tokens of a text")
     add("--steps", type=int, default=512, help="of them behind the prompt, in mode prefill")
     add("--json", metavar="FILE", help="append the rows to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.calibrate:
+        check_place(args.calibrate, antkv.KIND)
+    return args
 
 
 def evaluate(args):

@@ -57,14 +57,19 @@ def random_book(bits, H=2, D=16, seed=0):
 
 
 def run(config, q, k, v, n_prompt):
-    """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
+    """A wave index of these tokens, and what `generated` says of it."""
     wave = WaveIndex(config, k.shape[2], batch=len(k))
-    outputs, room = [read(wave, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
+    return wave, generated(wave, q, k, v, n_prompt)
+
+
+def generated(cache, q, k, v, n_prompt):
+    """Outputs of a prefill of n_prompt tokens and one decode step for each of the others."""
+    outputs, room = [read(cache, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
     for t in range(n_prompt, k.shape[2]):
-        room = room or wave.update()
-        outputs.append(wave.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
+        room = room or cache.update()
+        outputs.append(cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
         room -= 1
-    return wave, torch.cat(outputs, 2)
+    return torch.cat(outputs, 2)
 
 
 def config_budget(wave, b=0):

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import CLOSE, LONG, qkv, random_book, read
+from steps import CLOSE, LONG, generated, qkv, random_book, read
 
 import antkv
 import evaluation.antkv as study
@@ -23,16 +23,6 @@ SHORT = {"sink": 2, "window": 8, "update": 16}
 def make(capacity, batch=1, bits=2, D=16, **numbers):
     config = AnchorConfig(bits, **SHORT | numbers)
     return AnchorCache(config, capacity, batch, random_book(bits, D=D))
-
-
-def run(cache, q, k, v, n_prompt):
-    """Outputs of a prefill of n_prompt tokens, and of a step for each of the others."""
-    outputs, room = [read(cache, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
-    for t in range(n_prompt, k.shape[2]):
-        room = room or cache.update()
-        outputs.append(cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
-        room -= 1
-    return torch.cat(outputs, 2)
 
 
 def known(cache, row=0):
@@ -196,7 +186,7 @@ def test_the_factors_are_the_derivative_of_attention():
 def test_all_anchors_are_dense(bits):
     q, k, v = qkv(120, B=2)
     cache = make(120, 2, bits, anchors=1.0)
-    torch.testing.assert_close(run(cache, q, k, v, 58).double(), oracle.dense(q, k, v),
+    torch.testing.assert_close(generated(cache, q, k, v, 58).double(), oracle.dense(q, k, v),
                                rtol=1e-4, atol=1e-5)
     assert (cache.n_anchors == cache.n_indexed).all() and (cache.n_indexed == 96).all()
 
@@ -206,7 +196,7 @@ def test_a_step_is_dense_attention_to_what_the_cache_holds(anchors):
     """So the codes, the anchors and the steady zone share one softmax, and none counts twice."""
     q, k, v = qkv(121)
     cache = make(121, anchors=anchors)
-    run(cache, *(x[:, :, :120] for x in (q, k, v)), 60)
+    generated(cache, *(x[:, :, :120] for x in (q, k, v)), 60)
     cache.update()
     o = cache.decode(*(x[:, :, 120:] for x in (q, k, v)))
     want = oracle.dense(q[:, :, 120:], *known(cache))
@@ -279,7 +269,7 @@ def test_steps_leave_the_state_that_a_prefill_leaves():
     """Codes, the window, and what is known of the scores of the window's tokens."""
     q, k, v = qkv(106)
     stepped, at_once = make(106, anchors=1.0), make(106, anchors=1.0)
-    run(stepped, q, k, v, 58)
+    generated(stepped, q, k, v, 58)
     at_once.prefill(q, k, v)
     at_once.update()
     stepped.update()
@@ -295,7 +285,7 @@ def test_the_share_of_anchors_is_kept_however_tokens_arrive():
     q, k, v = qkv(300)
     for n_prompt in (20, 150, 290):
         cache = make(300, anchors=0.05)
-        run(cache, q, k, v, n_prompt)
+        generated(cache, q, k, v, n_prompt)
         assert int(cache.n_anchors) == math.ceil(0.05 * int(cache.n_indexed))
         ids = cache.anchors[..., :int(cache.n_anchors)]
         assert all(len(head.unique()) == len(head) for head in ids[0])
@@ -338,14 +328,14 @@ def test_a_step_compiles_whole_and_never_again():
     cache, plain = make(120, anchors=0.1), make(120, anchors=0.1)
     counter = torch._dynamo.testing.CompileCounter()
     cache.decode = torch.compile(cache.decode, backend=counter, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(run(cache, q, k, v, 60), run(plain, q, k, v, 60))
+    torch.testing.assert_close(generated(cache, q, k, v, 60), generated(plain, q, k, v, 60))
     assert counter.frame_count == 1
 
 
 def test_a_cache_without_codebooks_makes_them_from_its_prompt():
     q, k, v = qkv(700, B=2)
     cache = AnchorCache(AnchorConfig(4, anchors=0, **SHORT), 700, 2)
-    o = run(cache, q, k, v, 690)
+    o = generated(cache, q, k, v, 690)
     want = oracle.dense(q[:, :, 690:], k, v)
     assert (o[:, :, 690:] - want).norm() < 0.35 * want.norm()
     score = antkv.anchor_scores(q[:1, :, :690], k[:1, :, :690], 2)[:, :680]
@@ -357,7 +347,7 @@ def test_a_cache_without_codebooks_makes_them_from_its_prompt():
 def test_true_bits_count_all_that_is_held():
     q, k, v = qkv(500)
     cache = make(500, bits=1, anchors=0.02)
-    run(cache, q, k, v, 490)
+    generated(cache, q, k, v, 490)
     n, m, D = int(cache.n_indexed), int(cache.n_anchors), 16
     assert (n, m) == (480, 10)
     codes = n * (D // 8 + D // 8) * 8                       # bits of a head
@@ -531,3 +521,11 @@ def test_the_command_writes_codebooks_that_a_cache_takes(checkpoint, tmp_path, t
     other = study.origin(model, tokenizer) | {"hidden_size": 65}
     with pytest.raises(InputError, match="made with hidden_size 64, here it is 65"):
         antkv.load_codebooks(path, other, 4)
+
+
+def test_codebooks_replace_no_other_file(tmp_path, capsys):
+    mine = tmp_path / "notes.txt"
+    mine.write_text("my only copy")
+    assert study.main(["--calibrate", str(mine)]) == 2
+    assert "exists and is no codebook" in capsys.readouterr().err
+    assert mine.read_text() == "my only copy"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import EVERYTHING, qkv, read
+from steps import EVERYTHING, generated, qkv
 
 import retrieval_attention as ra
 from evaluation import retrieval
@@ -33,16 +33,6 @@ def index_of(q, k, config, bias=None):
     bias = torch.zeros(N) if bias is None else bias
     part = ra.build(q, k, bias, torch.full((N, M), -1, dtype=torch.int32), config)
     return Index(*(x[None, None] for x in part))
-
-
-def generated(cache, q, k, v, n_prompt):
-    """Outputs of a prefill of n_prompt tokens and one step for each of the others."""
-    outputs, room = [read(cache, *(x[:, :, :n_prompt] for x in (q, k, v)))], 0
-    for t in range(n_prompt, k.shape[2]):
-        room = room or cache.update()
-        outputs.append(cache.decode(*(x[:, :, t:t + 1] for x in (q, k, v))))
-        room -= 1
-    return torch.cat(outputs, 2)
 
 
 # ---------------------------------------------------------------- the graph

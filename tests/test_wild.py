@@ -81,10 +81,7 @@ def split(path, n):
             writer.add_uint16(key, value)
         for tensor in whole.tensors[i::n]:
             writer.add_tensor(tensor.name, tensor.data)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        tiny.write_out(writer)
     return parts
 
 

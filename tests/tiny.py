@@ -165,11 +165,16 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, meta=None, extra
             plain = data.ndim == 1 or kind == gguf.GGMLQuantizationType.F32
             raw = {} if plain else {"raw_dtype": kind}
             writer.add_tensor(name, data if plain else gguf.quantize(data, kind), **raw)
+    write_out(writer)
+    return path
+
+
+def write_out(writer):
+    """Write what a GGUFWriter was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def gguf_metadata(model, arch):
