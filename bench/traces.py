@@ -296,7 +296,7 @@ def report(found, speed):
 
 def parse_args():
     parser = Parser(prog="bench.traces", description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.KINDS))
+    parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.FOUR))
     parser.add_argument("--length", type=positive, default=8192, help="tokens read and generated")
     parser.add_argument("--steps", type=positive, default=255, help="of them generated, less one")
     parser.add_argument("--traces", metavar="DIR", help="where traces are kept")

@@ -16,7 +16,7 @@ import torch
 
 from app.command import Parser, run_command
 from app.settings import parse_settings
-from evaluation import fidelity, texts
+from evaluation import fidelity, kept, texts
 from model import DEFAULT_NAME, load
 from retroinfer import PART_II_OFF, InputError, RetroConfig
 
@@ -39,7 +39,7 @@ def variants(ours):
 def measure(model, case, make):
     """(KL to dense, rows that a head reads in a step) of the caches that `make` makes."""
     found = fidelity.against_dense(model, case, make)
-    rows = found["share"] * (2 * case.n + len(case.logp))
+    rows = found["share"] * (2 * case.n + case.T)
     return sum(found["kl"]) / len(found["kl"]), rows
 
 
@@ -112,14 +112,6 @@ def show(kind, dense_rows, name, kl, rows, base):
           flush=True)
 
 
-def read_text(model, tokenizer, kind, args):
-    """The Case of a text of this kind. InputError if it does not have so many tokens."""
-    ids = tokenizer.encode(texts.KINDS[kind](args.half)[:12 * args.length])[:args.length]
-    if len(ids) < args.length:
-        raise InputError(f"the text {kind} has {len(ids):,} tokens, {args.length:,} are needed")
-    return fidelity.read(model, torch.tensor(ids), args.steps)
-
-
 def parse_args(argv):
     parser = Parser(prog="ablation", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -129,6 +121,7 @@ def parse_args(argv):
     add("--length", type=int, default=6000, help="tokens of a text, its steps among them")
     add("--steps", type=int, default=32, help="tokens fed one by one behind each text")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--keep", metavar="DIR", help="keep there what dense attention makes of a text")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="numbers of ours")
     return parser.parse_args(argv)
 
@@ -146,8 +139,9 @@ def ablate(args):
     print("| text | method | KL to dense | bytes of dense | KL over that of ours or the paper |")
     print("|---|---|---|---|---|")
     for kind in args.texts:
-        case = read_text(model, tokenizer, kind, args)
-        dense_rows = 2 * case.n + len(case.logp)
+        ids = texts.ids(tokenizer, kind, args.half, args.length)
+        case, = kept.cases(model, tokenizer, ids, [args.length], args.steps, args.keep)
+        dense_rows = 2 * case.n + case.T
         compare(model, case, ours, functools.partial(show, kind, dense_rows))
 
 

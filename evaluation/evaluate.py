@@ -29,7 +29,7 @@ import torch
 
 from app.command import Parser, run_command
 from app.settings import parse_settings
-from evaluation import fidelity, ruler, texts
+from evaluation import fidelity, kept, ruler, texts
 from evaluation.tables import report
 from generate import decode, eager_step, hot_functions, sampler
 from model import DEFAULT_NAME, DenseCache, load
@@ -66,16 +66,23 @@ def ruler_answers(model, tokenizer, name, sample, methods):
     """{method: score} for one sample. Dense attention reads the prompt once for all methods."""
     prompt = ruler.ask(name, sample, lambda x: tokenizer.render([{"role": "user", "content": x}]))
     ids = torch.tensor(tokenizer.encode(prompt))
+    logits, dense = fidelity.read_dense(model, ids, 0)
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
-    (logits, dense), points = fidelity.read_dense(model, ids, 0), {}
-    caches = [SideBySide([fidelity.filled(make, *c.past(len(ids)), n_answer)
-                      for make in methods.values()]) for c in dense]
+    answers = answer_side_by_side(model, tokenizer, logits, dense, n_answer, methods)
+    return {method: ruler.score(name, text, sample["outputs"]) for method, text in answers.items()}
+
+
+def answer_side_by_side(model, tokenizer, logits, dense, n_answer, methods):
+    """{method: greedy answer} behind what caches `dense` read, whose last logits are (1, V)."""
+    n = int(dense[0].n_tokens[0])
+    caches = [SideBySide([fidelity.filled(make, *cache.past(n), n_answer)
+                          for make in methods.values()]) for cache in dense]
     tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
+    answers = {}
     for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
         ends = [i for i, token in enumerate(answer) if token in model.config.eos_ids]
-        text = tokenizer.decode(answer[:ends[0] + 1] if ends else answer)
-        points[method] = ruler.score(name, text, sample["outputs"])
-    return points
+        answers[method] = tokenizer.decode(answer[:ends[0] + 1] if ends else answer)
+    return answers
 
 
 class SideBySide:
@@ -127,6 +134,7 @@ class Run:
     settings: dict
     results: Results
     wanted: list | None = None                              # methods; None: all, at all budgets
+    keep: Path | None = None                                # where what dense reads is kept
     samples: dict = field(default_factory=dict)             # of RULER, by task and length
 
     @property
@@ -145,13 +153,21 @@ class Run:
         methods["ours"] = functools.partial(fidelity.wave, self.config)
         return {name: make for name, make in methods.items() if name in (self.wanted or methods)}
 
+    def at_budgets(self, length, steps, case=None):
+        """{name: function that makes its cache} of the named methods, and of all at each budget."""
+        n = length - steps - 1
+        made = {f"named/{name}": make for name, make in self.named(n, steps, case).items()}
+        for share in [] if self.wanted else self.settings["shares"]:
+            made |= {f"{share}/{name}": make for name, make in fidelity.methods_at(
+                share * 2 * n, n, steps, case).items()}
+        return made
+
     def jobs(self, parts):
         """Yield functions, each of which measures some results that the file does not have yet."""
         have = self.settings
         if "texts" in parts:
-            for length in have["lengths"]:
-                for kind in texts.KINDS:
-                    yield functools.partial(against_dense_cells, self, kind, length)
+            for kind in have["kinds"]:
+                yield functools.partial(text_cells, self, kind)
         if "needles" in parts:
             for length in have["needle_lengths"]:
                 for depth in have["depths"]:
@@ -163,30 +179,20 @@ class Run:
                         yield functools.partial(ruler_cell, self, name, length, i)
 
 
-def against_dense_cells(run, kind, length):
-    steps, key = run.settings["steps"], f"dense/{kind}/{length}"
-    n = length - steps - 1
-
-    def methods(case=None):
-        made = {f"named/{name}": make for name, make in run.named(n, steps, case).items()}
-        for share in [] if run.wanted else run.settings["shares"]:
-            made |= {f"{share}/{name}": make for name, make in fidelity.methods_at(
-                share * 2 * n, n, steps, case).items()}
-        return made
-    left = run.left(key, methods())
-    if not left:
+def text_cells(run, kind):
+    """Measures on a text of this kind, at each length. Dense attention reads the longest once."""
+    steps, lengths = run.settings["steps"], run.settings["lengths"]
+    if not any(run.left(f"dense/{kind}/{n}", run.at_budgets(n, steps)) for n in lengths):
         return
-    text = texts.KINDS[kind](run.settings["half"])[:12 * length]
-    ids = run.tokenizer.encode(text)[:length]
-    if len(ids) < length:
-        raise InputError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
-    case = fidelity.read(run.model, torch.tensor(ids), steps)
-    made = methods(case)
-    for name in left:
-        cell = fidelity.against_dense(run.model, case, made[name])
-        if name.startswith("named/") or run.settings["errors"]:
-            cell |= fidelity.by_head(case, made[name])
-        run.add(f"{key}/{name}", cell)
+    ids = texts.ids(run.tokenizer, kind, run.settings["half"], max(lengths))
+    for case in kept.cases(run.model, run.tokenizer, ids, lengths, steps, run.keep):
+        key = f"dense/{kind}/{len(case.ids)}"
+        made = run.at_budgets(len(case.ids), steps, case)
+        for name in run.left(key, made):
+            cell = fidelity.against_dense(run.model, case, made[name])
+            if name.startswith("named/") or run.settings["errors"]:
+                cell |= fidelity.by_head(case, made[name])
+            run.add(f"{key}/{name}", cell)
 
 
 def needle_cells(run, length, depth):
@@ -227,7 +233,8 @@ def ruler_cell(run, name, length, i):
 def settings_of(args):
     """All that the results depend on. A file holds results of one such dict only."""
     settings = (FULL if args.full else QUICK) | {
-        "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model}
+        "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model,
+        "kinds": args.kinds}
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
         settings[name] = list(args.lengths or settings[name]) if settings[name] else []
     settings |= {} if args.steps is None else {"steps": args.steps}
@@ -248,6 +255,7 @@ def parse_args(argv):
     add("--full", action="store_true", help="all lengths, budgets and RULER")
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
     add("--lengths", type=int, nargs="+", help="tokens of a text, its steps among them")
+    add("--kinds", nargs="+", choices=texts.KINDS, default=list(texts.FOUR), help="of texts")
     add("--steps", type=int, help="tokens fed one by one behind each text")
     add("--half", choices=["final", "choose"], default="final",
         help="choose: other texts, to choose a setting on")
@@ -257,6 +265,7 @@ def parse_args(argv):
         default=["texts", "needles", "ruler"])
     add("--methods", nargs="+", choices=fidelity.named_methods(2048, 32),
         help="only these, and no budgets")
+    add("--keep", type=Path, metavar="DIR", help="keep there what dense attention makes of a text")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
@@ -281,7 +290,7 @@ def evaluate(args):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": command, "versions": versions, "settings": settings})
     end, late = time.monotonic() + 60 * args.minutes, False
-    for job in Run(model, tokenizer, settings, results, args.methods).jobs(args.parts):
+    for job in Run(model, tokenizer, settings, results, args.methods, args.keep).jobs(args.parts):
         late = late or time.monotonic() > end
         if not late:
             job()

@@ -30,6 +30,7 @@ from model import DenseCache
 from retroinfer import (
     PLAIN,
     Index,
+    InputError,
     RetroConfig,
     WaveIndex,
     gather_clusters,
@@ -40,7 +41,10 @@ from retroinfer import (
 )
 
 PAGE = 16                   # tokens in one of Quest's pages
+WINDOW = 512                # steps whose logits are in memory at once
 TOP = 100                   # the best tokens, of which a share is read
+# Tokens that dense attention reads at a time. The first chunk is what the first segment knows of.
+CHUNK = RetroConfig().sink + RetroConfig().segment
 
 
 # ---------------------------------------------------------------- methods
@@ -249,12 +253,15 @@ def named_methods(n, steps, case=None):
 # ---------------------------------------------------------------- one text, dense and otherwise
 
 class DenseWithQueries(DenseCache):
-    """A dense cache that keeps the root of the summed squares of its first queries."""
+    """A dense cache that keeps the root of the summed squares of its first CHUNK queries."""
 
     def prefill(self, q, k, v, row=0):
-        if self.k is None:
-            self.q = q.square().sum(2, keepdim=True).sqrt()                 # (1, H*G, 1, D)
-        return super().prefill(q, k, v, row)
+        start = int(self.n_tokens[row])
+        o = super().prefill(q, k, v, row)
+        if start < CHUNK:
+            energy = q[:, :, :CHUNK - start].square().sum(2, keepdim=True)  # (1, H*G, 1, D)
+            self.q = energy.sqrt() if start == 0 else (self.q.square() + energy).sqrt()
+        return o
 
     def past(self, n):
         """q, k, v of the first n tokens, the arguments of `filled`."""
@@ -264,7 +271,7 @@ class DenseWithQueries(DenseCache):
 def read_dense(model, ids, n_steps):
     """Logits (1, V) behind ids (n,), and caches that have read them and can take n_steps more."""
     caches = [DenseWithQueries(len(ids) + n_steps) for _ in model.layers]
-    return prefill(model, caches, [ids], chunk=RetroConfig().sink + RetroConfig().segment), caches
+    return prefill(model, caches, [ids], chunk=CHUNK), caches
 
 
 @dataclass
@@ -273,31 +280,53 @@ class Case:
     ids: torch.Tensor       # (n + T + 1,)
     past: list              # each layer's q (1, H*G, 1, D), k, v (1, H, n, D): arguments of filled
     steps: list             # each layer's q (1, H*G, T, D), k, v (1, H, T, D) and dense output
-    logp: torch.Tensor      # (T, V)
+    hidden: torch.Tensor    # (T, hidden) of the model's last layer: logits follow
 
     @property
     def n(self):
         return self.past[0][1].shape[2]
 
+    @property
+    def T(self):
+        return len(self.hidden)
+
 
 def read(model, ids, n_steps):
     """The Case of ids (N,). The last token is only predicted, and n_steps before it are steps."""
-    remembered.cache_clear()
-    n, steps = len(ids) - n_steps - 1, []
-    _, caches = read_dense(model, ids[:n], n_steps)
-    past = [cache.past(n) for cache in caches]
+    return read_at(model, ids, [len(ids)], n_steps)[0]
 
-    def keep(cache, q, k, v):
-        steps.append((q, k, v, cache.prefill(q, k, v)))
-        return steps[-1][-1]
-    logp = follow(model, ids[n:-1], n, [functools.partial(keep, cache) for cache in caches])
-    return Case(ids, past, steps, logp)
+
+def read_at(model, ids, lengths, n_steps):
+    """A Case for each of `lengths`, of the text's first tokens ids (N,), which are read once.
+
+    The cases share their keys and values. InputError if two lengths are closer than the steps.
+    """
+    remembered.cache_clear()
+    caches, cases, done = [DenseWithQueries(max(lengths)) for _ in model.layers], [], 0
+    for length in sorted(lengths):
+        n, steps = length - n_steps - 1, []
+        if n <= done:
+            raise InputError(f"the last {n_steps} of {length:,} tokens begin within a text of "
+                             f"{done + 1:,}: give lengths that are further apart")
+        prefill(model, caches, [ids[done:n]], CHUNK)
+        past = [cache.past(n) for cache in caches]
+        attends = [functools.partial(keep_step, cache, steps) for cache in caches]
+        hidden = follow(model, ids[n:length - 1], n, attends)
+        cases.append(Case(ids[:length], past, steps, hidden))
+        done = length - 1
+    return cases
+
+
+def keep_step(cache, steps, q, k, v):
+    """Dense attention of some steps, whose q, k, v and outputs are added to the list `steps`."""
+    steps.append((q, k, v, cache.prefill(q, k, v)))
+    return steps[-1][-1]
 
 
 def follow(model, ids, start, attends):
-    """Log-probabilities (T, V) behind each of ids (T,), which stand at `start`."""
+    """The model's hidden states (T, hidden) at ids (T,), which stand at `start`."""
     positions = torch.arange(start, start + len(ids))[None]
-    return model.logits(model(ids[None], positions, attends)[0]).double().log_softmax(-1)
+    return model(ids[None], positions, attends)[0]
 
 
 def filled(make, q, k, v, n_steps, probe=None):
@@ -337,7 +366,7 @@ def against_dense(model, case, make):
 
     The outputs of the method go on to the next layer.
     """
-    T, rows, caps = len(case.logp), [], []
+    T, rows, caps = case.T, [], []
 
     def attend(past, q, k, v):
         cache, outputs = filled(make, *past, T), []
@@ -348,19 +377,33 @@ def against_dense(model, case, make):
         return torch.cat(outputs, 2)
 
     attends = [functools.partial(attend, past) for past in case.past]
-    logp, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][1]
+    hidden, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][1]
     n_rows = sum(rows) / len(rows)          # a step and head
     n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * n_rows
     return {"bytes": n_bytes, "cap": sum(caps), "share": n_rows / (2 * case.n + T),
-            **distances(case.logp, logp, case.ids[case.n + 1:])}
+            **distances(model, case.hidden, hidden, case.ids[case.n + 1:])}
 
 
-def distances(p, q, ids):
-    """Measures of log-probabilities p (dense) and q (T, V), with the true next tokens ids (T,)."""
-    nll, own = (-x.gather(-1, ids[:, None])[:, 0] for x in (p, q))
-    return {"nll_dense": nll.tolist(), "nll": own.tolist(),
-            "kl": (p.exp() * (p - q)).sum(-1).tolist(),
-            "same": (p.argmax(-1) == q.argmax(-1)).tolist()}
+def forced(model, case, caches):
+    """The distances to dense of caches that have read the case. Outputs go on to the next layer."""
+    def attend(cache, q, k, v):
+        return torch.cat(list(feed(cache, q, k, v)), 2)
+    attends = [functools.partial(attend, cache) for cache in caches]
+    hidden = follow(model, case.ids[case.n:-1], case.n, attends)
+    return distances(model, case.hidden, hidden, case.ids[case.n + 1:])
+
+
+def distances(model, dense, hidden, ids):
+    """Measures of hidden states (T, hidden), with the true next tokens ids (T,)."""
+    found = {"nll_dense": [], "nll": [], "kl": [], "same": []}
+    for states in zip(*(x.split(WINDOW) for x in (dense, hidden, ids)), strict=True):
+        p, q = (model.logits(x).double().log_softmax(-1) for x in states[:2])   # (WINDOW, V)
+        truth = states[2][:, None]
+        found["nll_dense"] += (-p.gather(-1, truth)[:, 0]).tolist()
+        found["nll"] += (-q.gather(-1, truth)[:, 0]).tolist()
+        found["kl"] += (p.exp() * (p - q)).sum(-1).tolist()
+        found["same"] += (p.argmax(-1) == q.argmax(-1)).tolist()
+    return found
 
 
 def probe(case, make):
@@ -369,7 +412,7 @@ def probe(case, make):
     (layer, t, q (H, G, D), weights (H, G, n) of dense attention, read (H, n) bool, the relative
     error of each head's output (H*G,), cache)
     """
-    T = len(case.logp)
+    T = case.T
     for layer, (past, (q, k1, v1, dense)) in enumerate(zip(case.past, case.steps, strict=True)):
         q0, k, v = past
         _, H, n, D = k.shape

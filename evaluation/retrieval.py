@@ -81,8 +81,8 @@ def read(model, ids, n_steps):
     def keep(cache, q, k, v):
         steps.append((q, k, v, DenseCache.prefill(cache, q, k, v)))
         return steps[-1][-1]
-    logp = fidelity.follow(model, ids[n:-1], n, [functools.partial(keep, c) for c in caches])
-    return fidelity.Case(ids, past, steps, logp)
+    hidden = fidelity.follow(model, ids[n:-1], n, [functools.partial(keep, c) for c in caches])
+    return fidelity.Case(ids, past, steps, hidden)
 
 
 def mahalanobis(x, k):
@@ -293,7 +293,7 @@ def errors(case, caches):
             length = dense[0, :, t].norm(dim=-1)
             bar = getattr(cache, "error", torch.zeros(1, len(length))).flatten()
             found.append(torch.stack([(o[0, :, 0] - dense[0, :, t]).norm(dim=-1), bar]) / length)
-    shape = len(case.past), len(case.logp)
+    shape = len(case.past), case.T
     return torch.stack(found, 1).unflatten(1, shape)
 
 
@@ -302,18 +302,18 @@ def tail(case, args):
     rows, case = [], replace(case, past=[(q[:, :, -GraphConfig().train:], k, v)
                                          for q, k, v in case.past])
     for top in args.tops:
-        for name, make in methods(case.n, top, len(case.logp)).items():
+        for name, make in methods(case.n, top, case.T).items():
             if name.split(",")[0] not in args.methods or ("graph" in name and top != TOP):
                 continue                                # a graph takes minutes to build
             row = {"top": top, "method": name}
-            caches = [fidelity.filled(make, *past, len(case.logp)) for past in case.past]
+            caches = [fidelity.filled(make, *past, case.T) for past in case.past]
             error, bar = errors(case, caches)
             row |= {"error": error.mean().item(), "p95": error.quantile(0.95).item()}
             if bar.any():
                 row |= {"covered": (error <= bar).float().mean().item(),
                         "bar": bar.median().item()}
             if top == TOP:
-                row["kl"] = sum(follow(args.model, case, caches)) / len(case.logp)
+                row["kl"] = sum(fidelity.forced(args.model, case, caches)["kl"]) / case.T
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     head = ["keys retrieved", "index", "output error", "p95", "KL", "bar holds", "median bar"]
@@ -321,15 +321,6 @@ def tail(case, args):
                         *(f"{row[x]:{form}}" if x in row else "" for x, form in (
                             ("kl", ".4f"), ("covered", ".1%"), ("bar", ".3f")))] for row in rows]))
     return {"methods": rows}
-
-
-def follow(model, case, caches):
-    """KL to dense of each step, where outputs go on to the next layer."""
-    def attend(cache, q, k, v):
-        return torch.cat(list(fidelity.feed(cache, q, k, v)), 2)
-    attends = [functools.partial(attend, cache) for cache in caches]
-    logp = fidelity.follow(model, case.ids[case.n:-1], case.n, attends)
-    return fidelity.distances(case.logp, logp, case.ids[case.n + 1:])["kl"]
 
 
 # ---------------------------------------------------------------- synthetic keys

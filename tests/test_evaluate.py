@@ -3,6 +3,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from steps import qkv
 
-from evaluation import ablation, evaluate, fidelity, ruler, tables, texts
+from evaluation import ablation, drift, evaluate, fidelity, kept, ruler, tables, texts
 from evaluation.fidelity import (
     Case,
     Chosen,
@@ -24,11 +25,12 @@ from evaluation.fidelity import (
     read,
     wave,
 )
-from generate import eager_step, generate, prefill
+from generate import eager_step, generate, prefill, sampler
 from model import DenseCache, load
 from retroinfer import (
     PART_II_OFF,
     PLAIN,
+    InputError,
     RetroConfig,
     WaveIndex,
     gather_clusters,
@@ -67,9 +69,8 @@ def make(request):
 def test_a_case_holds_what_dense_attention_makes_of_the_text(model, case):
     every = [DenseCache(231) for _ in model.layers]
     hidden = model(case.ids[None], torch.arange(231)[None], [c.prefill for c in every])
-    logp = model.logits(hidden)[0].double().log_softmax(-1)
-    torch.testing.assert_close(case.logp, logp[case.n:-1], rtol=1e-4, atol=1e-4)
-    assert (case.n, len(case.logp)) == (220, 10)
+    torch.testing.assert_close(case.hidden, hidden[0, case.n:-1], rtol=1e-4, atol=1e-4)
+    assert (case.n, case.T) == (220, 10)
     for cache, (_, k, _), (q, *_) in zip(every, case.past, case.steps, strict=True):
         torch.testing.assert_close(cache.k[:, :, :220], k, rtol=1e-4, atol=1e-4)
         assert q.shape[2] == 10
@@ -83,7 +84,8 @@ def test_layer_by_layer_is_what_whole_steps_give(model, case, make):
         room = room or min(cache.update() for cache in caches)
         expected.append(eager_step(model, caches, token[None])[0].double().log_softmax(-1))
         room -= 1
-    p, q, ids = case.logp, torch.stack(expected), case.ids[case.n + 1:]
+    p = model.logits(case.hidden).double().log_softmax(-1)
+    q, ids = torch.stack(expected), case.ids[case.n + 1:]
     found = against_dense(model, case, make)
     kl = [sum(math.exp(a) * (a - b) for a, b in zip(x.tolist(), y.tolist(), strict=True))
           for x, y in zip(p, q, strict=True)]
@@ -103,6 +105,48 @@ def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
         torch.testing.assert_close(made.q_energy, read_cache.q_energy, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(made.index.sizes, read_cache.index.sizes)
         torch.testing.assert_close(made.store.k, read_cache.store.k, rtol=1e-4, atol=1e-4)
+
+
+def test_one_reading_serves_every_length(model, case):
+    short, whole = fidelity.read_at(model, case.ids, [231, 120], 10)
+    for found, alone in ((short, read(model, case.ids[:120], 10)), (whole, case)):
+        assert torch.equal(found.ids, alone.ids) and found.n == alone.n
+        torch.testing.assert_close(found.hidden, alone.hidden, rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(found.past + found.steps, alone.past + alone.steps, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="the last 10 of 130 tokens begin within a text of 120"):
+        fidelity.read_at(model, case.ids, [120, 130], 10)
+
+
+def test_what_was_kept_is_not_read_again(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
+    ids = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(0))
+
+    def cases(lengths):
+        return kept.cases(model, tokenizer, ids, lengths, 8, tmp_path / "new")
+    first = cases([100, 200])
+    assert max(os.path.getsize(path) for path in (tmp_path / "new").iterdir()) < 1.2 * sum(
+        2 * k.nbytes for _, k, _ in first[1].past) + 2**18      # two lengths share their keys
+    monkeypatch.setattr(fidelity, "read_at", None)              # nobody may read
+    for mine, theirs in zip(cases([200, 100]), first, strict=True):
+        assert torch.equal(mine.hidden, theirs.hidden)
+        torch.testing.assert_close(mine.past + mine.steps, theirs.past + theirs.steps)
+        assert against_dense(model, mine, DenseCache)["kl"] == pytest.approx([0] * 8, abs=1e-9)
+    with pytest.raises(TypeError):
+        cases([200])                                            # another file
+
+
+def test_a_directory_that_cannot_keep_anything_is_one_line(model, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot keep what dense attention read"):
+        kept.save(tmp_path / "file" / "x.pt", [])
+
+    def full(*_):
+        raise RuntimeError("write failed: no space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="no space left"):
+        kept.save(tmp_path / "x.pt", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_dense_loses_nothing(model, case):
@@ -502,3 +546,38 @@ def test_the_ablation_refuses_a_text_that_is_too_short(checkpoint, monkeypatch, 
     monkeypatch.setitem(texts.KINDS, "code", lambda half: "x = 1\n" * 100)
     assert ablation.main(ablation_words(checkpoint)) == 2
     assert re.search(r"the text code has [\d,]+ tokens, 2,100 are needed", capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- drift.py
+
+def test_dense_attention_does_not_drift_and_likes_best_what_it_wrote(checkpoint, tmp_path, capsys,
+                                                                     monkeypatch):
+    """The control rows are known: no KL, and the nats that dense attention itself drew with."""
+    monkeypatch.setattr(drift.texts, "ids", lambda *args: torch.arange(args[-1]) % 250 + 3)
+    out, path = tmp_path / "drift.json", checkpoint(max_position_embeddings=4096)
+    drift.main(["--model", str(path), "--prompt", "150", "--steps", "60", "--tokens", "40",
+                "--seeds", "2", "--window", "20", "--out", str(out)])
+    assert "forced: KL to dense | to 20 | to 40 | to 60" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["forced"]["dense"] == pytest.approx([0] * 3, abs=1e-9)
+    assert found["free"].keys() == {"ours", "paper", "dense"}
+    model = load(path, device="cpu")[0]
+    case = read(model, torch.arange(211) % 250 + 3, 60)
+    tokens = [list(generate(model, [DenseCache(190) for _ in model.layers], [case.ids[:151]], 40,
+                            no_end(model, seed), eager_step)) for seed in range(2)]
+    nats = [drift.means(drift.likelihood(model, case, torch.cat(row)), 20) for row in tokens]
+    assert found["free"]["dense"] == pytest.approx(torch.tensor(nats).mean(0).tolist(), abs=1e-4)
+
+
+def no_end(model, seed):
+    draw = sampler(1.0, seed=seed)
+    return lambda logits: draw(logits.index_fill(-1, torch.tensor(sorted(model.config.eos_ids)),
+                                                 -math.inf))
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--steps", "9000"], "the model's context is"), (["--window", "90000"], "--window is 90000")])
+def test_drift_that_cannot_be_measured_is_one_line(checkpoint, capsys, args, words):
+    path = checkpoint(max_position_embeddings=4096)
+    assert drift.main(["--model", str(path), "--prompt", "90", "--steps", "60", *args]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""Many needles, one reading: RULER's multi-key and multi-query tasks with enough questions to tell.
+
+    python -m evaluation.many --length 4096 --questions 60
+    python -m evaluation.many --model qwen.gguf --length 8192 --keep ~/reads --out results/many.json
+
+RULER asks one question of a text, and reading the text takes nearly all of the time. Here a text of
+nothing but needles (niah_multikey_2) is read once by dense attention. Each question then asks for
+one needle (multi-key) or for four (multi-query). Dense attention, ours, the paper and ours at the
+paper's 16 bits get the same keys and values, and answer greedily. Wording and score are RULER's.
+
+The table has the mean score of each method, and its difference to dense with a 95 % interval, for
+which questions are drawn again. All questions share one text: the interval does not cover others.
+"""
+import functools
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from app.command import Parser, run_command
+from bench.timing import positive, table, where
+from evaluation import fidelity, kept, ruler, texts
+from evaluation.evaluate import answer_side_by_side
+from evaluation.tables import interval
+from generate import hot_functions, prefill
+from model import DEFAULT_NAME, DenseCache, load
+from retroinfer import InputError, RetroConfig, WaveIndex
+
+TASKS = {"niah_multikey_2": 1, "niah_multiquery": 4}        # needles that a question asks for
+HEAD = ["task", "method", "score", "minus dense", "95 % interval"]
+N_ANSWER = 64                                               # tokens: four numbers and their keys
+
+
+def needles(n):
+    """{key: number} of n needles: made-up words, seven digits."""
+    dice = random.Random(ruler.SEED)
+    return {key: str(dice.randint(10**6, 10**7 - 1)) for key in dice.sample(texts.word_pairs(), n)}
+
+
+def prompt(tokenizer, hidden, keys):
+    """Ids of a prompt that hides the needles `hidden` and asks for those of `keys`."""
+    niah, kind = ruler.FAMILIES["niah"], "numbers"
+    lines = [ruler.NEEDLE.format(type_needle_v=kind, key=k, value=v) for k, v in hidden.items()]
+    query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
+    words = {"type_needle_v": kind, "query": query, "context": "\n".join(lines)}
+    chat = tokenizer.render([{"role": "user", "content": niah.template.format(**words)}])
+    return tokenizer.encode(chat + niah.prefix.format(**words))
+
+
+def fit(tokenizer, length):
+    """As many needles as a prompt of at most `length` tokens holds."""
+    few, many = (len(prompt(tokenizer, needles(n), list(needles(4)))) for n in (8, 40))
+    n = int((length - few) / (many - few) * 32) + 8
+    while n >= 8 and len(prompt(tokenizer, needles(n), list(needles(4)))) + N_ANSWER > length:
+        n -= 1
+    if n < 8:
+        raise InputError(f"{length} tokens hold fewer than 8 needles: give more --length")
+    return needles(n)
+
+
+def questions(tokenizer, hidden, n):
+    """Yield (task, ids, answers) of n questions of each task."""
+    dice = random.Random(ruler.SEED + 1)
+    for task, n_keys in TASKS.items():
+        for _ in range(n):
+            keys = dice.sample(list(hidden), n_keys)
+            yield task, torch.tensor(prompt(tokenizer, hidden, keys)), [hidden[k] for k in keys]
+
+
+def n_shared(rows):
+    """How many first tokens all of the ids in `rows` have in common."""
+    shortest = min(map(len, rows))
+    is_same = torch.stack([row[:shortest] == rows[0][:shortest] for row in rows]).all(0)
+    return int(is_same.long().cumprod(0).sum())
+
+
+def methods():
+    """{name: function of (capacity, batch) that makes a layer's cache}, the fast ones of a CPU."""
+    hot = hot_functions(torch.device("cpu"))
+    configs = {"ours": RetroConfig(), "paper": RetroConfig.paper()}
+    made = {name: functools.partial(WaveIndex, config, hot=hot) for name, config in configs.items()}
+    return {"dense": DenseCache} | made
+
+
+def answer(model, tokenizer, case, ids):
+    """{method: its answer} to the question ids (n,), whose first case.n tokens dense has read."""
+    rest = len(ids) - case.n
+    dense = [fidelity.filled(fidelity.DenseWithQueries, *past, rest) for past in case.past]
+    logits = prefill(model, dense, [ids[case.n:]])
+    return answer_side_by_side(model, tokenizer, logits, dense, N_ANSWER, methods())
+
+
+def measure(args):
+    model, tokenizer = load(args.model, torch.float32, "cpu")
+    if args.length > model.config.context:
+        raise InputError(f"{args.length:,} tokens, the model's context is "
+                         f"{model.config.context:,}: give a smaller --length")
+    hidden = fit(tokenizer, args.length)
+    asked = list(questions(tokenizer, hidden, args.questions))
+    n, first = n_shared([ids for _, ids, _ in asked]), asked[0][1]
+    case, = kept.cases(model, tokenizer, first, [len(first)], len(first) - n - 1, args.keep)
+    scores = {task: {name: [] for name in methods()} for task in TASKS}
+    for task, ids, answers in asked:
+        for name, text in answer(model, tokenizer, case, ids).items():
+            scores[task][name].append(ruler.score(task, text, answers))
+    print(table(HEAD, list(rows(scores))))
+    if args.out:
+        facts = {"machine": where("quality only"), "model": str(args.model), "tokens": n,
+                 "needles": len(hidden), "scores": scores}
+        args.out.write_text(json.dumps(facts) + "\n", "utf-8")
+
+
+def rows(scores):
+    """Yield the rows behind HEAD of scores {task: {method: points of each question}}."""
+    for task, found in scores.items():
+        for name, points in found.items():
+            mean, low, high = interval(
+                [[a - b for a, b in zip(points, found["dense"], strict=True)]], 0)
+            yield [task, name, f"{sum(points) / len(points):.1f}", f"{mean:+.1f}",
+                   f"{low:+.1f} to {high:+.1f}"]
+
+
+def parse_args(argv):
+    parser = Parser(prog="many", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--length", type=positive, default=4096, help="tokens of a prompt and its answer")
+    add("--questions", type=positive, default=60, help="of each task")
+    add("--keep", metavar="DIR", help="keep there what dense attention makes of the text")
+    add("--out", type=Path, help="results, as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The exit status."""
+    return run_command("many", lambda: measure(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
