@@ -6,7 +6,7 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-all test-gpu sanitize lint lines bench bench-cache bench-gpu evaluate notebooks \
+.PHONY: help setup run models test test-slow test-all test-gpu sanitize lint lines bench bench-cache bench-gpu evaluate notebooks \
 	picture clean
 
 help:           ## what can be made
@@ -24,6 +24,9 @@ $(VENV)/ready: requirements.txt
 
 run: setup      ## answer the question in PROMPT; more flags in ARGS
 	$(BIN)/python retroinfer.py --prompt-file $(PROMPT) $(ARGS)
+
+models: setup   ## fetch the models that --model knows by name (1.4 GB, see their terms)
+	$(BIN)/python -m app.models qwen2.5-coder-1.5b gemma3-270m
 
 test: setup     ## the quick tests, a few minutes; the slowest ones are listed in the end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile \

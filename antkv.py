@@ -241,6 +241,9 @@ def check_head(D, bits):
 
 def listen(model, pieces, show=iter):
     """Keys, values (H, T, D) and scores (2, H, T) of each layer, of all pieces of text ids (n,)."""
+    if model.config.windows:
+        raise InputError("codebooks are made of models whose layers see all tokens: this one has "
+                         "layers that see a window")
     heard = [[] for _ in model.layers]
 
     def attend_and_keep(layer, q, k, v):

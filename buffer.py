@@ -362,12 +362,12 @@ def mapped(path, n, nbytes):
 
 
 def offload(model, capacity, batch=1, path=None, **how):
-    """A make_store for the WaveIndex of each layer of a model. All host memory is allocated now.
+    """A make_store for the WaveIndex of each layer that has one. All host memory is allocated now.
 
     path: that of a new file to keep it in. how: cache_ratio, policy, overlap. RetroConfig(**WHOLE)
     suits it; of other configs every value of a block is copied too, whether it is read or not.
     """
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
-    memory = host_memory(2 * len(model.layers), shape, weight.dtype, weight.device, path)
+    memory = host_memory(2 * c.n_wide, shape, weight.dtype, weight.device, path)
     return functools.partial(WaveBuffer, memory=memory, **how)

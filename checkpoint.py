@@ -9,19 +9,23 @@ tokenizer  tokenizer.Tokenizer, whatever file it comes from
 Whatever is wrong with a file is an InputError of one line. Pickles are refused: opening one runs
 its code.
 
-Does not include: weights in whole numbers, RoPE that differs between layers.
+Does not include: weights in whole numbers, images.
 """
 import json
 import math
 import re
+import struct
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from retroinfer import InputError
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GEMMA = "gemma3_text"   # Gemma 3 without its eyes; GGUF calls it gemma3
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", GEMMA)
+LAYERS = "sliding_attention", "full_attention"
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ROPE_NUMBERS = ("rope_theta", "factor", "trained", "low_freq_factor", "high_freq_factor",
                 "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -114,30 +118,59 @@ def open_directory(path):
 
 
 def config_from_json(c):
-    kind, heads, limit = c.get("model_type"), c["num_attention_heads"], c["max_position_embeddings"]
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}          # new name, old name
-    rope = one_rope({name: x for name, x in rope.items() if x is not None})
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", c.get("rope_theta", 10000.0))
-    rope |= {"trained": rope.get("original_max_position_embeddings") or limit, "context": limit}
-    partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    kind, heads = c.get("model_type"), c["num_attention_heads"]
     refuse(kind not in ARCHITECTURES, "architecture", kind, ARCHITECTURES)
-    refuse(rope["rope_type"] not in ROPES, "RoPE", rope["rope_type"], ROPES)
-    refuse(c.get("hidden_act", "silu") != "silu", "hidden_act", c.get("hidden_act"), ["silu"])
-    refuse(partial != 1.0, "partial_rotary_factor", partial, [1.0])
     refuse("quantization_config" in c, "quantization_config", "of the checkpoint", ["none", "GGUF"])
-    slides = c.get("use_sliding_window", kind == "mistral") and c.get("sliding_window")
+    check_activation(c, kind)
+    rope, local_rope = ropes_from_json(c, kind)
     biased, eos = kind != "mistral" and c.get("attention_bias", False), c.get("eos_token_id")
+    head_dim = c.get("head_dim") or {"qwen3": 128, GEMMA: 256}.get(kind)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    return {name: c[name] for name in same} | {
+    config = {name: c[name] for name in same} | {
         "num_attention_heads": heads, "num_key_value_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": c.get("head_dim") or (128 if kind == "qwen3" else c["hidden_size"] // heads),
-        "rms_norm_eps": c.get("rms_norm_eps", 1e-6),
-        "context": min(stretched(rope), slides or math.inf),
-        "rope": rope, "tied": c.get("tie_word_embeddings", False), "qk_norm": kind == "qwen3",
+        "head_dim": head_dim or c["hidden_size"] // heads,
+        "rms_norm_eps": c.get("rms_norm_eps", 1e-6), "context": stretched(rope),
+        "rope": rope, "local_rope": local_rope,
+        "windows": windows_from_json(c, kind, stretched(rope)),
+        "tied": c.get("tie_word_embeddings", kind == GEMMA),
+        "qk_norm": kind in ("qwen3", GEMMA),
         "qkv_bias": kind == "qwen2" or biased, "o_bias": kind != "qwen2" and biased,
         "mlp_bias": c.get("mlp_bias", False),
         "eos_ids": frozenset([eos] if isinstance(eos, int) else eos or [])}
+    return as_gemma(config, c, c.get("query_pre_attn_scalar", 256)) if kind == GEMMA else config
+
+
+def check_activation(c, kind):
+    """InputError if a config names another activation than its family has."""
+    name, ours = ("hidden_activation", "gelu_pytorch_tanh") if kind == GEMMA else (
+        "hidden_act", "silu")
+    refuse(c.get(name, ours) != ours, name, c.get(name), [ours])
+
+
+def as_gemma(config, given, scalar):
+    """A config with what Gemma 3 does besides. InputError for what it has given up.
+
+    scalar: attention scores are divided by its square root.
+    """
+    for name in ("attn_logit_softcapping", "final_logit_softcapping",
+                 "use_bidirectional_attention"):
+        refuse(given.get(name), name, given.get(name), ["none"])
+    if type(scalar) not in (int, float) or not 0 < scalar < math.inf:
+        raise InputError(f"query_pre_attn_scalar is {scalar!r}, not a number above 0")
+    context = config["rope"]["context"]             # counts the factor of RoPE already
+    return config | {"is_gemma": True, "context": context,
+                     "query_scale": (config["head_dim"] / scalar) ** 0.5}
+
+
+def ropes_from_json(c, kind):
+    """The RoPE of a model's layers, and another one of those with a window, or None."""
+    given = c.get("rope_parameters") or c.get("rope_scaling") or {}         # new name, old name
+    if kind != GEMMA:
+        return rope_from_json(c, one_rope(given), c.get("rope_theta", 1e4)), None
+    named = given if "full_attention" in given else {"full_attention": given}
+    return (rope_from_json(c, named["full_attention"], c.get("rope_theta", 1e6)),
+            rope_from_json(c, named.get("sliding_attention", {}),
+                           c.get("rope_local_base_freq", 1e4)))
 
 
 def one_rope(rope):
@@ -145,7 +178,44 @@ def one_rope(rope):
     kinds = [x for x in rope.values() if isinstance(x, dict)]
     refuse(any(x != kinds[0] for x in kinds), "RoPE that differs between the layers", list(rope),
            ["one for all layers"])
-    return dict(kinds[0]) if kinds else rope
+    return kinds[0] if kinds else rope
+
+
+def rope_from_json(c, given, theta):
+    """A RoPE by the numbers that a config gives; theta, if none is among them."""
+    limit = c["max_position_embeddings"]
+    rope = {name: x for name, x in given.items() if x is not None}
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", theta)
+    rope |= {"trained": rope.get("original_max_position_embeddings") or limit, "context": limit}
+    partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    refuse(rope["rope_type"] not in ROPES, "RoPE", rope["rope_type"], ROPES)
+    refuse(partial != 1.0, "partial_rotary_factor", partial, [1.0])
+    return rope
+
+
+def windows_from_json(c, kind, context):
+    """How many of the latest tokens each layer sees; 0: all. Empty if all layers see all.
+
+    A window as long as the context is none. (Gemma's layers with one turn by a RoPE of their own.)
+    """
+    window = c.get("sliding_window", 0 if kind == "mistral" else 4096)
+    slides = c.get("use_sliding_window", kind in ("mistral", GEMMA)) and kind != "llama"
+    if not (slides and window) or (kind != GEMMA and window >= context):
+        return []
+    if type(window) is not int or window < 1:
+        raise InputError(f"sliding_window is {window!r}, not a whole number from 1")
+    first, every = c.get("max_window_layers", 28), c.get("sliding_window_pattern", 6)
+    does_slide = {"mistral": lambda i: True, GEMMA: lambda i: (i + 1) % every}.get(
+        kind, lambda i: i >= first)
+    layers = range(min(c["num_hidden_layers"], 10_000))                     # check() refuses more
+    kinds = c.get("layer_types") if kind != "mistral" else None
+    kinds = kinds or [LAYERS[0 if does_slide(i) else 1] for i in layers]
+    if unknown := [x for x in kinds if x not in LAYERS]:
+        refuse(unknown, "layer type", unknown[0], LAYERS)
+    if len(kinds) != len(layers):
+        raise InputError(f"layer_types names {len(kinds)} layers of {len(layers)}")
+    return [window if x == LAYERS[0] else 0 for x in kinds]
 
 
 def stretched(rope):
@@ -190,6 +260,7 @@ def read_safetensors(files):
 
 # ---------------------------------------------------------------- a GGUF file
 
+GGUF_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 GGUF_NAMES = {
     "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head", "blk": "layers",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -197,36 +268,133 @@ GGUF_NAMES = {
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj"}
+GEMMA_NAMES = GGUF_NAMES | {
+    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm"}
 
 
-PART = 2**24        # numbers that are expanded at a time: this bounds the memory
-FOLD = 64           # rows that the package takes as one: by itself it expands few at a time
+PART = 2**22        # numbers that are expanded at a time: this bounds the memory
+FOLD = 16           # rows that the package takes as one: by itself it expands few at a time
 
 
 def open_gguf(path, dtype):
-    reader = gguf_reader(path)
+    fields, tensors = read_header(path)
 
     def get(key, *default):
-        if key not in reader.fields and not default:
+        if key not in fields and not default:
             raise InputError(f"{path} lacks the key {key}")
-        return reader.fields[key].contents() if key in reader.fields else default[0]
+        return fields[key] if key in fields else default[0]
 
-    readers = [reader, *map(gguf_reader, other_parts(path, get))]
-    tensors = {t.name: t for part in readers for t in part.tensors}
+    for part in other_parts(path, get):
+        tensors |= read_header(part)[1]
     config = config_from_gguf(get, tensors)
     if "rope_freqs.weight" in tensors:  # llama3 scaling, already worked out
-        config["rope"]["freq_factors"] = torch.tensor(tensors.pop("rope_freqs.weight").data)
-    paired = config["head_dim"] if get("general.architecture") == "llama" else None
+        config["rope"]["freq_factors"] = tensors.pop("rope_freqs.weight").numbers()
     from tokenizer import gguf_tokenizer
-    return config, read_gguf(tensors, dtype, paired), gguf_tokenizer(get, config["eos_ids"])
+    weights = read_gguf(tensors, dtype, get("general.architecture"), config["head_dim"])
+    return config, weights, gguf_tokenizer(get, config["eos_ids"])
 
 
-def gguf_reader(path):
-    import gguf
+def read_header(path):
+    """The fields of a GGUF file by key, and its tensors by name. Their numbers stay on the disk."""
+    import gguf  # noqa: F401 (if it is missing, that is no fault of the file)
+    import numpy
     try:
-        return gguf.GGUFReader(path)
-    except Exception as e:  # the package lets through whatever numpy raises
+        data = numpy.memmap(path, mode="r").view(numpy.ndarray)
+        header = Header(data.data)
+        if header.take("4sI") not in ((b"GGUF", 2), (b"GGUF", 3)):
+            raise ValueError("it does not begin as a GGUF file of version 2 or 3 does")
+        n_tensors, n_fields = header.take("QQ")
+        fields = dict(header.field() for _ in range(n_fields))
+        tensors = [header.tensor() for _ in range(n_tensors)]
+        align = fields.get("general.alignment", 32)
+        first = -(-header.at // align) * align
+        return fields, {t.name: t._replace(data=t.cut(data[first:])) for t in tensors}
+    except Exception as e:      # damaged bytes break it anywhere
         raise InputError(f"{path} is missing, truncated or not GGUF: {one_line(e)}") from None
+
+
+# Kinds of fields, by the number that a file gives them: those of struct, and two of our own.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+           12: "d"}
+TEXT, LIST = 8, 9
+
+
+class Header:
+    """Reads the header of a GGUF file, from its first byte on. (The package's own reader makes an
+    array of every word of the vocabulary, which takes longer than all else.)"""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, form):
+        """The next numbers, of a format of struct."""
+        form = struct.Struct(f"<{form}")
+        self.at += form.size
+        return form.unpack_from(self.data, self.at - form.size)
+
+    def text(self):
+        n, = self.take("Q")
+        return str(self.take(f"{n}s")[0], "utf-8")
+
+    def texts(self, n):
+        """The next n texts: what text() would read, without its detours."""
+        take, found = struct.Struct("<Q").unpack_from, []
+        for _ in range(n):
+            first = self.at + 8
+            self.at = first + take(self.data, first - 8)[0]
+            found.append(str(self.data[first:self.at], "utf-8"))
+        if self.at > len(self.data):
+            raise ValueError("a text goes on past its end")
+        return found
+
+    def field(self):
+        key, (kind,) = self.text(), self.take("I")
+        return key, self.value(kind)
+
+    def value(self, kind):
+        if kind == TEXT:
+            return self.text()
+        if kind != LIST:
+            return self.take(NUMBERS[kind])[0]
+        kind, n = self.take("IQ")
+        if kind == TEXT:
+            return self.texts(n)
+        if kind in NUMBERS:
+            return list(self.take(f"{n}{NUMBERS[kind]}"))
+        return [self.value(kind) for _ in range(n)]
+
+    def tensor(self):
+        name, (n,) = self.text(), self.take("I")
+        *shape, kind, offset = self.take(f"{n}QIQ")
+        return Packed(name, shape[::-1], kind, offset)
+
+
+class Packed(NamedTuple):
+    """A tensor of a GGUF file."""
+    name: str
+    shape: list             # the rows come first, as in torch
+    kind: int               # of its numbers: gguf.GGMLQuantizationType
+    offset: int             # behind the header
+    data: object = None     # (rows, bytes), mapped from the file
+
+    def cut(self, data):
+        """Its bytes, a line for each row, of all that is behind the header."""
+        from gguf.constants import GGML_QUANT_SIZES
+        block, size = GGML_QUANT_SIZES[self.kind]
+        rows, width = math.prod(self.shape[:-1]), self.shape[-1]
+        n = rows * (width // block) * size
+        if width % block or self.offset + n > len(data):
+            raise ValueError(f"tensor {self.name} goes on past its end")
+        return data[self.offset:self.offset + n].reshape(rows, -1)
+
+    def numbers(self, rows=slice(None)):
+        """Some rows as float32 numbers, one behind another, by the package's own arithmetic."""
+        import gguf
+        data = self.data[rows]
+        data = data.reshape(len(data) // math.gcd(len(data), FOLD), -1)
+        numbers = gguf.dequantize(data, gguf.GGMLQuantizationType(self.kind))
+        return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).view(-1)
 
 
 def other_parts(path, get):
@@ -247,7 +415,7 @@ def config_from_gguf(get, tensors):
     def own(key, *default):
         return get(f"{kind}.{key}", *default)
 
-    refuse(kind not in ARCHITECTURES, "architecture", kind, ARCHITECTURES)
+    refuse(kind not in GGUF_KINDS, "architecture", kind, GGUF_KINDS)
     experts = own("expert_count", 0)
     refuse(experts, "expert_count", experts, [0])
     heads, hidden, limit = map(own, ("attention.head_count", "embedding_length", "context_length"))
@@ -261,7 +429,7 @@ def config_from_gguf(get, tensors):
             "trained": own("rope.scaling.original_context_length", limit)}
     refuse(rope["rope_type"] not in ROPES, "RoPE", rope["rope_type"], ROPES)
     ends = (get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot"))
-    return {
+    config = {
         "vocab_size": len(get("tokenizer.ggml.tokens")), "hidden_size": hidden,
         "intermediate_size": own("feed_forward_length"), "num_hidden_layers": own("block_count"),
         "num_attention_heads": heads, "num_key_value_heads": own("attention.head_count_kv", heads),
@@ -271,35 +439,52 @@ def config_from_gguf(get, tensors):
         "o_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "eos_ids": frozenset(e for e in ends if e is not None)}
+    return gemma_from_gguf(config, own) if kind == "gemma3" else config
 
 
-def read_gguf(tensors, dtype, paired):
+def gemma_from_gguf(config, own):
+    """A config with what GGUF files say of a Gemma, and what they leave to the reader."""
+    n, window = config["num_hidden_layers"], own("attention.sliding_window")
+    caps = {"attn_logit_softcapping": own("attn_logit_softcapping", 0),
+            "final_logit_softcapping": own("final_logit_softcapping", 0)}
+    local = {"rope_type": "default", "rope_theta": own("rope.freq_base_swa", 10000.0),
+             "context": config["context"], "trained": config["context"]}
+    # The largest Gemma 3 is the only one whose heads are narrower than its scale says.
+    is_largest = n == 62
+    scalar = config["hidden_size"] / config["num_attention_heads"] if is_largest else (
+        config["head_dim"])
+    windows = [window if (i + 1) % 6 else 0 for i in range(min(n, 10_000))]
+    return as_gemma(config | {"windows": windows, "local_rope": local}, caps, scalar)
+
+
+def read_gguf(tensors, dtype, kind, head_dim):
     """Names and tensors, expanded by several threads, a few tensors ahead."""
     pending, n = deque(), torch.get_num_threads()
     with ThreadPoolExecutor(n) as pool:
         for t in tensors.values():
-            pending.append(pool.submit(expand, t, dtype, paired))
+            pending.append(pool.submit(expand, t, dtype, kind, head_dim))
             if len(pending) > n:
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
 
 
-def expand(t, dtype, paired):
-    """The name of a GGUF tensor, and its numbers. paired: the dims of a head, where queries and
-    keys have the two numbers that RoPE turns side by side."""
-    import gguf
+def expand(t, dtype, kind, head_dim):
+    """The name of a GGUF tensor, and its numbers, as Hugging Face's checkpoints have them."""
     try:
-        tensor = torch.empty(*reversed(t.shape.tolist()), dtype=dtype)
-        n = FOLD * max(PART * len(tensor) // max(tensor.numel(), 1) // FOLD, 1)
-        for part, first in zip(tensor.split(n), range(0, len(tensor), n), strict=True):
-            data = t.data[first:first + n]
-            if data.ndim == 2:
-                data = data.reshape(len(data) // math.gcd(len(data), FOLD), -1)
-            part.copy_(torch.tensor(gguf.dequantize(data, t.tensor_type)).view_as(part))
-        if paired and (".attn_q." in t.name or ".attn_k." in t.name):       # pairs (2i, 2i + 1)
-            pairs = tensor.view(-1, paired // 2, 2, *tensor.shape[1:])
+        tensor = torch.empty(t.shape, dtype=dtype)
+        lines = tensor.view(len(t.data), -1)
+        n = FOLD * max(PART // max(lines.shape[1], 1) // FOLD, 1)
+        for first in range(0, len(lines), n):
+            rows = slice(first, first + n)
+            numbers = t.numbers(rows)
+            if kind == "gemma3" and t.name.endswith("norm.weight"):
+                numbers -= 1                            # Gemma keeps norms minus one
+            lines[rows] = numbers.view_as(lines[rows])
+        if kind == "llama" and (".attn_q." in t.name or ".attn_k." in t.name):
+            pairs = tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])    # (2i, 2i + 1)
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
     except Exception as e:      # the package lets through whatever numpy raises
         raise InputError(f"tensor {t.name} cannot be read: {one_line(e)}") from None
-    return ".".join(GGUF_NAMES.get(part, part) for part in t.name.split(".")), tensor
+    names = GEMMA_NAMES if kind == "gemma3" else GGUF_NAMES
+    return ".".join(names.get(part, part) for part in t.name.split(".")), tensor

@@ -40,7 +40,8 @@ def region():
     """call, as a part of a graph that is compiled once however often it is called."""
     mark = torch.compiler.nested_compile_region
     try:
-        return mark(call, reuse_hash_fn=lambda *args: 0)    # all layers are alike: trace one
+        # Layers are alike but for their windows: trace one of each kind.
+        return mark(call, reuse_hash_fn=lambda layer, *args: layer.window)
     except TypeError:                                       # torch before 2.13 traces each of them
         return mark(call)
 
@@ -68,7 +69,12 @@ def prefill(model, caches, prompts, chunk=CHUNK):
     """Logits (B, V) behind each of B prompts (T,), which are read `chunk` tokens at a time.
 
     A prompt is read alone, to its own length; it goes on where its sequence in the caches stands.
+    ValueError if a layer that sees a window does not have a RingCache.
     """
+    for layer, cache in zip(model.layers, caches, strict=True):
+        if layer.window and not hasattr(cache, "window"):
+            raise ValueError(f"a layer sees the latest {layer.window} tokens, and its cache shows "
+                             "all: model.make_caches() makes the right ones")
     logits = []
     for row, ids in enumerate(prompts):
         for part in ids.split(chunk):

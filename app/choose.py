@@ -138,8 +138,10 @@ def check_lengths(args, texts, tokenizer, context):
 
 def check_memory(args, model, spec, device):
     """InputError if the caches do not fit the free memory; the plan says what would fit."""
-    c, row = spec.model, 2 * spec.dtype.itemsize * spec.capacity * spec.batch
-    need = row * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    c, vector = spec.model, spec.model.num_key_value_heads * spec.model.head_dim
+    windows = [c.window(i) or spec.capacity for i in range(c.num_hidden_layers)]
+    tokens = sum(min(window, spec.capacity) for window in windows) * spec.batch
+    need = 2 * spec.dtype.itemsize * tokens * vector
     free = free_memory(device)
     if need < 0.8 * free or args.store or args.method == "antkv":       # which keeps a few bits
         return

@@ -34,7 +34,7 @@ from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
 from app.settings import add_set, take_settings
 from generate import CHUNK, sampler
-from model import DEFAULT_NAME, DenseCache, fast_dtype, load
+from model import DEFAULT_NAME, NAMED, DenseCache, RingCache, fast_dtype, load, make_caches
 from retroinfer import InputError, RetroConfig, WaveIndex
 
 
@@ -74,7 +74,7 @@ def add_answer(add):
 
 def add_model(add):
     add("--model", metavar="PATH", default=DEFAULT_NAME,
-        help="folder or .gguf (default %(default)s)")
+        help=f"folder, .gguf, {', '.join(NAMED)} (default %(default)s)")
     add("--method", metavar="NAME", choices=METHODS, default="wave",
         help="%(choices)s (default %(default)s): app/method.py says what they are")
     add("--codebooks", metavar="FILE", help="of --method antkv; default: from the prompt itself")
@@ -133,6 +133,14 @@ def check_method(args):
             raise InputError(f"{flag(name)} goes with --method {method}")
 
 
+def check_windows(args, config):
+    """InputError for a flag of an index, if no layer of the model has one."""
+    for name in ("offload", "save_index", "load_index"):
+        if getattr(args, name) and not config.n_wide:
+            raise InputError(f"{flag(name)}: every layer of this model sees the latest "
+                             f"{config.windows[0]:,} tokens only, so there is no index")
+
+
 def check_counts(args, *names):
     """InputError if a flag that counts something is below 1."""
     for name in names:
@@ -171,6 +179,12 @@ def read_prompt(path):
     return text
 
 
+def loading(tensors, n):
+    """The n tensors of a model, with a bar on standard error if they take their time."""
+    from tqdm import tqdm
+    return tqdm(tensors, desc="load", total=n, unit="tensor", leave=False, delay=1)
+
+
 # ---------------------------------------------------------------- reading and answering
 
 def answer(args):
@@ -181,7 +195,7 @@ def answer(args):
     device = choose_device(args.device)
     check_backend(args, device)
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device)
-    model, tokenizer = load(args.model, dtype, device)
+    model, tokenizer = load(args.model, dtype, device, loading)
     check_lengths(args, texts, tokenizer, model.config.context)
     snapshot = None
     if args.load_index:
@@ -274,6 +288,13 @@ def read_codebooks(args, model, tokenizer, config):
 
 def cache_maker(args, model, tokenizer, spec, hot):
     """A function that makes the cache of the next layer."""
+    check_windows(args, spec.model)
+    make = method_maker(args, model, tokenizer, spec, hot)
+    return iter(make_caches(spec.model, make, spec.capacity, spec.batch)).__next__
+
+
+def method_maker(args, model, tokenizer, spec, hot):
+    """A function that makes the cache of the next layer that sees all tokens."""
     config, capacity, batch = spec.config, spec.capacity, spec.batch
     if args.method != "wave":
         cache = classes(args.method)[1]
@@ -353,13 +374,17 @@ def compare(session, ids, said, logits, n_tokens, tokenizer):
     For the distance dense attention reads our answer, so that both models saw the same words.
     """
     capacity = len(ids) + n_tokens
-    dense = Session(session.model, lambda: DenseCache(capacity), session.pick, session.step,
+    caches = make_caches(session.model.config, lambda: DenseCache(capacity), capacity)
+    dense = Session(session.model, iter(caches).__next__, session.pick, session.step,
                     session.chunk)
     dense.read([ids])
+    rings = [(cache, cache.state(0)) for cache in caches if isinstance(cache, RingCache)]
     answer, = dense.answer(n_tokens)
     speed = dense.speed()
     for cache in dense.caches:
         cache.n_tokens.fill_(len(ids))          # forget its own answer
+    for cache, state in rings:
+        cache.restore(state, len(ids))
     ours = iter(said)
     dense.pick = lambda _: ids.new_tensor([next(ours)])
     theirs = dense.record()

@@ -39,7 +39,7 @@ from app.settings import add_set, take_settings
 from buffer import RATIO, WaveBuffer, check_ratio
 from checkpoint import config_from_json, open_checkpoint
 from generate import CHUNK, eager_step
-from model import DEFAULT_NAME, Llama, ModelConfig, default_model, fast_dtype
+from model import DEFAULT_NAME, NAMED, Llama, ModelConfig, fast_dtype, find, make_caches
 from retroinfer import (
     MASK,
     InputError,
@@ -75,11 +75,10 @@ def shape(name):
     if name in SHAPES:
         numbers = dict(zip(KEYS, SHAPES[name], strict=True)) | {"max_position_embeddings": 131072}
         return ModelConfig(**config_from_json(numbers))
-    if name != DEFAULT_NAME and not Path(name).exists():
+    if name not in (DEFAULT_NAME, *NAMED) and not Path(name).exists():
         raise InputError(f"no shape or model is named {name}: give a path, or one of "
-                         f"{', '.join([DEFAULT_NAME, *SHAPES])}")
-    path = default_model() if name == DEFAULT_NAME else Path(name)
-    config, _, _ = open_checkpoint(path)
+                         f"{', '.join([DEFAULT_NAME, *NAMED, *SHAPES])}")
+    config, _, _ = open_checkpoint(find(name))
     return ModelConfig(**config)
 
 
@@ -174,9 +173,11 @@ def nbytes(tree):
 
 
 def on_meta(config, dtype):
-    """The model without memory and with one layer only: all layers are alike."""
+    """The model without memory and with one layer only, which sees all tokens: the others have as
+    many weights."""
     with torch.device("meta"):
-        model = Llama(replace(config, num_hidden_layers=1)).to(dtype).requires_grad_(False)
+        one = replace(config, num_hidden_layers=1, windows=[])
+        model = Llama(one).to(dtype).requires_grad_(False)
     model.rope.to("meta")
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -207,11 +208,22 @@ def cache_on_meta(run):
     return cache
 
 
+def ring_bytes(run):
+    """Bytes of the caches of all layers that see a window."""
+    caches = make_caches(run.model, lambda: None, run.capacity, run.batch)
+    rings = [cache for cache in caches if cache]
+    for ring in rings:
+        ring.allocate(keys_on_meta(run, 1, 0))
+    return sum(sum(ring.nbytes().values()) for ring in rings)
+
+
 def plan(run):
     """The Plan of a Run."""
     model = on_meta(run.model, run.dtype)
     cache = cache_on_meta(run)
-    device = {name: n * run.model.num_hidden_layers for name, n in cache.nbytes().items()}
+    device = {name: n * run.model.n_wide for name, n in cache.nbytes().items()}
+    if run.model.windows:
+        device["windows"] = ring_bytes(run)
     host = {} if run.cache_ratio is None else {"store": device.pop("store")}
     return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
                 prefill_bytes(model, run), step_bytes(model, cache))
@@ -306,7 +318,8 @@ def parse_args(argv):
     parser = Parser(prog="python -m app.plan", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("shape", nargs="?", default=DEFAULT_NAME, metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, a directory or a .gguf file (default {DEFAULT_NAME})")
+        help=f"{', '.join([*SHAPES, *NAMED])}, a directory or a .gguf file (default "
+             f"{DEFAULT_NAME})")
     add("--capacity", metavar="N", type=int, help="tokens of a sequence; default: the context")
     add("--batch", metavar="N", type=int, default=1, help="number of sequences")
     add("--memory", metavar="GIB", type=float, help="of the device; default: this machine's")

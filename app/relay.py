@@ -29,7 +29,7 @@ import torch
 
 import generate
 from generate import COMPILE, compiled_step, eager_step, reason
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, make_caches
 from retroinfer import PLAIN, InputError, RetroConfig, WaveIndex
 
 ROOT = Path(__file__).parent.parent
@@ -152,12 +152,13 @@ def compile_step(spec):
     if spec.model.tied:
         model.lm_head.weight = model.embed_tokens.weight
     model.eval().requires_grad_(False)
-    (hot, _), caches = best_hot(spec), []
+    hot, _ = best_hot(spec)
     like = torch.empty(1, spec.model.num_key_value_heads, 0, spec.model.head_dim, dtype=spec.dtype)
-    for _ in model.layers:
-        caches.append(WaveIndex(spec.config, spec.capacity, spec.batch, hot))
-        caches[-1].allocate(like)
-        caches[-1].is_in_store = [False] * spec.batch
+    caches = make_caches(spec.model, lambda: WaveIndex(spec.config, spec.capacity, spec.batch, hot),
+                         spec.capacity, spec.batch)
+    for cache in caches:
+        cache.allocate(like)
+        cache.is_in_store = [False] * spec.batch        # a ring has no store, and does not care
     compiled_step(model, caches, torch.zeros(spec.batch, dtype=torch.int64))
     stamp(spec).touch()
 

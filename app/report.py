@@ -5,17 +5,22 @@
 """
 import math
 
+from retroinfer import WaveIndex
+
 MIB = 2**20
 PER_SEQUENCE = "clusters", "retrieved_clusters", "estimated_clusters", "anchors", "true_bits"
 
 
 def measure(session):
     """Numbers by name, and lists with one entry a sequence. The card is made of these."""
-    layers = [cache.facts() for cache in session.caches]
-    first = layers[0]
+    every = [cache.facts() for cache in session.caches]
+    rings = [facts for facts in every if "window" in facts]
+    layers = [facts for facts in every if "window" not in facts]
+    first = layers[0] if layers else {}
     found = {
-        "context_tokens": first["tokens"], "read_tokens": session.n_read,
-        "generated_tokens": session.n_said, "indexed_tokens": first["indexed_tokens"],
+        "context_tokens": every[0]["tokens"], "read_tokens": session.n_read,
+        "generated_tokens": session.n_said, **measure_rings(rings, len(every)),
+        "indexed_tokens": first.get("indexed_tokens", [0] * len(session.n_read)),
         **{name: mean_of_layers(layers, name) for name in PER_SEQUENCE if name in first},
         **{name: first[name] for name in ("bits", "top") if name in first},
         "bytes_a_step": sum(facts["bytes_read"] for facts in layers),
@@ -28,6 +33,15 @@ def measure(session):
     return found
 
 
+def measure_rings(rings, n_layers):
+    """What the layers that see a window are and read; nothing if there are none. The other bytes
+    of a step are without theirs."""
+    if not rings:
+        return {}
+    return {"layers": n_layers, "window_layers": len(rings), "window": rings[0]["window"],
+            "window_bytes_a_step": sum(facts["bytes_read"] for facts in rings)}
+
+
 def mean_of_layers(layers, name):
     """The mean over layers of a fact, for each sequence. What is counted is a whole number."""
     columns = zip(*(facts[name] for facts in layers), strict=True)
@@ -37,7 +51,7 @@ def mean_of_layers(layers, name):
 
 def measure_offload(session, layers):
     """Bytes of the store, the block cache and its tables, the share of hits, host bytes a step."""
-    parts = [cache.nbytes() for cache in session.caches]
+    parts = [cache.nbytes() for cache in session.caches if isinstance(cache, WaveIndex)]
     names = {"store_bytes": "store", "slots_bytes": "block cache", "table_bytes": "its tables"}
     hits, asked, read = (sum(facts[name] for facts in layers)
                          for name in ("hits", "asked", "host_bytes"))
@@ -50,7 +64,11 @@ def measure_offload(session, layers):
 
 def card(facts, context):
     """The facts of a run in a few lines for a person."""
-    lines = [context_line(facts, context), *zone_lines(facts), reads_line(facts)]
+    lines = [context_line(facts, context)]
+    if facts["dense_bytes_a_step"]:                     # some layer sees all tokens
+        lines += [*zone_lines(facts), reads_line(facts)]
+    if "window" in facts:
+        lines.append(window_line(facts))
     if "length" in facts["ends"]:
         lines.insert(0, "answer     cut by the limit: --max-new-tokens or --capacity allows more")
     if "hit_ratio" in facts:
@@ -97,6 +115,16 @@ def reads_line(facts):
     index = f"; index in {facts['bits']} bits" if "clusters" in facts else ""
     return (f"reads      at most {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
             f"{ours / dense:.1%}{index}")
+
+
+def window_line(facts):
+    """What the layers with a window read, with an index and without one."""
+    n, of, step = facts["window_layers"], facts["layers"], facts["window_bytes_a_step"] / MIB
+    if n == of:
+        return (f"windows    no index: all {of} layers see the latest {facts['window']:,} tokens "
+                f"only, {step:.1f} MiB a step")
+    return (f"windows    {n} of {of} layers see the latest {facts['window']:,} tokens only: "
+            f"{step:.1f} MiB a step beside the reads, dense too")
 
 
 def offload_line(facts):

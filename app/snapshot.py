@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 
 from app.session import n_same
+from model import RingCache
 from retroinfer import InputError, WaveIndex
 
 KIND = "retroinfer index"
-FORMAT = f"{KIND} 8"
+FORMAT = f"{KIND} 9"
 SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
             "channel_power")                            # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
@@ -42,10 +43,11 @@ def save(path, model, tokenizer, caches, ids, text):
     """
     letters = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     tensors = {"token_ids": ids.cpu(), "text": letters}
+    config = next(cache.config for cache in caches if isinstance(cache, WaveIndex))
     for n, cache in enumerate(caches):
         tensors |= {f"{n}.{name}": x for name, x in split_heads(cache.state(0))}
     header = {"format": FORMAT,
-              "fingerprint": json.dumps(fingerprint(model, tokenizer, caches[0].config)),
+              "fingerprint": json.dumps(fingerprint(model, tokenizer, config)),
               "crc32": json.dumps({name: crc32(x) for name, x in tensors.items()})}
     write(path, tensors, header)
 
@@ -170,27 +172,39 @@ class Snapshot:
             raise InputError(f"the {len(self.ids):,} tokens of {self.path} do not fit caches of "
                              f"{caches[0].capacity:,}")
         weight, c = self.model.lm_head.weight, self.model.config
-        empty = WaveIndex(caches[0].config, 1)
-        empty.allocate(torch.empty(1, c.num_key_value_heads, 0, c.head_dim, dtype=weight.dtype))
+        like = torch.empty(1, c.num_key_value_heads, 0, c.head_dim, dtype=weight.dtype)
         for n, cache in enumerate(caches):
+            if isinstance(cache, RingCache):
+                cache.restore(self.ring(n, cache.window, like[0]), len(self.ids), weight.device)
+                continue
+            empty = WaveIndex(cache.config, 1)
+            empty.allocate(like)
             state = self.state(n, empty.state(0))
             if fault := find_fault(state, len(self.ids), cache.config):
                 raise self.damaged(f"layer {n}: {fault}")
             cache.restore(state, weight.device)
 
+    def ring(self, layer, window, like):
+        """The state of a layer that sees a window, for keys `like` (H, 0, D)."""
+        rows = min(window, len(self.ids))
+        state = {name: self.heads(f"{layer}.{name}", like, rows) for name in ("k", "v")}
+        if not all(x.isfinite().all() for x in state.values()):
+            raise self.damaged(f"layer {layer}: it holds NaN or infinity")
+        return state
+
     def state(self, layer, empty):
         """The state of a layer. InputError if it does not have the form of `empty`, a state that
         holds no token."""
         _, c = self.checked(f"{layer}.counters", empty["counters"], 0).tolist()
-        n = len(self.ids)
-        rows = dict.fromkeys(empty, c) | {"k": n, "v": n, "centre": min(c, 1)}
+        rows = dict.fromkeys(empty, c) | {"centre": min(c, 1)}
         state = {name: self.checked(f"{layer}.{name}", like, rows[name])
                  for name, like in empty.items() if name not in ("k", "v")}
-        for name in ("k", "v"):
-            heads = [self.checked(f"{layer}.{name}.{h}", like, rows[name])
-                     for h, like in enumerate(empty[name])]
-            state[name] = torch.stack(heads)
-        return state
+        return state | {name: self.heads(f"{layer}.{name}", empty[name], len(self.ids))
+                        for name in ("k", "v")}
+
+    def heads(self, name, like, rows):
+        """Keys or values (H, rows, D), which the file has head by head."""
+        return torch.stack([self.checked(f"{name}.{h}", x, rows) for h, x in enumerate(like)])
 
     def checked(self, name, like, rows):
         """A tensor of the file, of the type and shape of `like`, which has no rows where this one

@@ -199,20 +199,26 @@ def test_config_is_that_of_the_checkpoint(checkpoint):
         assert getattr(config, name) == facts[name], name
 
 
-WINDOWS = {"mistral slides": ("mistral", {"sliding_window": 16}, 16),
-           "mistral's window is longer than its limit": ("mistral", {"sliding_window": 99}, 64),
-           "mistral has no window": ("mistral", {"sliding_window": None}, 64),
+WINDOWS = {"mistral slides": ("mistral", {"sliding_window": 16}, [16, 16]),
+           "mistral's window is longer than its limit": ("mistral", {"sliding_window": 99}, []),
+           "mistral has no window": ("mistral", {"sliding_window": None}, []),
            "qwen2 slides": ("qwen2", {"sliding_window": 16, "use_sliding_window": True,
-                                      "max_window_layers": 1}, 16),
-           "qwen2 does not use its window": ("qwen2", {"sliding_window": 16}, 64),
-           "llama": ("llama", {}, 64)}
+                                      "max_window_layers": 1}, [0, 16]),
+           "qwen2 names its layers": ("qwen2", {
+               "sliding_window": 16, "use_sliding_window": True,
+               "layer_types": ["sliding_attention", "full_attention"]}, [16, 0]),
+           "qwen2 does not use its window": ("qwen2", {"sliding_window": 16}, []),
+           "llama": ("llama", {}, [])}
 
 
-@pytest.mark.parametrize("arch, overrides, context", WINDOWS.values(), ids=WINDOWS)
-def test_context_ends_where_a_window_would_slide(editable, arch, overrides, context):
+@pytest.mark.parametrize("arch, overrides, windows", WINDOWS.values(), ids=WINDOWS)
+def test_windows_are_those_that_the_config_states(editable, arch, overrides, windows):
     path = editable(arch)
-    tiny.edit(path / "config.json", drop=["layer_types"], **overrides)
-    assert load(path, torch.float32, "cpu")[0].config.context == context
+    tiny.edit(path / "config.json", drop=["layer_types"])
+    tiny.edit(path / "config.json", **overrides)
+    config = load(path, torch.float32, "cpu")[0].config
+    assert config.windows == windows and config.context == 64
+    assert config.n_wide == (windows.count(0) if windows else 2)
 
 
 # ---------------------------------------------------------------- the dense cache
@@ -397,6 +403,7 @@ def refused(path, *facts, dtype=torch.float32):
 
 UNSUPPORTED = {
     "architecture": ({"model_type": "gemma2"}, ["gemma2"]),
+    "images": ({"model_type": "gemma3"}, ["gemma3", "gemma3_text"]),
     "no architecture": ({"model_type": None}, ["None"]),
     "rope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1000.0}}, ["longrope"]),
     "rope by its old key": ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, ["su"]),

@@ -21,6 +21,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_h
          "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 2}
 ARCHITECTURES = {"llama": transformers.LlamaForCausalLM, "mistral": transformers.MistralForCausalLM,
                  "qwen2": transformers.Qwen2ForCausalLM, "qwen3": transformers.Qwen3ForCausalLM}
+GEMMA = {"gemma3_text": transformers.Gemma3ForCausalLM}     # two RoPEs, so none of those below
 
 # At theta 1,000 and 16 dims the wavelengths run from 6 to 2,600 tokens, so that every branch of
 # llama3 and every part of YaRN's ramp over 64 trained tokens holds some dimension.
@@ -46,7 +47,7 @@ def random_model(arch="llama", rope="default", scaling=(), **overrides):
                      "max_position_embeddings": CONTEXTS.get(rope, 64)}
     if arch == "mistral":
         sizes |= {"sliding_window": None}
-    cls = ARCHITECTURES[arch]
+    cls = (ARCHITECTURES | GEMMA)[arch]
     model = cls(cls.config_class(**sizes | overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -155,7 +156,8 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, meta=None, extra
 
     `meta` sets metadata, `extra` adds tensors by their GGUF names, `drop` leaves out either.
     """
-    arch = "llama" if model.config.model_type == "mistral" else model.config.model_type
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(model.config.model_type,
+                                                             model.config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (gguf_metadata(model, arch) | gguf_tokenizer() | (meta or {})).items():
         if key not in drop:
@@ -186,7 +188,8 @@ def gguf_metadata(model, arch):
         "attention.head_count_kv": c.num_key_value_heads,
         "attention.key_length": model.model.layers[0].self_attn.head_dim,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        "rope.freq_base": c.rope_parameters["rope_theta"]}.items()}
+        "rope.freq_base": c.rope_parameters.get("full_attention", c.rope_parameters)["rope_theta"],
+    }.items()}
 
 
 def gguf_tensors(model, arch):
@@ -199,6 +202,8 @@ def gguf_tensors(model, arch):
             data = permuted(data, c.num_attention_heads)
         if arch == "llama" and ".k_proj." in name:
             data = permuted(data, c.num_key_value_heads)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            data = data + 1
         stem, suffix = name.rsplit(".", 1)
         if name != "lm_head.weight" or not c.tie_word_embeddings:
             tensors[f"{names.get_name(stem)}.{suffix}"] = data
