@@ -6,7 +6,8 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run models test test-slow test-all test-gpu sanitize lint lines bench bench-cache bench-gpu evaluate notebooks \
+.PHONY: help setup run models test test-slow test-all test-gpu sanitize lint lines bench bench-cache \
+	bench-gpu gpu-day evaluate notebooks \
 	picture clean
 
 help:           ## what can be made
@@ -65,6 +66,9 @@ bench-cache: $(VENV)/ready-eval ## what the block cache would hit on real texts,
 
 bench-gpu:      ## the kernels and a whole model on a GPU beside dense attention, with PYTHON
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+gpu-day:        ## all that is to be measured on a GPU, within eight minutes, with PYTHON
+	$(PYTHON) -m bench.day $(ARGS)
 
 evaluate: $(VENV)/ready-eval ## quality beside dense attention and others; ARGS=--full for all of it
 	$(BIN)/python -m evaluation.evaluate $(ARGS)

@@ -237,7 +237,7 @@ class WaveBuffer:
         with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, (k, v), strict=True):
                 send(copy, x)
-        self.lane.held = k, v       # until the next put: else their memory could be used meanwhile
+        self.lane.keep(k, v)        # else their memory could be used before they are copied
 
     def nbytes(self):
         """Bytes allocated, by part. The store is on the host, the others are on the device."""
@@ -298,7 +298,6 @@ class Lane:
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.held = None
 
     @contextmanager
     def fork(self):
@@ -312,6 +311,11 @@ class Lane:
         """What comes next starts behind what the lane was given."""
         if self.stream:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def keep(self, *tensors):
+        """Free the memory of tensors not before the lane has done what it was given."""
+        for x in tensors if self.stream else ():
+            x.record_stream(self.stream)
 
     def drain(self):
         """Wait for what the lane was given: else rows could be read before they arrive."""
@@ -335,10 +339,26 @@ def host_memory(n, shape, dtype, device, path=None):
     return iter([x.view(dtype).view(shape) for x in pieces])
 
 
+def pinned_blocks(n, nbytes):
+    """Bytes of the blocks that hold n tensors of nbytes each: powers of two, the largest first.
+
+    torch rounds pinned memory up to a power of two. Rounded one by one, tensors of 272 MiB would
+    take 512 MiB each.
+    """
+    while n:
+        size = 1 << (n * nbytes).bit_length() - 1
+        if size < nbytes:                               # one is left
+            size = 1 << (nbytes - 1).bit_length()
+        yield size
+        n -= min(size // nbytes, n)
+
+
 def plain(n, nbytes, is_pinned):
     """n tensors of bytes."""
+    sizes = pinned_blocks(n, nbytes) if is_pinned else n * [nbytes]
     try:
-        return [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(n)]
+        blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned) for size in sizes]
+        return [x for block in blocks for x in block.split(nbytes) if len(x) == nbytes][:n]
     except RuntimeError as e:
         raise InputError(f"the store needs {n * nbytes / 2**30:.1f} GiB of host memory, which is "
                          f"not to be had ({str(e).splitlines()[0]}): lower --capacity, or keep it "

@@ -374,7 +374,9 @@ def attend_causally(q, k, v):
     if Tq == T:
         return attend(q, k, v, is_causal=True, enable_gqa=True)
     if q.device.type != "cpu":          # these kernels keep no mask
-        return attend(q, k, v, causal_lower_right(Tq, T), enable_gqa=True)
+        mask = causal_lower_right(1, 1)     # made as large as it stands for, it
+        mask.seq_len_q, mask.seq_len_kv = Tq, T     # would hold 8*Tq*T bytes
+        return attend(q, k, v, mask, enable_gqa=True)
     G, parts, end = q.shape[1] // k.shape[1], [], T - Tq
     k, v = (x[0, :, None].expand(-1, G, -1, -1) for x in (k, v))    # no copies
     for part in q[0].unflatten(0, (-1, G)).split(max(MASK // T, 1), 2):
@@ -413,7 +415,7 @@ class WaveIndex(LayerCache):
         self.index = Index(*rows, zeros(C, dtype=numbers),
                            zeros(C, dtype=torch.int64), zeros(C, dtype=small),
                            zeros(C, 2, dtype=small), zeros(1, D, dtype=numbers))
-        self.q_energy = zeros(D, dtype=torch.float64)
+        self.q_energy = zeros(D, dtype=widest(like.device))
         self.n_clusters = self.n_clusters.to(like.device)
         R, K = limits_of(self.config, torch.tensor(self.capacity), self.method)
         R, K = min(int(R), C), min(round_up(int(K)), C)
@@ -454,7 +456,7 @@ class WaveIndex(LayerCache):
         q = q[:, :, :heard].float()
         place = start + torch.arange(q.shape[2], device=q.device)
         is_heard = (place < heard).view(-1, 1, q.shape[2], 1)
-        energy = (q.square() * is_heard).sum(2, dtype=torch.float64)
+        energy = (q.square() * is_heard).sum(2, dtype=self.q_energy.dtype)
         H = self.q_energy.shape[1]
         energy = energy.unflatten(1, (H, -1)).mean(2)           # (B, H, D)
         rows = slice(None) if row is None else slice(row, row + 1)
@@ -510,7 +512,7 @@ class WaveIndex(LayerCache):
         token = 2 * H * D * self.store.k.element_size()         # bytes
         return {"tokens": self.n_tokens.tolist(),
                 "indexed_tokens": self.n_indexed.tolist(),
-                **{name: x.double().mean(-1).tolist() for name, x in means.items()},
+                **{name: x.float().mean(-1).tolist() for name, x in means.items()},
                 "bytes_read": self.bytes_read(), "bits": self.config.bits,
                 "dense_bytes": token * int(self.n_tokens.sum()),
                 **self.store.facts()}
@@ -792,6 +794,11 @@ def bias_of(is_free):
     return zeros.masked_fill(is_free, -math.inf)
 
 
+def widest(device):
+    """The widest dtype of floats that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def round_up(n):
     """The next multiple of RUN."""
     return max(-(-n // RUN), 1) * RUN
@@ -818,6 +825,7 @@ PAPER = Method(
 # ================================================================ Part II: what is better
 
 LONG = 8192         # tokens up to which the share of a text does not shrink
+WHOLE = 2**40       # what a weight of 1 is in whole numbers
 
 
 @functools.cache
@@ -995,9 +1003,9 @@ def share_values(w_r, v_r, w_e, ends, budget, method):
     is_read = torch.zeros(v_r.shape[:3], dtype=torch.bool, device=best.device)
     is_read = is_read.scatter(-1, best, is_asked)[:, :, None]   # (B, H, 1, N)
     owner = owners(ends, N)[:, :, None].expand_as(w_r)
-    left = torch.zeros_like(w_r[..., :1]).expand(-1, -1, -1, R)
-    left = left.scatter_add(-1, owner, w_r.masked_fill(is_read, 0))
-    w_e = w_e + F.pad(left, (0, w_e.shape[-1] - R))
+    shares = (w_r.masked_fill(is_read, 0) * WHOLE).long()   # add up alike in any order
+    left = shares.new_zeros(1).expand(*w_r.shape[:3], R).scatter_add(-1, owner, shares)
+    w_e = w_e + F.pad(left / WHOLE, (0, w_e.shape[-1] - R))
     return along(w_r, best) * is_asked[:, :, None], take(v_r, best), w_e
 
 

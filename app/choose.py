@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from app.relay import TITLES, Relay, best_hot
-from generate import compiled_step, eager_step, hot_functions, try_compiler
+from generate import CapturedStep, compiled_step, eager_step, hot_functions, try_compiler
 from model import SLOW_DTYPES
 from retroinfer import PLAIN, InputError
 
@@ -57,8 +57,14 @@ def choose_step(args, spec, device):
         hot = hot_functions(device, name)
     except ModuleNotFoundError as e:
         hot, reason = hot_functions(device, "compile"), f"{e.name} is not here"
-    words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
-    return compiled_step, hot, lambda: words
+    title = TITLES[hot.attend.__module__]
+    if args.offload and title == "Triton":
+        title = "PyTorch for attention, Triton for fetches and the index,"  # the buffer attends
+    words = f"{title} and torch.compile on {device}, {reason}"
+    if device.type != "cuda":
+        return compiled_step, hot, lambda: words
+    step = CapturedStep()
+    return step, hot, lambda: f"{words}; {step.words()}"
 
 
 def choose_plain(args, device):

@@ -389,7 +389,7 @@ def compare(session, ids, said, logits, n_tokens, tokenizer):
     dense.pick = lambda _: ids.new_tensor([next(ours)])
     theirs = dense.record()
     dense.answer(len(said))
-    p, q = (x.double().log_softmax(-1) for x in (torch.cat(theirs), logits))    # (n, V)
+    p, q = (x.cpu().double().log_softmax(-1) for x in (torch.cat(theirs), logits))  # (n, V)
     return {"dense_answer": tokenizer.decode(answer), "dense_decode_tokens_per_s": speed,
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
             "kl": (p.exp() * (p - q)).sum(-1).mean().item()}

@@ -36,7 +36,7 @@ from app.choose import choose_device
 from app.cli import check_counts, make_config
 from app.command import Parser, run_command
 from app.settings import add_set, take_settings
-from buffer import RATIO, WaveBuffer, check_ratio
+from buffer import RATIO, WaveBuffer, check_ratio, pinned_blocks
 from checkpoint import config_from_json, open_checkpoint
 from generate import CHUNK, eager_step
 from model import DEFAULT_NAME, NAMED, Llama, ModelConfig, fast_dtype, find, make_caches
@@ -224,9 +224,15 @@ def plan(run):
     device = {name: n * run.model.n_wide for name, n in cache.nbytes().items()}
     if run.model.windows:
         device["windows"] = ring_bytes(run)
-    host = {} if run.cache_ratio is None else {"store": device.pop("store")}
+    host = {} if run.cache_ratio is None else {"store": host_bytes(run, device.pop("store"))}
     return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
                 prefill_bytes(model, run), step_bytes(model, cache))
+
+
+def host_bytes(run, store):
+    """Bytes of the host that an offloaded store takes: for a GPU, of the blocks that hold it."""
+    n = 2 * run.model.num_hidden_layers
+    return store if run.is_cpu or run.in_file else sum(pinned_blocks(n, store // n))
 
 
 def prefill_bytes(model, run):

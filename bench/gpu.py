@@ -176,18 +176,24 @@ class Cell:
 
     def runners(self):
         """{name: function}. Grouped: the G queries of a kv head as G tokens."""
+        q, flat, k, v = self.dense()
+        return {"kernels": lambda: kernels.attend(*self.args),
+                "SDPA, grouped": lambda: F.scaled_dot_product_attention(q, k, v),
+                "SDPA, flash": lambda: flash(flat, k, v)}
+
+    def compiled_runners(self):
+        """{name: function} of those that are compiled first."""
+        _, flat, k, v = self.dense()
+        ours, flex = (torch.compile(f, fullgraph=True, dynamic=False)
+                      for f in (attend, flex_attention))
+        return {"PyTorch, compiled": lambda: ours(*self.args),
+                "FlexAttention": lambda: flex(flat, k, v, enable_gqa=True)}
+
+    def dense(self):
+        """q (B, H, G, D), the same (B, H*G, 1, D), and k, v (B, H, T, D)."""
         q, _, _, stores, _, _ = self.args
         k, v = (x[:, :, :self.tokens] for x in stores)
-        flat = q.flatten(1, 2)[:, :, None]                                  # (B, H*G, 1, D)
-        found = {"kernels": lambda: kernels.attend(*self.args),
-                 "SDPA, grouped": lambda: F.scaled_dot_product_attention(q, k, v),
-                 "SDPA, flash": lambda: flash(flat, k, v)}
-        if (self.tokens, len(q)) in COMPILED:
-            ours, flex = (torch.compile(f, fullgraph=True, dynamic=False)
-                          for f in (attend, flex_attention))
-            found["PyTorch, compiled"] = lambda: ours(*self.args)
-            found["FlexAttention"] = lambda: flex(flat, k, v, enable_gqa=True)
-        return found
+        return q, q.flatten(1, 2)[:, :, None], k, v
 
     def check(self):
         """InputError unless a head's error to float64 is at most twice that of eager PyTorch."""
@@ -259,7 +265,10 @@ def attend_exactly(q, steady, index, stores, budget, method):
 def layer_facts(cell, step_ms, bandwidth):
     """Errors of a Cell, milliseconds of each runner, bytes and share of each kernel."""
     facts = cell.name | cell.check()
-    facts["ms"] = {name: step_ms(run) for name, run in cell.runners().items()}
+    runners = cell.runners()
+    if (cell.tokens, cell.name["batch"]) in COMPILED:
+        runners |= cell.compiled_runners()
+    facts["ms"] = {name: step_ms(run) for name, run in runners.items()}
     launches, facts["kernels"] = cell.launches(), {}
     traffic = cell.traffic(launches)
     for name, (run, _) in launches.items():
@@ -280,17 +289,27 @@ def index_facts(model, scope):
     return {"model": model, "tokens": scope.segment, "ms": ms}
 
 
+def copy_bandwidth(scope):
+    """Bytes a second that a copy on the device reads and writes."""
+    x = torch.empty(2, 2**29 if IS_GPU else 2**20, dtype=torch.uint8, device=DEVICE)
+    return x.numel() / scope.step_ms(lambda: x[0].copy_(x[1])) * 1e3
+
+
+def cell_bytes(scope, model, tokens, batch):
+    """Bytes of a Cell: K and V, the index, and what its build takes."""
+    H, _, D = scope.shapes[model]
+    return 3.5 * batch * tokens * H * D * 2
+
+
 def layers_facts(scope, end):
     """All facts of layers, for as many cells as memory allows, none begun after `end`."""
-    x = torch.empty(2, 2**29 if IS_GPU else 2**20, dtype=torch.uint8, device=DEVICE)
-    bandwidth = x.numel() / scope.step_ms(lambda: x[0].copy_(x[1])) * 1e3   # read and written
+    bandwidth = copy_bandwidth(scope)
     name = torch.cuda.get_device_name() if IS_GPU else "a dry run on a CPU"
     facts = {"where": f"{name}, torch {torch.__version__}, Triton {triton.__version__}, copy "
              f"{bandwidth / 1e9:.0f} GB/s", "copy_bytes_per_s": bandwidth, "cells": [],
              "left_out": [], "index": [index_facts(model, scope) for model in scope.shapes]}
     for (tokens, batch), model in itertools.product(scope.cells, scope.shapes):
-        H, _, D = scope.shapes[model]
-        need = 3.5 * batch * tokens * H * D * 2     # K and V, the index, and what its build takes
+        need = cell_bytes(scope, model, tokens, batch)
         if time.monotonic() > end or need > 0.9 * free_memory():
             facts["left_out"].append(f"{model}, {tokens:,} tokens, batch {batch}: it needs "
                                      f"{need / 2**30:.0f} GiB, or the time was over")
@@ -343,13 +362,15 @@ def step_facts(model, caches, tokens, step_ms):
             "bytes": weights + cached}
 
 
-def decode_facts(scope):
-    """A step on each kind of cache, at the largest batch, or {} if not one sequence fits."""
+def decode_facts(scope, batch=None):
+    """A step on each kind of cache, at the largest batch unless it is given, or {} if not one
+    sequence fits."""
     config, tokens, found = scope.config, scope.tokens, {}
     capacity = tokens + SPARE
     make_room()
     free = free_memory() - plan.weights(config, DTYPE)
-    batch = largest_batch(config, capacity, free)
+    most = largest_batch(config, capacity, free)
+    batch = min(batch or most, most)
     if batch < 1:
         return {}
     model = random_model(config)
