@@ -1,41 +1,60 @@
 # %% [markdown]
 # # Why is decoding slow, and how little of the cache matters?
 #
-# **Goal.** Count the bytes that one new token costs, see that waiting for them is most of the
-# work, and then look at where the attention of a real model goes: to how many of the tokens whose
-# keys and values it has just read?
+# **Goal.** Count the bytes that one new token costs, and measure whether reading them or computing
+# with them takes the time. Then look at where the attention of a real model goes: how many of the
+# tokens that a step reads does it need?
+#
+# **You need.** PyTorch tensors, and attention as softmax(q·k) times v. A *kv head* has one key and
+# one value a token; a group of query heads shares it.
+#
+# **Time.** A minute to run (once two more, to run the model), half an hour to read.
+#
+# **Paper.** RetroInfer, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922), sections 1 and 2.
+#
+# **Before and after.** [00 one step](00_one_step.ipynb) ·
+# [02 clusters](02_clusters.ipynb)
 #
 # **Predict first.** A head gives each token of the text a weight; the weights add up to one. Sort
 # them. Of every 1,000 tokens of a text, how many does a typical head need to gather 90 % of its
 # attention? Write your number down.
-#
-# Everything below is real: the default model has read a lighthouse keeper's log book, was asked
-# for the combination of a strongbox, and has answered. We kept its queries, keys and values.
 
 # %%
 import sys; sys.path[:0] = [".."]
 import time
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+import figures_01 as figures
 from capture import captured
-from plots import BLUE, DARK, LIGHT, MIDDLE, axes, heatmap, label
+from checks import agree
+from plots import versions
 
 from model import DenseCache
 
-text = captured()
+texts = {name: captured(name) for name in ("lighthouse", "expedition")}
+text = texts["lighthouse"]
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H                # query heads that share a key
-print(f"{T:,} tokens, {n_layers} layers, {H} kv heads of {G} query heads, {D} dims")
-print("It ends:", "".join(text.pieces[text.n_prompt:]))
+print(versions())
+
+# %% [markdown]
+# Everything below is real. The default model, SmolLM2-135M, has read two texts: a lighthouse
+# keeper's log book and the reports of a desert survey. It was asked for a number that each text
+# states once, and has answered. We kept its queries, keys and values.
+
+# %%
+print(f"{n_layers} layers, {H} kv heads of {G} query heads, {D} dims")
+for name, x in texts.items():
+    print(f"{name}: {len(x.pieces):,} tokens. It ends: {''.join(x.pieces[x.n_prompt:])}")
+figures.idea()
 
 # %% [markdown]
 # ## What a token costs
 #
-# To make one token the model reads each of its weights once, and the key and the value of every
-# token before it, in every layer and head. The weights are shared by a batch; each text has a
-# cache of its own.
+# To make one token the model reads each of its weights once. It also reads the key and the value
+# of every token before it, in every layer and head. All texts of a batch share the weights. Each
+# text has a cache of its own.
 
 # %%
 FP32 = 4                                                        # bytes a number
@@ -49,105 +68,103 @@ def bytes_a_step(T, batch=1):
 print(f"weights  {weights / 1e6:7.1f} MB a step, whatever the batch")
 print(f"cache    {kv_a_token / 1e3:7.1f} kB a token: {T * kv_a_token / 1e6:.1f} MB for our text")
 
+# %% [markdown]
+# Does the formula count what is there? Fill the library's dense cache and weigh it.
+
 # %%
-batch, lengths = 8, torch.arange(0, text.config.context + 1, 64)
-cross = weights / (batch * kv_a_token)                          # tokens
-ax = axes(f"In a batch of {batch}, past {cross:,.0f} tokens the cache outweighs the model",
-          "tokens in each text", "read for one step [GB]")
-for n, colour in ((1, MIDDLE), (batch, DARK)):
-    ax.plot(lengths, bytes_a_step(lengths, n) / 1e9, color=colour)
-    label(ax, lengths[-1], bytes_a_step(lengths[-1], n) / 1e9, f"batch {n}")
-ax.axhline(weights / 1e9, color=BLUE, linestyle="--")
-label(ax, lengths[-1], weights / 1e9, "weights", dy=-8, color=BLUE)
-ax.axvline(cross, color=LIGHT, zorder=0)
-ax.set(ylim=0, xlim=(0, text.config.context))
-plt.show()
-assert bytes_a_step(2 * cross, batch) > 2.9 * weights and cross < text.config.context
+def filled(n):
+    """The dense cache of layer n after the whole text."""
+    cache = DenseCache(capacity=T)
+    cache.prefill(*text.layer(n))
+    return cache
+
+weighed = sum(x.nbytes for x in (filled(0).k, filled(0).v))     # rows for T tokens, rounded up
+print(f"one layer: {weighed / 1e6:.2f} MB weighed, {T * kv_a_token / n_layers / 1e6:.2f} counted")
+assert 1 <= weighed / (T * kv_a_token / n_layers) < 1.02
+
+# %%
+lengths = torch.arange(0, text.config.context + 1, 64)
+cross = weights / (8 * kv_a_token)                              # tokens: 8 caches are one model
+figures.bytes_by_length(lengths, {n: bytes_a_step(lengths, n) for n in (1, 8)}, weights, cross)
 
 # %% [markdown]
 # ## Arithmetic or memory?
 #
 # A machine has two speeds: how fast it computes and how fast it reads. Work that does few
-# operations a byte waits for memory; only past the *ridge*, where the two take equally long, does
-# arithmetic count. Let us measure both speeds here, and then count the operations a byte.
+# operations for each byte is limited by reading. The *ridge* is the number of operations a byte at
+# which reading and computing take equally long. First we measure both speeds of this machine.
 
 # %%
 def seconds(work, repeats=5):
-    """The shortest of some runs: noise only adds."""
+    """The shortest of some runs: other programs only make a run longer."""
     def once():
         start = time.perf_counter(); work()
         return time.perf_counter() - start
     return min(once() for _ in range(repeats))
 
-large, square = torch.ones(2**26), torch.randn(1024, 1024)      # 256 MiB, more than any cache here
-bandwidth = large.nbytes / seconds(large.sum)         # bytes/s
+large, square = torch.ones(2**26), torch.randn(1024, 1024)      # 256 MiB: more than a CPU's cache
+bandwidth = large.nbytes / seconds(large.sum)                   # bytes/s
 compute = 2 * 1024**3 / seconds(lambda: square @ square)        # flop/s
-ridge = compute / bandwidth
-print(f"{bandwidth / 1e9:.0f} GB/s, {compute / 1e9:.0f} Gflop/s: ridge at {ridge:.0f} flop/byte")
+print(f"{bandwidth / 1e9:.0f} GB/s, {compute / 1e9:.0f} Gflop/s: "
+      f"ridge at {compute / bandwidth:.0f} flop/byte")
 
 # %% [markdown]
-# Attention does 2·D operations for a score and 2·D for its share of the sum, for every pair of
-# query and key. In decoding a key is used by the G query heads of its group, and that is all. In
-# prefill a key, once read, serves the queries of a whole block of text.
+# For each pair of a query and a key, attention does 2·D operations for the score, and 2·D to add
+# the value. In decoding, the G query heads of a group use a key, and nobody else does. In prefill
+# a whole block of queries uses a key that was read once. So we time one function on the same keys,
+# with one query, three queries (decoding: G = 3) and 1,024 queries a key.
 
 # %%
-keys = [text.layer(n)[1:] for n in range(n_layers)]             # (1, H, T, D) twice a layer
-last = [text.layer(n)[0][:, :, -1:] for n in range(n_layers)]   # (1, H*G, 1, D)
+keys = [text.layer(n)[1:] for n in range(n_layers)]             # k and v (1, H, T, D) of a layer
 
-def decode():
-    for q, (k, v) in zip(last, keys, strict=True):
-        F.scaled_dot_product_attention(q.view(1, H, G, D), k, v)
+def attention(n_queries, n_tokens=T):
+    """Seconds for n_queries a kv head over the first n_tokens, in five layers."""
+    q = torch.randn(1, H, n_queries, D)
+    pairs = [(k[:, :, :n_tokens], v[:, :, :n_tokens]) for k, v in keys[:5]]
+    return seconds(lambda: [F.scaled_dot_product_attention(q, k, v) for k, v in pairs],
+                   repeats=3 if n_queries > 16 else 25)
 
-q, k, v = text.layer(0)
-def prefill():
-    F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-flops = {"decode": 4 * D * H * G * T * n_layers, "prefill": 4 * D * H * G * T * T / 2}
-reads = {"decode": T * kv_a_token, "prefill": FP32 * (2 * q.numel() + k.numel() + v.numel())}
-intensity = {name: flops[name] / reads[name] for name in flops}
-speed = {"decode": flops["decode"] / seconds(decode),
-         "prefill": flops["prefill"] / seconds(prefill, 2)}
-for name in flops:
-    print(f"{name:8} {intensity[name]:6.1f} flop/byte, {speed[name] / 1e9:5.1f} Gflop/s")
+took = {n: attention(n) for n in (1, G, 16, 1024)}
+quarter = attention(1, T // 4)
+for n, s in took.items():
+    print(f"{n:5} queries a key: {s * 1e3:7.1f} ms, {s / took[1]:6.1f} times one query's")
+print(f"    1 query, a quarter of the tokens: {quarter / took[1]:.2f} times")
 
 # %%
-ax = axes(f"Decoding waits for memory: {intensity['decode']:.1f} operations a byte, "
-          f"the ridge is at {ridge:.0f}", "operations a byte read [flop/byte]", "speed [Gflop/s]")
-x = torch.logspace(-0.5, 4, 200)
-ax.loglog(x, (x * bandwidth).clamp(max=compute) / 1e9, color=MIDDLE)
-label(ax, 1, bandwidth / 1e9, "limit: reading", dx=-8, dy=6, ha="right")
-label(ax, 2 * ridge, compute / 1e9, "limit: computing", dx=0, dy=9)
-for name in flops:
-    ax.plot(intensity[name], speed[name] / 1e9, "o", color=DARK, markersize=7)
-    label(ax, intensity[name], speed[name] / 1e9, f"attention in {name}", dx=9, dy=-4)
-ax.axvline(ridge, color=LIGHT, zorder=0)
-ax.set_ylim(bandwidth / 1e9 / 10, compute / 1e9 * 3)
-plt.show()
-assert intensity["decode"] < ridge < intensity["prefill"]
+read = 5 * 2 * H * T * D * FP32                                 # bytes of K and V, five layers
+points = {f"{n} a key": (n * D * 4 / (2 * D * FP32), 5 * 4 * D * H * n * T / s)
+          for n, s in took.items()}
+figures.roofline(bandwidth, compute, points)
+assert took[16] < 12 * took[1], "sixteen times the arithmetic takes less than 16 times as long"
+assert quarter < 0.7 * took[1], "a quarter of the bytes takes less time"
+assert points["1024 a key"][1] > 2 * points["3 a key"][1], "the machine can compute faster"
 
 # %% [markdown]
-# So a step takes as long as its bytes take, and computing less does not help: we have to *read*
-# less. Which keys could we leave unread?
+# Sixteen times the arithmetic on the same bytes takes far less than sixteen times as long, but a
+# quarter of the bytes takes about a quarter of the time. So a decode step gets faster if it *reads*
+# less; computing less would not help. (The points lie below the limit: this function does not read
+# as fast as a plain sum. Notebooks 05 and 06 come closer.) Which keys could we leave unread?
 #
 # ## One query, by hand
 #
 # Attention is a softmax over inner products, and a sum of values with those weights. The query is
-# the one that has to say the first digit of the answer; the keys are all there are.
+# the one that has to say the first digit of the answer. The keys are all keys before it.
 
 # %%
-answer = text.find("strongbox is 94826.")       # where the text says it, first of all in the log
-ask = text.n_prompt + 8                         # the token before the first digit of our answer
-assert text.pieces[ask + 1] == text.pieces[answer[4]] == "9"
-
-def attention_weights(n, t=ask):
+def weights_of(text, n, t, shift=0):
     """Weights (H*G, t+1) that token t gives itself and all before it, in layer n."""
     q, k, _ = text.layer(n)
-    q = q[0, :, t].view(H, G, D)                                # (H, G, D)
+    q = q[0, :, t].view(H, G, D).roll(shift, 0)                 # (H, G, D)
     scores = q @ k[0, :, :t + 1].mT / D**0.5                    # (H, G, t+1)
     return scores.softmax(-1).flatten(0, 1)
 
+def asking(text):
+    """The token before the first digit of the answer."""
+    return next(t for t in range(text.n_prompt, len(text.pieces)) if text.pieces[t + 1].isdigit())
+
+ask = asking(text)
 v = text.layer(12)[2][0, :, :ask + 1]                           # (H, ask+1, D)
-mine = torch.stack([w @ v[head // G] for head, w in enumerate(attention_weights(12))])
+mine = torch.stack([w @ v[head // G] for head, w in enumerate(weights_of(text, 12, ask))])
 
 # %% [markdown]
 # The library's dense cache does the same for a whole model. Both must agree.
@@ -162,102 +179,125 @@ torch.testing.assert_close(mine, theirs[0, :, 0])
 # %% [markdown]
 # ## How many tokens matter
 #
-# Sort the weights of every head, add them up from the largest, and see how far the sum has come
-# after n tokens.
+# Sort the weights of a head, and add them up from the largest until 90 % is reached. We do it for
+# all 270 query heads and for six tokens of each text. As a control, each kv head gets the queries
+# of *another* kv head. Those queries are as large, but were not made for these keys.
 
 # %%
-all_weights = torch.stack([attention_weights(n) for n in range(n_layers)])  # (layers, H*G, ask+1)
-mass = all_weights.sort(-1, descending=True).values.cumsum(-1)
-needed = (mass < 0.9).sum(-1) + 1                                           # (layers, H*G)
-typical = int(needed.median())
+def needed(w, share=0.9):
+    """How many of the largest weights w (..., T) add up to `share`."""
+    return (w.sort(-1, descending=True).values.cumsum(-1) < share).sum(-1) + 1
 
-ax = axes(f"A typical head gathers 90 % of its attention from {typical} of {ask + 1:,} tokens",
-          "tokens kept, the best first", "share of the attention [%]")
-n = torch.arange(1, ask + 2)
-low, middle, high = (mass.flatten(0, 1).quantile(p, 0) * 100 for p in (0.1, 0.5, 0.9))
-ax.fill_between(n, low, high, color=LIGHT, linewidth=0)
-ax.semilogx(n, middle, color=DARK)
-label(ax, 3, middle[2], "the median head", dx=10, dy=-8)
-label(ax, 300, low[299], "8 of 10 heads lie in the band", dx=-4, dy=-14)
-ax.axhline(90, color=BLUE, linestyle="--", linewidth=1)
-ax.set(ylim=(0, 102), xlim=(1, ask + 1))
-plt.show()
-assert typical < 0.05 * (ask + 1)
-print(f"that is {1000 * typical / (ask + 1):.0f} of every 1,000 tokens. What was your number?")
+def shares_needed(text, shift=0):
+    """Tokens needed over all tokens (6, layers, H*G), for six tokens of the text."""
+    places = [*range(1000, text.n_prompt, (text.n_prompt - 1000) // 5 + 1), asking(text)]
+    return torch.stack([torch.stack([needed(weights_of(text, n, t, shift)) / (t + 1)
+                                     for n in range(n_layers)]) for t in places])
+
+shares = {name: shares_needed(x) for name, x in texts.items()}
+control = {name: shares_needed(x, shift=1) for name, x in texts.items()}
 
 # %%
-ax = axes("The first layer looks everywhere, the later ones at little",
-          "layer", "query head", size=(7.5, 3))
-share = 100 * needed / (ask + 1)
-heatmap(ax, share.T.clamp(max=50), "tokens for 90 %, to 50 and above [%]", vmin=0, vmax=50)
-ax.set_yticks(range(0, H * G, 2))
-plt.show()
-first, later = share[0].median(), share[1:].median()
-assert first > 10 * later
-print(f"median head: {first:.0f} % of the tokens in layer 0, {later:.1f} % in the others")
+figures.tokens_needed(shares, control)
+for name in texts:
+    by_token, other = shares[name].flatten(1).median(1).values, control[name].median()
+    print(f"{name}: of 1,000 tokens a typical head needs {1000 * by_token.min():.0f} to "
+          f"{1000 * by_token.max():.0f}, depending on the token; control {1000 * other:.0f}")
+    assert by_token.max() < 0.1 and shares[name].median() < other / 3
+
+# %% [markdown]
+# What was your number? Heads differ: here is each head of each layer, for one token.
+
+# %%
+share = 100 * shares["lighthouse"][-1]                          # (layers, H*G)
+figures.needed_by_layer(share)
+for x in shares.values():                                       # (6, layers, H*G), every token
+    assert (x[:, 0].median(-1).values > 5 * x[:, 1:].flatten(1).median(1).values).all()
+print(f"median head: {share[0].median():.0f} % in layer 0, {share[1:].median():.1f} % in others")
+
+# %% [markdown]
+# ## Does the output need no others?
+#
+# A small weight may belong to a large value. So we compute the output of every head from its best
+# 5 % of the tokens alone, and compare it with the output from all. The controls are as many of the
+# latest tokens, and as many tokens drawn at random.
+
+# %%
+def output_error(n, t, pick):
+    """|o - dense| / |dense| (H*G,) of layer n if only pick(w) of the tokens are read."""
+    w, v = weights_of(text, n, t).view(H, G, -1), text.layer(n)[2][0, :, :t + 1]
+    kept = torch.zeros_like(w).scatter_(-1, pick(w), 1) * w
+    o, dense = kept / kept.sum(-1, keepdim=True) @ v, w @ v
+    return ((o - dense).norm(dim=-1) / dense.norm(dim=-1)).flatten()
+
+torch.manual_seed(0)
+kept = (ask + 1) // 20
+picks = {"best": lambda w: w.topk(kept).indices,
+         "latest": lambda w: torch.arange(w.shape[-1] - kept, w.shape[-1]).expand(H, G, -1),
+         "random": lambda w: torch.rand(w.shape).topk(kept).indices}
+errors = {name: torch.stack([output_error(n, ask, pick) for n in range(n_layers)])
+          for name, pick in picks.items()}
+figures.errors_of_choice(errors, kept)
+best, latest, random = (float(e.median()) for e in errors.values())
+assert best < 0.15 and latest > 2 * best and random > 4 * best
 
 # %% [markdown]
 # ## Where the few are
 #
-# Two kinds of tokens are always among them, and need no search. The latest ones, for language is
-# local; and the very first, which says nothing but takes the attention that a head has no better
-# use for: the *sink*.
+# Some need no search. In most layers the latest tokens weigh much, because language is local. And
+# in the upper half of the layers so do the very first tokens. They say nothing about the text; a
+# head that looks for nothing gives them its attention. They are called the *sink*.
 
 # %%
-zones = torch.stack([all_weights[..., :4].sum(-1), all_weights[..., 4:-64].sum(-1),
-                     all_weights[..., -64:].sum(-1)], -1).mean(1) * 100     # (layers, 3)
-deep = zones[n_layers // 2:].mean(0)
-ax = axes(f"In the upper half the first 4 tokens take {deep[0]:.0f} %, the latest 64 take "
-          f"{deep[2]:.0f} %", "layer", "attention, mean of the heads [%]")
-bottom = torch.zeros(n_layers)
-for zone, colour, name in zip((0, 2, 1), (DARK, MIDDLE, LIGHT),
-                              ("first 4", "latest 64", "all between"), strict=True):
-    ax.bar(range(n_layers), zones[:, zone], bottom=bottom, color=colour, width=0.85)
-    label(ax, n_layers - 0.4, float(bottom[-1] + zones[-1, zone] / 2), name)
-    bottom += zones[:, zone]
-ax.set(ylim=(0, 100), xlim=(-0.6, n_layers - 0.4))
-plt.show()
-assert zones[:8, 0].max() < 5 and deep[0] > 20, "only the upper layers have a sink"
+def zones(text, t):
+    """Attention (3, layers), in %, to the first 4 tokens, the latest 64, and all between."""
+    w = torch.stack([weights_of(text, n, t).mean(0) for n in range(n_layers)]) * 100
+    return torch.stack([w[:, :4].sum(1), w[:, -64:].sum(1), w[:, 4:-64].sum(1)])
+
+seen = torch.stack([zones(x, t) for x in texts.values()
+                    for t in range(1000, len(x.pieces), 500)], 1)        # (3, tokens, layers)
+figures.zones_by_layer(dict(zip(("first 4", "latest 64", "others"), seen, strict=True)))
+
+# %%
+sink = seen[0].mean(0)                                              # (layers,)
+print(f"the first 4 tokens: {sink[:8].max():.1f} % at most in layers 0 to 7, "
+      f"{sink[15:].mean():.0f} % in the upper half; an even share is {400 / ask:.2f} %")
+n_local = int((seen[1].mean(0) > 20).sum())
+print(f"the latest 64 take more than a fifth in {n_local} of {n_layers} layers")
+assert sink[:8].max() < 5 and sink[15:].mean() > 20 and n_local > n_layers / 2
+assert (seen[0][:, 15:].mean(1) > 10).all(), "at every token that we looked at"
 
 # %% [markdown]
-# What is left lies between them, somewhere in the text, and it is what answers the question. Here
-# is where the head that attends most to the number itself looks:
+# The rest lies between, somewhere in the text, and there is the answer to the question. We look for
+# the head that attends most to the number. That is the best of 270 heads, so chance helps it. The
+# control is the other text: does *the same* head find the number there?
 
 # %%
-to_digits = all_weights[..., answer[4]]                          # (layers, H*G)
-n, head = divmod(int(to_digits.argmax()), H * G)
-w = all_weights[n, head]
-ax = axes(f"Layer {n}, head {head} finds the number in the middle of the text",
-          "position in the text [tokens]", "weight [%]", size=(7.5, 2.8))
-ax.vlines(range(ask + 1), 0, w * 100, color=DARK, linewidth=1.2)
-words = "".join(text.pieces[i] for i in answer).strip()
-label(ax, answer[4], w[answer[4]] * 100, f"“{words}”")
-ax.set(xlim=(-40, ask + 60), ylim=0)
-plt.show()
-between = w.clone(); between[:4] = 0; between[-64:] = 0
-assert int(between.argmax()) == answer[4]
+numbers = {"lighthouse": "94826", "expedition": "97146"}
+places = {name: texts[name].find(number)[0] for name, number in numbers.items()}
+to_digit = torch.stack([weights_of(text, n, ask)[:, places["lighthouse"]] for n in range(n_layers)])
+head = divmod(int(to_digit.argmax()), H * G)
+rows = {name: (weights_of(x, head[0], asking(x))[head[1]], places[name], numbers[name])
+        for name, x in texts.items()}
+figures.one_head(rows, head)
+for w, place, _ in rows.values():
+    middle = w[4:-64]
+    assert int(middle.argmax()) + 4 == place and w[place] > 0.3
 
 # %% [markdown]
 # ## Takeaway
 #
-# - A decode step is as slow as its bytes: it does too few operations with each to wait for
-#   anything else.
-# - The cache is read whole, and nearly all of that is in vain: a few tokens hold nearly all of the
-#   attention, in nearly every head.
-# - Some of them are known beforehand, the first and the latest. The others depend on the query:
-#   they must be *found*, without reading every key. That is a search problem, and the next
-#   notebook makes an index for it.
-
-# %%
-in_vain = 1 - needed.float().mean() / (ask + 1)
-assert in_vain > 0.9 and (share < 20).float().mean() > 0.9
-print(f"read but not needed for 90 % of the attention: {in_vain:.0%} of the cache")
-
-# %% [markdown]
+# - A decode step does few operations with each byte of the cache. To make it faster, read less.
+# - A few tokens hold nearly all of the attention of most heads, and the output follows them. Only
+#   the first layer looks everywhere.
+# - In most layers the latest tokens are among the few; in the upper half the first ones are too.
+#   The others depend on the query: a step must *find* them without reading every key. That is a
+#   search problem. The next notebook builds an index for it.
+#
 # ## Exercises
 #
 # **1.** Write `tokens_for(weights, share)`: the fewest tokens of one head's weights (T,) that hold
-# at least that share of its attention. The cell below it says whether it is right.
+# at least that share of its attention. The cell below it shows yours beside the expected.
 
 # %%
 def tokens_for(weights, share):
@@ -268,9 +308,11 @@ def tokens_for(weights, share):
 # %%
 def check(answer):
     """Whether it finds what the plots above were made of, and gets the ends right."""
-    even = torch.full((10,), 0.1, dtype=torch.float64)
-    return (all(answer(all_weights[n, 0], 0.9) == int(needed[n, 0]) for n in range(n_layers))
-            and answer(even, 0.45) == 5 and answer(torch.tensor([0.1, 0.9]), 0.5) == 1)
+    w, even = weights_of(text, 20, ask), torch.full((10,), 0.1, dtype=torch.float64)
+    return agree([
+        ("ten equal weights, 45 %", answer(even, 0.45), 5),
+        ("0.1 and 0.9, half", answer(torch.tensor([0.1, 0.9]), 0.5), 1),
+        *((f"layer 20, head {h}, 90 %", answer(w[h], 0.9), int(needed(w[h]))) for h in range(4))])
 
 print("right" if check(tokens_for) else "not yet")
 
@@ -294,20 +336,25 @@ print("right" if check(tokens_for) else "not yet")
 # ```
 # </details>
 #
-# **3.** The sink says nothing. May it be left out? Take the first four tokens away from the query
-# above, in a layer of the upper half, and compare the outputs.
+# **3.** The sink says nothing about the text. May a step leave it out? Take the first four tokens
+# away from the query above, in a layer of the upper half, and compare the lengths of the outputs.
+# As a control, take four tokens from the middle away.
 #
 # <details><summary>Answer</summary>
 #
-# No. The weights of the others grow until they add up to one again, and a head that wanted to say
-# little now says a lot.
+# No. The weights of the others grow until they add up to one again. A head that wanted to add
+# little then adds much. Four tokens from the middle change nearly nothing.
 #
 # ```python
-# q, k, v = text.layer(25)
-# whole, without = (F.scaled_dot_product_attention(
-#     q[:, :, ask:ask + 1], k[:, :, n:ask + 1], v[:, :, n:ask + 1], enable_gqa=True)
-#     for n in (0, 4))
-# print((without.norm(dim=-1) / whole.norm(dim=-1)).flatten())
-# assert (without.norm(dim=-1) > 1.5 * whole.norm(dim=-1)).float().mean() > 0.5
+# def length_without(first):
+#     q, k, v = (x[:, :, :ask + 1] for x in text.layer(25))
+#     keep = torch.cat([torch.arange(first), torch.arange(first + 4, ask + 1)])
+#     attend = F.scaled_dot_product_attention
+#     less = attend(q[:, :, -1:], k[:, :, keep], v[:, :, keep], enable_gqa=True)
+#     return (less.norm(dim=-1) / attend(q[:, :, -1:], k, v, enable_gqa=True).norm(dim=-1)).median()
+#
+# print(f"without the sink {length_without(0):.2f} times as long, "
+#       f"without four others {length_without(2000):.2f} times")
+# assert length_without(0) > 1.3 and abs(length_without(2000) - 1) < 0.05
 # ```
 # </details>

@@ -2,8 +2,18 @@
 # # What is lost if most tokens are only estimated?
 #
 # **Goal.** Put the three zones into one softmax: tokens that are read, clusters that stand for
-# their tokens, and clusters that are left out. See why an estimate is always a little too small,
-# compare it with a judge who knows the best tokens beforehand, and find where it fails.
+# their tokens, and clusters that are dropped. See why an estimate is always a little too small,
+# compare it with an oracle that knows the best tokens beforehand, and find where it fails.
+#
+# **You need.** Notebook 02: keys in clusters, ranked by their centroids.
+#
+# **Time.** A minute to run, half an hour to read.
+#
+# **Paper.** RetroInfer, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922), section 4.2,
+# tripartite attention (equations 2 to 4).
+#
+# **Before and after.** [02 clusters](02_clusters.ipynb) ·
+# [04 the wave index](04_the_wave_index.ipynb)
 #
 # **Predict first.** Read only the best sixteen clusters of a text, and be wrong by some error. Now
 # add one estimated entry for each of the next clusters, up to a quarter of all. By what share does
@@ -14,106 +24,115 @@
 import sys; sys.path[:0] = [".."]
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import torch
+import figures_03 as figures
 from capture import captured
+from checks import agree
 from ipywidgets import interact
-from plots import BLUE, DARK, LIGHT, MIDDLE, axes, label
+from plots import versions
 
 from retroinfer import (
-    Budget,
-    RetroConfig,
-    cluster_segment,
-    gather_clusters,
-    limits_of,
-    tripartite_attention,
+    Budget, RetroConfig, cluster_segment, gather_clusters, limits_of, tripartite_attention,
 )
 
-text = captured()                       # clusters kept, ranked and estimated as in the paper
-config = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
-n_layers, H, T, D = text.k.shape
-G = text.q.shape[1] // H
-N = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
-R, ranked = (int(n) for n in limits_of(config, torch.tensor(N)))
-E = ranked - R
-print(f"of {N // config.cluster} clusters {R} are retrieved and {E} estimated")
+# %% [markdown]
+# Clusters are made, ranked and estimated as in the paper, of two texts and every third layer.
+# (We also keep each cluster's spread, which the paper does not have, for the end of the notebook.)
+
+# %%
+texts = [captured("lighthouse"), captured("expedition")]
+paper = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
+config = replace(paper, by_mass=True)                   # the same clusters, and their spreads
+n_layers, H, T, D = texts[0].k.shape
+G = texts[0].q.shape[1] // H
+R = 16                                                  # clusters retrieved
+layers = list(range(0, n_layers, 3))
+print(versions())
+figures.idea()
 
 # %% [markdown]
 # One layer, ready for a step: the queries of the answer's tokens, the steady zone, and the text in
-# clusters, their tokens side by side in a *store*.
+# clusters. The tokens of a cluster lie side by side in a *store*.
 
 # %%
 class Layer:
-    """What a step meets in layer n: queries, the steady zone, and clusters of the text."""
+    """What a step meets in layer n of a text."""
 
-    def __init__(self, n, config=config):
-        q, k, v = text.layer(n)
-        middle = slice(config.sink, config.sink + N)
-        self.q = q[0].view(H, G, T, D)[:, :, text.n_prompt:]            # (H, G, Tq, D)
-        self.k, self.v = (torch.cat([x[:, :, :config.sink], x[:, :, config.sink + N:]], 2)
+    def __init__(self, text, n):
+        (q, k, v), c = text.layer(n), config
+        self.n_prompt = text.n_prompt
+        self.n_keys = (text.n_prompt - c.sink - c.local) // c.cluster * c.cluster    # in clusters
+        middle = slice(c.sink, c.sink + self.n_keys)
+        self.q = q[0].unflatten(0, (H, G))[:, :, text.n_prompt:]        # (H, G, Tq, D)
+        self.k, self.v = (torch.cat([x[:, :, :c.sink], x[:, :, c.sink + self.n_keys:]], 2)
                           for x in (k, v))                              # (1, H, W, D)
         self.index, self.k_store, self.v_store = cluster_segment(
-            k[:, :, middle], v[:, :, middle], config)                   # (1, H, N, D)
+            k[:, :, middle], v[:, :, middle], c)                        # (1, H, n_keys, D)
         sizes = self.index.sizes[0].long()                              # (H, C)
-        self.ids = torch.stack([torch.arange(len(n)).repeat_interleave(n) for n in sizes])
+        self.ids = torch.stack([torch.arange(len(m)).repeat_interleave(m) for m in sizes])
+        self.RE = int(limits_of(paper, torch.tensor(self.n_keys))[1])  # retrieved and estimated
 
-layers = {n: Layer(n) for n in range(0, n_layers, 3)}
-a = layers[9]
+    def n_steady(self, t):
+        """Tokens of the steady zone that token t of the answer sees."""
+        return self.n_prompt + t + 1 - self.n_keys
+
+# %%
+cases = [Layer(text, n) for text in texts for n in layers]
+times = (1, 4, 7, 10)                                   # tokens of the answer that we look at
+a = cases[3]                                            # layer 9 of the log book
+print(f"of {a.n_keys // config.cluster} clusters {R} are retrieved and {a.RE - R} estimated")
 
 # %% [markdown]
 # ## An estimate never outweighs its tokens
 #
 # A token's weight before normalisation is exp(q·k). A cluster of *s* tokens with the mean key *c*
-# stands for them with s·exp(q·c). The exponential curves upwards, so the mean of exponentials is
-# at least the exponential of the mean (Jensen's inequality): the estimate is never too large. It
-# is right when all the tokens score alike.
+# counts as s·exp(q·c). The exponential curves upwards, so the mean of exponentials is at least the
+# exponential of the mean (Jensen's inequality): the estimate is never too large. It is exact when
+# all the tokens have the same logit.
 
 # %%
-def masses(a, t, head, g):
-    """True and estimated weight (C,) of each cluster, before normalisation."""
-    q = a.q[head, g, t].double() / D**0.5
-    true = torch.zeros(a.index.sizes.shape[2], dtype=q.dtype).index_add_(
-        0, a.ids[head], (a.k_store[0, head].double() @ q).exp())
-    estimate = a.index.sizes[0, head] * (a.index.centroids[0, head].double() @ q).exp()
+def masses(a, t):
+    """True and estimated weight (H, G, C) of each cluster, before normalisation."""
+    q = a.q[:, :, t].double() / D**0.5                                      # (H, G, D)
+    weight = (q @ a.k_store[0].double().mT).exp()                           # (H, G, n_keys)
+    true = torch.zeros(H, G, a.index.sizes.shape[2], dtype=q.dtype)
+    true.scatter_add_(-1, a.ids[:, None].expand_as(weight), weight)
+    estimate = a.index.sizes[0, :, None] * (q @ a.index.centroids[0].double().mT).exp()
     return true, estimate
 
-true, estimate = masses(a, t=7, head=0, g=0)
-live = true > 0
-ax = axes("No cluster's estimate is above its tokens' weight", "weight of its tokens",
-          "weight of its estimate", size=(5.2, 4.2))
-ax.loglog(true[live], estimate[live], ".", color=DARK, markersize=4)
-ends = torch.stack([true[live].min(), true[live].max()])
-ax.loglog(ends, ends, color=BLUE, linewidth=1)
-label(ax, ends[1], ends[1], "equal", dx=-40, dy=0, color=BLUE)
-plt.show()
-assert (estimate[live] <= true[live] * (1 + 1e-6)).all()
-print(f"all estimates together: {estimate.sum() / true.sum():.0%} of the true weight")
+# %%
+pairs = [masses(a, t) for a in cases for t in times]
+for true, estimate in pairs:
+    assert (estimate <= true * (1 + 1e-5)).all()
+share = torch.cat([(estimate.sum(-1) / true.sum(-1)).flatten() for true, estimate in pairs])
+true, estimate = (x[0, 0] for x in masses(a, 7))
+figures.estimates(true[true > 0], estimate[true > 0], share)
+print(f"checked: {sum(x.numel() for x, _ in pairs):,} estimates, of {len(share):,} queries")
 
 # %% [markdown]
 # ## One softmax
 #
 # The three zones need no second pass. A centroid is a key like any other once log(s) is added to
-# its logit, for s·exp(q·c) = exp(q·c + log s); its value is the mean of the values.
+# its logit, because s·exp(q·c) = exp(q·c + log s). Its value is the mean of the values.
 
 # %%
 def three_zones(a, t, head, g, order):
     """Output (D,) of one query head; order: the clusters as the group ranks them."""
-    q = a.q[head, g, t] / D**0.5
-    n = text.n_prompt + t + 1 - N                                   # steady tokens seen by token t
+    q, n = a.q[head, g, t] / D**0.5, a.n_steady(t)
     is_read = torch.isin(a.ids[head], order[:R])
-    far, size = order[R:R + E], a.index.sizes[0, head]
+    far, size = order[R:a.RE], a.index.sizes[0, head]
     k = [a.k[0, head, :n], a.k_store[0, head, is_read], a.index.centroids[0, head, far]]
     v = [a.v[0, head, :n], a.v_store[0, head, is_read], a.index.means[0, head, far]]
     bias = [torch.zeros(n + int(is_read.sum())), size[far].log()]
     return (torch.cat(k) @ q + torch.cat(bias)).softmax(0) @ torch.cat(v)
 
-def ranking(a, t, head):
-    """Clusters from the most to the least likely for the query heads of a group together."""
-    logits = a.q[head, :, t] / D**0.5 @ a.index.centroids[0, head].mT       # (G, C)
-    logits[:, a.index.sizes[0, head] == 0] = -torch.inf
-    return logits.softmax(-1).sum(0).argsort(descending=True)
+def ranking(a, t):
+    """Clusters (H, C), the most likely first for the query heads of a group together."""
+    logits = a.q[:, :, t] / D**0.5 @ a.index.centroids[0].mT                # (H, G, C)
+    logits = logits.masked_fill(a.index.sizes[0, :, None] == 0, -torch.inf)
+    return logits.softmax(-1).sum(1).argsort(descending=True)
 
-mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7, h)) for g in range(G)])
+mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7)[h]) for g in range(G)])
                     for h in range(H)])                                     # (H, G, D)
 
 # %% [markdown]
@@ -123,9 +142,9 @@ mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7, h)) for g
 # %%
 def library(a, t, by_mass=False):
     """Output (H, G, D) of the library."""
-    n = text.n_prompt + t + 1 - N
+    n = a.n_steady(t)
     steady = a.k[:, :, :n], a.v[:, :, :n], torch.zeros(1, H, 1, n)
-    budget = Budget(torch.tensor([[R]]), torch.tensor([[R + E]]), values=1.0, R=R, K=R + E,
+    budget = Budget(torch.tensor([[R]]), torch.tensor([[a.RE]]), values=1.0, R=R, K=a.RE,
                     N=R * config.largest)
     stores = a.k_store, a.v_store
     def fetch(ids, ends):
@@ -136,232 +155,206 @@ def library(a, t, by_mass=False):
 torch.testing.assert_close(mine, library(a, 7))
 
 # %% [markdown]
-# ## Against a judge who knows
+# ## Against two rivals
 #
-# Take away the estimates, and see what they were worth. Then let an *oracle* choose: for every
-# query head, the tokens with the largest weights, exactly as many as we read. No index could do
-# that, for it takes all the keys to know.
+# Take away the estimates, and see what they were worth. But an estimate is not free: it reads a
+# mean key and a mean value. So the first control spends these bytes on *reading* as many more
+# tokens. The second rival is an *oracle*. For every
+# query head it reads the tokens with the largest weights, as many as our R clusters hold. No index
+# could do that: it takes all the keys to know.
 
 # %%
-def outputs(a, t, n_read):
-    """Outputs (H, G, D) by name, and how many tokens a head reads: n_read clusters of them."""
-    q, n = a.q[:, :, t] / D**0.5, text.n_prompt + t + 1 - N
-    v = torch.cat([a.v[0, :, :n], a.v_store[0], a.index.means[0]], 1)
-    steady, x = q @ a.k[0, :, :n].mT, q @ a.k_store[0].mT                   # (H, G, N)
+def attend(a, t, is_read, is_estimated):
+    """Output (H, G, D) from the steady zone, tokens (H, G or 1, n_keys) and clusters (H, 1, C)."""
+    q, n = a.q[:, :, t] / D**0.5, a.n_steady(t)
+    near, x = q @ a.k[0, :, :n].mT, q @ a.k_store[0].mT  # (H, G, W), (H, G, n_keys)
     far = q @ a.index.centroids[0].mT + a.index.sizes[0, :, None].log()     # (H, G, C)
-    rank = torch.stack([ranking(a, t, h) for h in range(H)]).argsort(-1)[:, None]   # (H, 1, C)
-    is_read = (rank < n_read).gather(-1, a.ids[:, None])                    # (H, 1, N)
-    nth = x.sort(-1, descending=True).values.gather(
-        -1, is_read.sum(-1, keepdim=True).expand(-1, G, -1) - 1)            # (H, G, 1)
+    x, far = x.where(is_read, -torch.inf), far.where(is_estimated, -torch.inf)
+    v = torch.cat([a.v[0, :, :n], a.v_store[0], a.index.means[0]], 1)
+    return torch.cat([near, x, far], -1).softmax(-1) @ v
 
-    def softmax(tokens, clusters):
-        x_tokens, x_far = x.where(tokens, -torch.inf), far.where(clusters, -torch.inf)
-        return torch.cat([steady, x_tokens, x_far], -1).softmax(-1) @ v
-
-    none, is_far = torch.zeros_like(rank, dtype=bool), (rank >= n_read) & (rank < R + E)
-    return {"dense": softmax(torch.ones_like(is_read), none), "retrieved": softmax(is_read, none),
-            "and estimated": softmax(is_read, is_far), "oracle": softmax(x >= nth, none)}
-
-torch.testing.assert_close(outputs(a, 7, R)["and estimated"], mine)
+def oracle_tokens(a, t, n_read):
+    """Whether each token (H, G, n_keys) is one of a query head's n_read (H, 1) best."""
+    x = a.q[:, :, t] @ a.k_store[0].mT
+    nth = n_read[:, None].expand(-1, G, -1) - 1
+    return x >= x.sort(-1, descending=True).values.gather(-1, nth)
 
 # %%
-def errors(a, n_read=R):
-    """|output - dense| / |dense| (Tq, H, G) by name, over the tokens of the answer."""
-    found = [outputs(a, t, n_read) for t in range(0, a.q.shape[2], 2)]
-    return {name: torch.stack([(o[name] - o["dense"]).norm(dim=-1) / o["dense"].norm(dim=-1)
-                               for o in found]) for name in found[0] if name != "dense"}
+def outputs(a, t):
+    """Outputs (H, G, D) by name."""
+    rank = ranking(a, t).argsort(-1)[:, None]                               # (H, 1, C)
+    def members(n):
+        return (rank < n).gather(-1, a.ids[:, None])                        # (H, 1, n_keys)
+    none, far = rank < 0, (rank >= R) & (rank < a.RE)
+    more = R + -(-(a.RE - R) // config.cluster)         # E entries are E tokens: E/16 clusters
+    best = oracle_tokens(a, t, members(R).sum(-1))
+    return {"dense": attend(a, t, members(10**6), none),
+            "retrieved": attend(a, t, members(R), none),
+            "as many bytes": attend(a, t, members(more), none),
+            "and estimated": attend(a, t, members(R), far), "oracle": attend(a, t, best, none)}
 
-by_layer = {n: errors(a) for n, a in layers.items()}
-every = {name: torch.stack([e[name] for e in by_layer.values()]) for name in by_layer[0]}
-mean = {name: float(e.mean()) * 100 for name, e in every.items()}
-gain = 1 - mean["and estimated"] / mean["retrieved"]
+torch.testing.assert_close(outputs(a, 7)["and estimated"], mine)
 
-ax = axes(f"Estimates take {gain * 100:.0f} % of the error away, no token more is read",
-          "layer", "error, mean of the heads [%]")
-for name, colour, dash, dy in (("retrieved", MIDDLE, "-", 6), ("and estimated", DARK, "-", 4),
-                               ("oracle", BLUE, "--", -8)):
-    y = every[name].mean((1, 2, 3)) * 100
-    ax.plot(list(layers), y, color=colour, linestyle=dash)
-    label(ax, list(layers)[-1], y[-1], f"{name}: {mean[name]:.1f} %", dy=dy)
-ax.set(ylim=0, xlim=0, xticks=list(layers))
-plt.show()
-assert gain > 0.2 and every["and estimated"][0].mean() < every["oracle"][0].mean()
-assert mean["oracle"] < mean["and estimated"] < mean["retrieved"]
+# %%
+def error(o, dense):
+    """|o - dense| / |dense| (H, G), in per cent."""
+    return (o - dense).norm(dim=-1) / dense.norm(dim=-1) * 100
+
+runs = [[outputs(a, t) for t in times] for a in cases]
+errors = {name: torch.stack([torch.stack([error(o[name], o["dense"]) for o in run])
+                             for run in runs]).unflatten(0, (2, -1))        # (2, layers, 4, H, G)
+          for name in ("retrieved", "as many bytes", "and estimated", "oracle")}
+mean = {name: e.mean() for name, e in errors.items()}
+gain, more = (100 * (1 - mean[name] / mean["retrieved"])
+              for name in ("and estimated", "as many bytes"))
+
+# %%
+by_query = {name: e.mean((-2, -1)).transpose(1, 2).flatten(0, 1) for name, e in errors.items()}
+figures.by_layer(layers, by_query, gain, more)
+print(f"of the error, estimates take away {gain:.0f} %, as many bytes of tokens {more:.0f} %")
+assert gain > 20 and gain > 1.5 * more and mean["oracle"] < mean["and estimated"]
+for text in range(2):                                   # in each text, and in most of its layers
+    ours, reading = (errors[name][text].mean((1, 2, 3))
+                     for name in ("and estimated", "as many bytes"))
+    n_better = int((ours < reading).sum())
+    print(f"text {text}: better than reading in {n_better} of {len(layers)} layers")
+    assert ours.mean() < reading.mean() and n_better >= 0.7 * len(layers)
 
 # %% [markdown]
-# In the first layer the oracle is beaten: attention is spread over so many tokens there that the
-# best few, even the very best, are not enough, and a rough idea of all is worth more. Is that the
-# rule? For every head, count the tokens that it needs for 90 % of its attention.
+# What were your numbers? In the first layer the oracle loses: attention is spread over so many
+# tokens there that the best few are not enough, and a rough idea of all is worth more. Is that the
+# rule? For every head, count the tokens that it needs for 90 % of its attention to the text.
 
 # %%
 def tokens_needed(a):
-    """Tokens of the text (Tq, H, G) that hold 90 % of a query's attention to it."""
-    w = (a.q[:, :, ::2] @ a.k_store[0, :, None].mT / D**0.5).softmax(-1)    # (H, G, Tq, N)
-    return ((w.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1).permute(2, 0, 1)
+    """Tokens (4, H, G) that hold 90 % of a query's attention to the text."""
+    q = a.q[:, :, list(times)].transpose(1, 2)                              # (H, 4, G, D)
+    w = (q @ a.k_store[0, :, None].mT / D**0.5).softmax(-1)                 # (H, 4, G, n_keys)
+    return ((w.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1).transpose(0, 1)
 
-needed = torch.stack([tokens_needed(a) for a in layers.values()]).float().mean(1).flatten()
-ours, oracle = (every[name].mean(1).flatten() for name in ("and estimated", "oracle"))
-wide = needed > needed.quantile(0.9)
-wins, others = ((ours < oracle)[heads].float().mean() for heads in (wide, ~wide))
-
-# %%
-ax = axes(f"Of the tenth of the heads that look widest {wins * 100:.0f} % beat the oracle, of the "
-          f"rest {others * 100:.0f} %", "tokens that hold 90 % of the attention",
-          "our error / oracle's")
-ax.loglog(needed[~wide], (ours / oracle)[~wide], ".", color=MIDDLE)
-ax.loglog(needed[wide], (ours / oracle)[wide], "o", color=DARK, markersize=5)
-ax.axhline(1, color=BLUE, linestyle="--", linewidth=1)
-label(ax, float(needed.min()), 1, "equal", dx=0, dy=-8, color=BLUE)
-plt.show()
-assert wins > 0.6 and others < 0.3
-
-# %% [markdown]
-# ## What an estimate saves
-#
-# Without estimates one can reach the same error by reading more. How much more?
-
-# %%
-budgets = (4, 8, 16, 24, 32, 48)
-probe = [layers[n] for n in (3, 12, 21)]
-curve = {n: {name: float(torch.stack([e[name] for e in (errors(a, n) for a in probe)]).mean()) * 100
-             for name in every} for n in budgets}
-target = curve[R]["and estimated"]
-as_good = next(n for n in budgets if n == budgets[-1] or curve[n]["retrieved"] <= target)
-ax = axes(f"Without estimates, {as_good} clusters must be read to do what {R} do with them",
-          "clusters read exactly", "error, 3 layers [%]", size=(7.5, 3.2))
-for name, colour, dash, dy in (("retrieved", MIDDLE, "-", 8), ("and estimated", DARK, "-", 3),
-                               ("oracle", BLUE, "--", -6)):
-    ax.plot(budgets, [curve[n][name] for n in budgets], "o", color=colour, linestyle=dash,
-            markersize=4)
-    label(ax, budgets[-1], curve[budgets[-1]][name], name, dy=dy)
-ax.plot([R, as_good], [target, target], color=LIGHT, zorder=0)
-ax.set(ylim=0, xlim=0, xticks=budgets)
-plt.show()
-assert as_good > R and curve[as_good]["retrieved"] <= target
+needed = torch.stack([tokens_needed(a) for a in cases]).float().mean(1).flatten()
+ours, oracle = (errors[name].mean(2).flatten() for name in ("and estimated", "oracle"))
+is_wide = needed > needed.quantile(0.9)
+first, best = (errors[name][:, 0].mean((1, 2, 3)) for name in ("and estimated", "oracle"))
+assert (first < best).all(), "in the first layer, in both texts"
+wins, others = ((ours < oracle)[heads].float().mean() for heads in (is_wide, ~is_wide))
+figures.against_oracle(needed, ours / oracle, is_wide, wins, others)
+assert wins > 0.5 and wins > 2 * others
 
 # %% [markdown]
 # ## Turn the knob
 #
-# The zones over one query's attention: each bar is a cluster, ranked by its centroid; its height
-# is the weight of its tokens. Run the cell after this one in Jupyter and move the slider.
+# One query: each bar is a cluster, ranked by its centroid; its height is the weight of its tokens.
+# In a running notebook, move the slider to retrieve more or fewer clusters.
 
 # %%
 def draw(retrieved=R):
-    """The clusters of a query in the order of their ranks, by zone; title: what is covered."""
-    head, g, t = 0, 0, 7
-    order = ranking(a, t, head)
-    true = masses(a, t, head, g)[0][order]
-    true = true / true.sum() * 100
-    zones = (slice(0, retrieved), slice(retrieved, R + E), slice(R + E, None))
-    cover = [float(true[zone].sum()) for zone in zones]
-    ax = axes(f"{cover[0]:.0f} % of the clusters' attention is read, {cover[1]:.0f} % estimated, "
-              f"{cover[2]:.0f} % dropped", "cluster, the best first", "attention [%]", (7.5, 2.8))
-    for zone, colour, name in zip(zones, (DARK, MIDDLE, LIGHT),
-                                  ("retrieved", "estimated", "dropped"), strict=True):
-        ax.bar(range(len(true))[zone], true[zone], color=colour, width=1, label=name)
-    ax.set(yscale="log", ylim=(1e-4, 200), xlim=(-1, int((true > 0).sum())))
-    ax.legend(ncols=3, loc="upper right")
-    plt.show()
-    assert abs(sum(cover) - 100) < 1e-3
+    """The clusters of a query in the order of their ranks, by zone."""
+    figures.ranked(masses(a, 7)[0][0, 0][ranking(a, 7)[0]], retrieved, a.RE)
 
 draw()
 
 # %%
-_ = interact(draw, retrieved=(1, R + E))
+_ = interact(draw, retrieved=(1, a.RE))
 
 # %% [markdown]
 # ## Where it fails
 #
-# An estimate goes wrong where the tokens of a cluster do *not* score alike. If their logits vary
-# by σ², the estimate is too small by about σ²/2 in the exponent.
+# An estimate goes wrong where the tokens of a cluster have *different* logits. If their logits have
+# the variance σ², the estimate is too small by about σ²/2 in the exponent. As a control, we
+# correlate the shortfall with the size of the cluster too.
 
 # %%
-def spread(a, t, head, g):
-    """Variance (C,) of the logits of each cluster's tokens."""
-    x, C = a.k_store[0, head] @ a.q[head, g, t] / D**0.5, a.index.sizes.shape[2]
-    n = a.index.sizes[0, head].clamp(min=1)
-    first, second = (torch.zeros(C).index_add_(0, a.ids[head], y) / n for y in (x, x * x))
+def spread(a, t):
+    """Variance (H, G, C) of the logits of each cluster's tokens."""
+    x = (a.q[:, :, t] / D**0.5 @ a.k_store[0].mT).double()                  # (H, G, n_keys)
+    zeros = torch.zeros(H, G, a.index.sizes.shape[2], dtype=x.dtype)
+    ids, n = a.ids[:, None].expand_as(x), a.index.sizes[0, :, None].clamp(min=1)
+    first, second = (zeros.scatter_add(-1, ids, y) / n for y in (x, x * x))
     return second - first**2
 
-points = [(spread(a, 7, h, 0), *masses(a, 7, h, 0)) for a in layers.values() for h in range(H)]
-variance, true, estimate = (torch.cat(x) for x in zip(*points, strict=True))
-keep = (true > 0) & (variance > 1e-3)
-shortfall = (true / estimate)[keep].log()
-ax = axes("An estimate falls short where the tokens of a cluster disagree",
-          "variance of their logits, σ²", "shortfall, log(true / estimate)", size=(7.5, 3.4))
-ax.loglog(variance[keep], shortfall, ".", color=DARK, markersize=1.5)
-line = torch.tensor([1e-3, float(variance.max())])
-ax.loglog(line, line / 2, color=BLUE, linewidth=1)
-label(ax, line[1], line[1] / 2, "σ²/2", dx=4, color=BLUE)
-ax.set_ylim(bottom=3e-4)
-plt.show()
-together = torch.stack([variance[keep].double().log(), shortfall.log()]).corrcoef()[0, 1]
-print(f"correlation of the logarithms: {together:.2f}")
-assert together > 0.9
+points = [(spread(a, 7), *masses(a, 7), a.index.sizes[0, :, None].expand(-1, G, -1)) for a in cases]
+variance, true, estimate, size = (torch.cat([x.flatten() for x in xs])
+                                  for xs in zip(*points, strict=True))
+keep = (size > 1) & (variance > 1e-3)
+short = (true / estimate)[keep].log()
+
+# %%
+def correlation(x, y):
+    """Of the logarithms of x and y."""
+    return float(torch.stack([x.double().log(), y.double().log()]).corrcoef()[0, 1])
+
+figures.shortfall(variance[keep], short)
+by_variance, by_size = correlation(variance[keep], short), correlation(size[keep], short)
+print(f"correlation with the variance {by_variance:.2f}, with the size {by_size:.2f}")
+assert by_variance > 0.9 > abs(by_size) + 0.3
 
 # %% [markdown]
 # ## One number more a cluster
 #
-# The shortfall follows σ², so let us add it back. Were the logits of a cluster normal, their mean
-# exponential would be exp(σ²/2) times that of their centroid. Real ones have thinner tails, and
-# where σ² is large that factor flies off; 1 + σ²/2 starts alike and stays tame. σ² itself differs
-# from query to query, but one number a cluster gives a fair idea of it: the mean variance of its
-# keys along the D axes, times |q|². That is what the library does unless it is told not to
-# (`by_mass`).
+# The shortfall follows σ², so let us add it back. If the logits of a cluster were normal, their
+# mean exponential would be exp(σ²/2) times that of their centroid. Real logits have thinner tails,
+# and for a large σ² that factor is far too large. 1 + σ²/2 starts alike and grows slowly.
 #
-# An estimate should be tame; a guess at what to open should be bold. One token far above the mean
-# is all that some heads look for, so clusters are ranked by what they *may* hold
-# (`log_possible_mass`): n exp(σ²/2) as long as n tokens are enough to have such logits, and beyond
-# that the largest of n, which lies about √(2 log n) deviations above the mean.
+# σ² differs from query to query, but one number a cluster gives a fair idea of it: the mean
+# variance of its keys over the D channels, times |q|². The library does that unless it is told not
+# to (`by_mass`). It also *ranks* clusters by what they may hold at most (`log_possible_mass`),
+# because some heads look for a single token far above its cluster's mean.
 
 # %%
-wide = replace(config, by_mass=True)
-spreads = Layer(9, wide).index.spreads.float()                              # (1, H, C)
-x, q, c = a.k_store[0, 0], a.q[0, 0, 7] / D**0.5, a.index.sizes[0, 0].argmax()
-members = x[a.ids[0] == c]                                                  # (n, D)
-torch.testing.assert_close(members.var(0, correction=0).mean(), spreads[0, 0, c], rtol=0.01, atol=0)
+q, c = a.q[0, 0, 7] / D**0.5, a.index.sizes[0, 0].argmax()
+members = a.k_store[0, 0][a.ids[0] == c]                                    # (s, D)
+kept = a.index.spreads[0, 0, c].float()
+torch.testing.assert_close(members.var(0, correction=0).mean(), kept, rtol=0.01, atol=0)
 print(f"the largest cluster: σ² is {(members @ q).var(correction=0):.2f} for this query, "
-      f"and {spreads[0, 0, c] * q @ q:.2f} from its one number")
-
-# %%
-def error_by(by_mass, every=2):
-    """|output - dense| / |dense| (layers, Tq, H, G) of the library, ranked by mass or centroid."""
-    found = []
-    for n in layers:
-        b = Layer(n, replace(wide, by_mass=by_mass))
-        for t in range(0, b.q.shape[2], every):
-            dense = outputs(b, t, R)["dense"]
-            o = library(b, t, by_mass)
-            found.append((o - dense).norm(dim=-1) / dense.norm(dim=-1))
-    return torch.stack(found).view(len(layers), -1, H, G)
-
-centroid, mass = (error_by(by_mass).mean((1, 2, 3)) * 100 for by_mass in (False, True))
-fall = 1 - float(mass.mean() / centroid.mean())
-ax = axes(f"Counting the spread takes away another {fall * 100:.0f} % of the error", "layer",
-          "error, mean of the heads [%]")
-for y, colour, name, dy in ((centroid, MIDDLE, "size alone", 6),
-                            (mass, DARK, "size and spread", -6)):
-    ax.plot(list(layers), y, color=colour)
-    label(ax, list(layers)[-1], y[-1], f"{name}: {y.mean():.1f} %", dy=dy)
-ax.set(ylim=0, xlim=0, xticks=list(layers))
-plt.show()
-assert fall > 0.1 and (mass < centroid).sum() >= len(layers) - 1
-torch.testing.assert_close(centroid.mean(), torch.tensor(mean["and estimated"]), rtol=1e-3, atol=0)
+      f"and {kept * q @ q:.2f} from its one number")
 
 # %% [markdown]
+# The control gives each cluster the spread of *another* cluster: then the number is as large, but
+# says nothing of the cluster. How much of the gain is due to a cluster's own number?
+
+# %%
+def errors_by(by_mass, order=None):
+    """Errors (2, layers, 4) of the library, in %; order: whose spread each cluster gets."""
+    found = []
+    for a, run in zip(cases, runs, strict=True):
+        index = a.index
+        if order is not None:
+            live = int((index.sizes > 0).sum(-1).min())
+            mixed = torch.cat([torch.randperm(live, generator=order),
+                               torch.arange(live, index.sizes.shape[2])])
+            a.index = index._replace(spreads=index.spreads[:, :, mixed])
+        found.append(torch.stack([error(library(a, t, by_mass), o["dense"]).mean()
+                                  for t, o in zip(times, run, strict=True)]))
+        a.index = index
+    return torch.stack(found).unflatten(0, (2, -1))
+
+# %%
+ways = {"size alone": errors_by(False), "size and spread": errors_by(True),
+        "control: another's spread": errors_by(True, torch.Generator().manual_seed(0))}
+torch.testing.assert_close(ways["size alone"].mean(), mean["and estimated"], rtol=1e-3, atol=0)
+size_alone, with_spread, control = ways.values()
+fall = 100 * (1 - with_spread.mean() / size_alone.mean())
+figures.with_spread(layers, {k: x.transpose(1, 2).flatten(0, 1) for k, x in ways.items()}, fall)
+better = (with_spread.mean(2) < size_alone.mean(2)).float().mean()
+print(f"better in {better:.0%} of the layers of both texts; control: "
+      f"{100 * (1 - control.mean() / size_alone.mean()):.0f} % less error than size alone")
+assert fall > 10 and better > 0.8 and with_spread.mean() < control.mean() < size_alone.mean()
+assert (with_spread.mean((1, 2)) < 0.95 * size_alone.mean((1, 2))).all(), "in each text"
+
+# %% [markdown]
+# The control does nearly as well. So most of the gain comes from counting size and a typical spread
+# at all, both in the ranking and in the estimates. A cluster's own number adds a little.
+#
 # ## Takeaway
 #
 # - One softmax holds all: tokens as they are, a cluster as one entry with log(size) on its logit.
 # - An estimate by the centroid alone is never too large, and too small where a cluster's tokens
-#   score differently. One number a cluster, its spread, makes up for much of that.
-# - At equal exact reads, estimates take away a good part of the error. They help most where
-#   attention is wide, and there they can beat the best possible choice of tokens; where it is
-#   narrow, choosing well is what counts, and the oracle shows how much is left to gain.
-
-# %%
-print(", ".join(f"{name} {x:.1f} %" for name, x in mean.items()))
-
-# %% [markdown]
+#   have different logits. To count a spread makes up for part of that.
+# - Estimates take away more of the error than the same bytes spent on reading. They help most where
+#   attention is wide. There they can beat the best possible choice of tokens.
+# - Where attention is narrow, choosing well counts, and the oracle shows how much is left to gain.
+#
 # ## Exercises
 #
 # **1.** Write `logit(q, k)`: the logit with which one entry stands for the tokens k (n, D), as
@@ -379,11 +372,10 @@ def check(answer):
     dice = torch.Generator().manual_seed(0)
     q, k = (torch.randn(n, D, generator=dice) for n in (1, 5))
     q, same = q[0], k[:1].expand(7, -1)
-    if answer(q, k) is None:
-        return False
-    return bool(torch.isclose(answer(q, same), (same @ q).logsumexp(0))
-                and torch.isclose(answer(q, k), k.mean(0) @ q + torch.tensor(5.0).log())
-                and answer(q, k) < (k @ q).logsumexp(0))
+    far, true = answer(q, k), (k @ q).logsumexp(0)
+    return agree([("seven equal keys", answer(q, same), (same @ q).logsumexp(0)),
+                  ("five keys", far, k.mean(0) @ q + torch.tensor(5.0).log()),
+                  ("below the true weight", far if far is None else far < true, True)])
 
 print("right" if check(logit) else "not yet")
 
@@ -404,13 +396,12 @@ print("right" if check(logit) else "not yet")
 # The numerator has size², the denominator size: an output that is many times too long.
 #
 # ```python
-# means = a.index.means
-# a.index = a.index._replace(means=means * a.index.sizes[..., None])
-# twice = library(a, 7)
-# a.index = a.index._replace(means=means)
-# dense = outputs(a, 7, R)["dense"]
-# wrong, right = ((o - dense).norm() / dense.norm() for o in (twice, mine))
-# print(f"error {right:.1%} as it should be, {wrong:.1%} with the size counted twice")
+# a, index = cases[3], cases[3].index
+# dense = outputs(a, 7)["dense"]
+# right = error(library(a, 7), dense).mean()
+# a.index = index._replace(means=index.means * index.sizes[..., None])
+# wrong, a.index = error(library(a, 7), dense).mean(), index
+# print(f"error {right:.1f} % as it should be, {wrong:.1f} % with the size counted twice")
 # assert wrong > 2 * right
 # ```
 # </details>
@@ -424,8 +415,8 @@ print("right" if check(logit) else "not yet")
 # are asked for more often than small ones.
 #
 # ```python
-# best = torch.stack([ranking(a, 7, h)[:R] for h in range(H)])
-# tokens = a.index.sizes[0].gather(-1, best).sum(-1)
+# tokens = torch.stack([a.index.sizes[0].gather(-1, ranking(a, 7)[:, :R]).sum(-1) for a in cases])
 # print(f"{tokens.float().mean():.0f} tokens a head, {R * config.cluster} of mean clusters")
+# assert tokens.float().mean() > R * config.cluster
 # ```
 # </details>

@@ -1,9 +1,9 @@
-"""Real queries, keys and values: the default model reads examples/lighthouse.txt and answers.
+"""Real queries, keys and values: the default model reads a text of examples/ and answers.
 
-Made once (half a minute, 265 MB) into the ignored folder notebooks/.cache, then only opened.
+Made once (a minute, 265 or 400 MB) into the ignored folder notebooks/.cache, then only opened.
 
     from capture import captured
-    text = captured()
+    text = captured()                   # or captured("expedition"), a longer text
     q, k, v = text.layer(12)            # (1, H*G, T, D), (1, H, T, D), (1, H, T, D), RoPE applied
 """
 import hashlib
@@ -16,7 +16,7 @@ from generate import eager_step, generate
 from model import DEFAULT_PACKAGE, DenseCache, ModelConfig, load
 
 HERE = Path(__file__).parent
-PROMPT = HERE.parent / "examples" / "lighthouse.txt"
+EXAMPLES = HERE.parent / "examples"
 N_ANSWER = 24                           # more than the answer needs: it ends by itself
 
 
@@ -59,12 +59,13 @@ class Recorder(DenseCache):
     forward = decode
 
 
-def captured():
-    """The Capture of the text, made when it is not there yet."""
-    key = hashlib.sha256(PROMPT.read_bytes() + DEFAULT_PACKAGE.encode()).hexdigest()[:8]
+def captured(name="lighthouse"):
+    """The Capture of a text of examples/, made when it is not there yet."""
+    text = (EXAMPLES / f"{name}.txt").read_bytes()
+    key = hashlib.sha256(text + DEFAULT_PACKAGE.encode()).hexdigest()[:8]
     file = HERE / ".cache" / f"{key}.pt"
     if not file.exists():
-        facts = read_text()
+        facts = read_text(text.decode())
         file.parent.mkdir(exist_ok=True)
         torch.save(facts, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)      # whole or not at all
@@ -73,10 +74,10 @@ def captured():
     return Capture(**facts | {"config": config})
 
 
-def read_text():
+def read_text(text):
     """The fields of a Capture, as plain values: one prefill and a greedy answer."""
     model, tokenizer = load(dtype=torch.float32, device="cpu")
-    ids = tokenizer.chat([{"role": "user", "content": PROMPT.read_text("utf-8")}])
+    ids = tokenizer.chat([{"role": "user", "content": text}])
     caches = [Recorder(len(ids) + N_ANSWER) for _ in model.layers]
     answer = torch.cat(list(generate(model, caches, [torch.tensor(ids)], N_ANSWER,
                                      step=eager_step))).tolist()

@@ -1,0 +1,146 @@
+# %% [markdown]
+# # What happens in one decode step?
+#
+# **Goal.** See the whole method in a few drawings before any code: what a decode step is, what it
+# reads, and what RetroInfer changes. This notebook is also the map of the others.
+#
+# **You need.** To know what a transformer and softmax attention are. Nothing of the paper.
+#
+# **Time.** Seconds to run, ten minutes to read.
+#
+# **Paper.** Chen et al., *RetroInfer: A Vector Storage Engine for Scalable Long-Context LLM
+# Inference*, PVLDB 19(5), 2026, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922).
+#
+# **Before and after.** [README](../README.md) ·
+# [01 where attention goes](01_where_attention_goes.ipynb)
+
+# %%
+import figures_00 as figures
+from plots import versions
+
+print(versions())
+
+# %% [markdown]
+# ## A decode step
+#
+# A language model writes one token at a time. To write the next one, the latest token goes through
+# all layers. In each layer it asks a question of all tokens before it. The question is a *query* q.
+# Each earlier token has a *key* k, which says what it can be found by, and a *value* v, which says
+# what it has to tell. The layer's answer is a mean of the values, weighted by softmax(q·k).
+#
+# Keys and values of earlier tokens do not change. So they are kept, in the *KV cache*.
+
+# %%
+figures.model_step()
+
+# %% [markdown]
+# ## Why it is slow
+#
+# A step does little arithmetic, but reads the whole cache. Behind 131,072 tokens, Llama-3-8B reads
+# 16 GiB for every token that it writes. Most of it is read in vain: of a typical head, a few per
+# cent of the tokens hold nearly all of the weight (notebook 01). *Which* tokens, depends on the
+# query. To find them without reading every key is a search problem. So the cache becomes a vector
+# store with an index.
+
+# %%
+figures.dense_and_retro()
+
+# %% [markdown]
+# ## The paper in one picture
+#
+# Keys that point the same way are put in a *cluster*. A cluster has a *centroid*, the mean of its
+# keys. A step does four things:
+#
+# 1. It compares the query with the centroids only, and ranks the clusters.
+# 2. It reads the keys and values of the best R clusters: the *retrieval zone*.
+# 3. It lets the centroid of each of the next E clusters stand for its tokens: the *estimation
+#    zone*. A cluster of s tokens counts as s equal tokens, and that is log(s) added to its logit.
+# 4. It takes one softmax over these and the *steady zone*, the first and the latest tokens, which
+#    are always exact.
+
+# %%
+figures.paper()
+
+# %% [markdown]
+# In symbols, with X the tokens of the steady and the retrieval zone, Y the estimated clusters, and
+# for cluster *j* its size $s_j$, its centroid $c_j$ and its mean value $m_j$:
+#
+# $$o = \frac{\sum_{i \in X} e^{q k_i} v_i + \sum_{j \in Y} s_j e^{q c_j} m_j}
+#            {\sum_{i \in X} e^{q k_i} + \sum_{j \in Y} s_j e^{q c_j}}$$
+#
+# The weights sum to one over both kinds of entries. If all clusters are retrieved, this is dense
+# attention. In [retroinfer.py](../retroinfer.py) it is the function `tripartite_attention`.
+
+# %%
+figures.tensors()
+
+# %% [markdown]
+# ## The life of the index
+#
+# The index is built of the prompt, segment by segment. Generated tokens stay exact in the steady
+# zone. When 256 of them are older than the local window, `update` clusters them together.
+
+# %%
+figures.life()
+
+# %% [markdown]
+# ## Glossary
+#
+# | letter | is | | letter | is |
+# |---|---|---|---|---|
+# | B | batch: texts that run together | | C | clusters of a kv head |
+# | H | kv heads of a layer | | P | most tokens in a cluster; larger ones are cut |
+# | G | query heads that share a kv head | | R, E | clusters retrieved, estimated |
+# | T | tokens of a text | | N | rows for the tokens that a step retrieves |
+# | D | numbers in a key, a query or a value | | W | rows of the steady zone |
+#
+# | word | is |
+# |---|---|
+# | prefill, decode | reading a prompt at once; writing one token |
+# | kv head | one key and one value a token; G query heads share it |
+# | logit | q·k/√D, before the softmax |
+# | RoPE | turns keys and queries by an angle that grows with their position |
+# | sink | the first tokens; a head that looks for nothing attends to them |
+# | steady zone | the first and the latest tokens, and tokens not in a cluster yet: always exact |
+# | segment | tokens that are clustered together |
+# | store | keys and values of all tokens, in the order of their clusters |
+# | wave index | centroids, mean values and sizes: what a step ranks |
+# | wave buffer | the store on the host, and a cache of clusters on the GPU (notebook 07) |
+# | dense attention | the exact result, from all tokens: what we compare with |
+# | KL | how far a model's next-token probabilities are from those of dense attention, in nats |
+#
+# ## Map
+#
+# Each notebook asks one question, builds the answer by hand with real keys, and compares it with
+# the library. 01 to 04 are the method, in order. The others stand alone.
+#
+# | | question |
+# |---|---|
+# | [01](01_where_attention_goes.ipynb) | Why is decoding slow, and how little matters? |
+# | [02](02_clusters.ipynb) | Can keys be indexed? |
+# | [03](03_three_zones.ipynb) | What is lost if most tokens are only estimated? |
+# | [04](04_the_wave_index.ipynb) | How does the index live through a generation? |
+# | [05](05_compile.ipynb) | What makes PyTorch code compile well? |
+# | [06](06_kernels.ipynb) | What does a hand-written kernel add? |
+# | [07](07_the_wave_buffer.ipynb) | How can the host hold the cache without slowing the device? |
+# | [08](08_why_vector_indexes_fail.ipynb) | Why do vector indexes fail on attention? |
+# | [09](09_one_bit.ipynb) | What can one bit a number keep of a key? |
+# | [10](10_which_when.ipynb) | Which method, and when? |
+# | [11](11_error_bars.ipynb) | How wrong can one step be? |
+#
+# ## How to run
+#
+# `make setup` makes a virtual environment and fetches the default model. Then, in this folder,
+# `jupyter lab`, with the kernel of that environment. The first run of a notebook lets the model
+# read a text, which takes a minute or two and is kept in `.cache`. `make notebooks` runs them all.
+#
+# Each exercise has a `check` that shows your result beside the expected one. Answers are folded.
+#
+# ## References
+#
+# - RetroInfer: Chen et al., PVLDB 19(5), 2026, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922).
+# - RetrievalAttention: Liu et al., 2024, [arXiv 2409.10516](https://arxiv.org/abs/2409.10516).
+# - AnTKV, 2025, [arXiv 2506.19505](https://arxiv.org/abs/2506.19505).
+# - The sink: Xiao et al., *Efficient Streaming Language Models with Attention Sinks*, 2023,
+#   [arXiv 2309.17453](https://arxiv.org/abs/2309.17453).
+# - RoPE: Su et al., *RoFormer*, 2021, [arXiv 2104.09864](https://arxiv.org/abs/2104.09864).
