@@ -7,8 +7,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run models test test-slow test-all test-gpu sanitize lint lines bench bench-cache \
-	bench-gpu gpu-day evaluate notebooks \
-	picture clean
+	bench-gpu gpu-day evaluate notebooks picture clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10

@@ -231,7 +231,7 @@ def plan(run):
 
 def host_bytes(run, store):
     """Bytes of the host that an offloaded store takes: for a GPU, of the blocks that hold it."""
-    n = 2 * run.model.num_hidden_layers
+    n = 2 * run.model.n_wide
     return store if run.is_cpu or run.in_file else sum(pinned_blocks(n, store // n))
 
 

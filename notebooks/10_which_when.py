@@ -1,0 +1,399 @@
+# %% [markdown]
+# # Which method, and when?
+#
+# **Goal.** Put every method of this project, and simple rivals, through one harness. Compare what
+# the next token loses with the bytes that a step reads and with the bytes that are kept. Find where
+# each method fails, what an index costs, and what a machine makes of the bytes. Then enter a method
+# of your own.
+#
+# **You need.** [03](03_three_zones.ipynb), [08](08_why_vector_indexes_fail.ipynb) and
+# [09](09_one_bit.ipynb), or their takeaways.
+#
+# **Time.** About a minute.
+#
+# **Paper.** RetroInfer ([2505.02922](https://arxiv.org/abs/2505.02922)), RetrievalAttention
+# ([2409.10516](https://arxiv.org/abs/2409.10516)), AnTKV
+# ([2506.19505](https://arxiv.org/abs/2506.19505)), Quest
+# ([2406.10774](https://arxiv.org/abs/2406.10774)).
+#
+# **Before and after.** [09](09_one_bit.ipynb) kept one bit a number; [00](00_one_step.ipynb) is the
+# map of all.
+#
+# **Predict first.** Three methods: read an eighth of all tokens exactly, chosen well; keep all
+# tokens in 1 bit; read only the latest eighth. Order them by the loss of the next token.
+
+# %%
+import sys; sys.path[:0] = [".."]
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from checks import agree
+from figures_10 import draw_harness, plot_failures, plot_map, plot_roofline
+from plots import versions
+
+# %%
+import antkv
+import retrieval_attention as ra
+from antkv import AnchorCache, AnchorConfig
+from evaluation import fidelity, texts
+from evaluation.fidelity import Chosen
+from evaluation.retrieval import follow, read
+from model import DenseCache, load
+from retroinfer import RetroConfig, WaveIndex, cluster_segment
+
+torch.set_grad_enabled(False)
+model, tokenizer = load(dtype=torch.float32, device="cpu")
+H, D, G = model.config.num_key_value_heads, model.config.head_dim, 3
+print(versions())
+
+# %%
+draw_harness()
+
+# %% [markdown]
+# ## One harness
+#
+# Dense attention reads three texts of 1,200 tokens: a story, Python code and a table of orders. A
+# method gets the same keys and values, then the same 8 tokens one by one. Its outputs go on to the
+# next layer. The measure is the KL divergence of its next-token distribution from dense
+# attention's, in nats.
+
+# %%
+N, STEPS = 1200, 8
+story = Path("../examples/lighthouse.txt").read_text("utf-8")
+TEXTS = {"story": story, "code": texts.code("final"), "table": texts.table("final")}
+cases = {name: read(model, torch.tensor(tokenizer.encode(text)[:N]), STEPS)
+         for name, text in TEXTS.items()}
+dense_rows = 2 * (N - 1)                        # of a head: keys and values of a step
+
+def kl_of(make, case):
+    """(KL of each step, the layers' caches) of the caches that `make` makes."""
+    caches = [fidelity.filled(make, *past, STEPS) for past in case.past]
+    return follow(model, case, caches), caches
+
+# %% [markdown]
+# Bytes are counted as if an exact number had 16 bits, and for one head, in rows: a row is a key or
+# a value. A step of a graph or of qcIVF reads at most so many; other counts are exact.
+
+# %%
+def rows_read(cache):
+    """Rows of D 16-bit numbers that a step reads for a kv head."""
+    if isinstance(cache, AnchorCache):
+        return cache.true_bits() / 16 * dense_rows              # it reads all that it holds
+    if isinstance(cache, ra.GraphCache):
+        c, live = cache.config, int(cache.n_tokens[0] - cache.n_indexed[0])
+        n, C = int(cache.n_indexed[0]), cache.index.lists.shape[2]
+        keys = n if c.index == "flat" else C + min(n, G * c.visits * c.listed)
+        return 2 * live + keys + G * c.top
+    return fidelity.rows_read(cache)
+
+# %%
+def rows_kept(cache):
+    """Rows that a kv head keeps, on the device or on the host."""
+    if isinstance(cache, AnchorCache):
+        return cache.true_bits() / 16 * dense_rows
+    if isinstance(cache, WaveIndex):
+        clusters = float((cache.index.sizes[0] > 0).sum(-1).float().mean())
+        return dense_rows + clusters * (2 * cache.config.bits / 16 + 6 / D)
+    if isinstance(cache, ra.GraphCache):
+        lists = cache.index.lists[0, 0].numel() * 2 / D         # 4 bytes a number
+        return dense_rows + cache.index.centroids.shape[2] + lists
+    is_window = getattr(cache, "choose", None) in WINDOWS
+    return 2 * cache.read.sum(-1).float().mean().item() if is_window else dense_rows
+
+# %% [markdown]
+# ## The methods
+#
+# Rivals first. *Window* reads the first tokens and the latest ones. The *oracle* reads the tokens
+# that weigh most; it has to read all keys to know them, so it is a bound, no method. *Quest* keeps
+# the least and the largest key of each page, channel by channel, and reads the pages that may weigh
+# most. The wave index, qcIVF with a sample, and codes of 2 and 1 bits are the library's.
+
+# %%
+FEW = N // 8
+WINDOWS = [partial(fidelity.window, n=FEW), partial(fidelity.window, n=2 * FEW)]
+EXACT = {"sink": 4, "local": 32, "update": 256}
+METHODS = {
+    "dense": DenseCache,
+    "window, 1/8": partial(Chosen, WINDOWS[0]),
+    "window, 1/4": partial(Chosen, WINDOWS[1]),
+    "oracle, 1/8": partial(Chosen, partial(fidelity.oracle, n=FEW)),
+    "Quest": partial(Chosen, partial(fidelity.quest, n=FEW // fidelity.PAGE)),
+    "wave": partial(fidelity.wave, RetroConfig()),
+    "wave, paper's": partial(fidelity.wave, replace(
+        RetroConfig.paper(), segment=1024, update=512)),
+    "qcIVF, sample": partial(ra.GraphCache, ra.GraphConfig(
+        index="qcivf", lift=True, centroids=128, listed=100, top=60, **EXACT)),
+    "codes, 2 bits": partial(AnchorCache, AnchorConfig(bits=2, anchors=0.01)),
+    "codes, 1 bit": partial(AnchorCache, AnchorConfig(bits=1, anchors=0.01))}
+
+# %%
+kl, facts = {}, {}
+for name, make in METHODS.items():
+    for kind, case in cases.items():
+        steps, caches = kl_of(make, case)
+        kl.setdefault(name, {})[kind] = steps
+    facts[name] = [sum(map(f, caches)) / len(caches) / dense_rows for f in (rows_read, rows_kept)]
+
+def interval(values, draws=2000):
+    """Mean, and the 95 % interval of means of as many values drawn anew: (low, mean, high)."""
+    x, dice = torch.tensor(values), torch.Generator().manual_seed(0)
+    means = x[torch.randint(len(x), (draws, len(x)), generator=dice)].mean(1)
+    return float(means.quantile(0.025)), float(x.mean()), float(means.quantile(0.975))
+
+# %%
+found = {name: (*facts[name], *interval(list(chain(*by.values())))) for name, by in kl.items()}
+print(f"{'':16}{'read':>7}{'kept':>7}{'KL':>9}   interval           each text")
+for name, (read_share, kept, low, mean, high) in found.items():
+    each = "  ".join(f"{kind} {sum(x) / len(x):.4f}" for kind, x in kl[name].items())
+    print(f"{name:16}{read_share:7.1%}{kept:7.1%}{mean:9.4f}   {low:.4f} to {high:.4f}   {each}")
+
+# %%
+plot_map({name: row for name, row in found.items() if name != "dense"},
+         "What is lost, against what is read and what is kept")
+loss = {name: row[3] for name, row in found.items()}
+assert loss["dense"] < 1e-6                     # the control: the harness itself loses nothing
+assert loss["wave"] < loss["codes, 1 bit"] and loss["wave"] < loss["window, 1/8"] / 2
+
+# %% [markdown]
+# Two things to read from it. Methods that choose (wave, Quest, qcIVF) read little and keep
+# everything: they need memory somewhere, if only on the host. Codes keep little and read little,
+# and lose more. Where intervals overlap, these 24 steps say nothing about the order.
+#
+# ## Where each fails
+#
+# Four heads made for trouble, each with a known answer. The measure is the error of the output over
+# its length.
+#
+# - *aggregation*: all tokens weigh about the same; the output is their mean.
+# - *copying*: one key of 1,200 holds nearly all the weight, another one at each step.
+# - *drift*: the text changes its subject, so that late keys stand elsewhere than the first.
+# - *short*: 300 tokens, most of which are the first or the latest.
+
+# %%
+def head_for(kind, T=1200, n_steps=16):
+    """q, k, v (1, 1, T + n_steps, D) of a head made for trouble; (T, n_steps)."""
+    T = 300 if kind == "short" else T
+    dice = torch.Generator().manual_seed(7)
+    k, v, q = torch.randn(3, T + n_steps, D, generator=dice)
+    if kind == "drift":
+        k[T // 2:] = 0.3 * k[T // 2:] + 3 * torch.randn(D, generator=dice)
+    q = 0.05 * q if kind == "aggregation" else 0.8 * q
+    if kind == "copying":
+        places = torch.randint(100, T - 300, (n_steps,), generator=dice)
+        q[T:] = 2.5 * k[places]
+    return [x[None, None] for x in (q, k, v)], T, n_steps
+
+# %%
+def error_on(make, kind):
+    """Mean relative error of the steps' outputs."""
+    (q, k, v), T, n_steps = head_for(kind)
+    cache = fidelity.filled(make, *(x[:, :, :T] for x in (q, k, v)), n_steps)
+    away = []
+    for t, o in enumerate(fidelity.feed(cache, *(x[:, :, T:] for x in (q, k, v)))):
+        past = [x[:, :, :T + t + 1] for x in (k, v)]
+        right = F.scaled_dot_product_attention(q[:, :, T + t:T + t + 1], *past)
+        away.append(float((o - right).norm() / right.norm()))
+    return sum(away) / n_steps
+
+# %%
+CASES = "aggregation", "copying", "drift", "short"
+skip = "dense", "window, 1/4", "codes, 2 bits"
+def shorter(name):
+    """The method, with codebooks that were made before where a text is too short for its own."""
+    return partial(DenseCache) if name == "codes, 1 bit" else METHODS[name]
+
+errors = {name: {case: error_on(METHODS[name] if case != "short" else shorter(name), case)
+                 for case in CASES} for name in METHODS if name not in skip}
+plot_failures(errors, "Error of the output, relative: no method is good at everything")
+assert errors["window, 1/8"]["copying"] > 0.9 > 0.3 > errors["wave"]["copying"]
+assert errors["oracle, 1/8"]["aggregation"] > errors["wave"]["aggregation"]
+assert errors["codes, 1 bit"]["copying"] > errors["wave"]["copying"]
+
+# %% [markdown]
+# Random keys have no clusters, so this is the worst case for an index. Aggregation needs all
+# values: exact reading of a few is wrong, however well they are chosen, and centroids are nearly
+# right. Copying needs one token exactly: a window that does not hold it fails, and a code blurs it.
+# A short text is read exactly by all that index late. (Codes need 580 tokens to make codebooks of
+# their own; with fewer the command line asks for codebooks made before. In that cell the text stays
+# exact.)
+#
+# ## What an index costs
+#
+# Processor time to index 2,048 keys of one head, three times each. Other programs share the
+# machine, so the spread is printed and nothing is asserted.
+
+# %%
+q, k, v = (x[:, :1, :1024].repeat(1, 1, 2, 1) for x in cases["code"].past[12])
+k = k + 0.1 * torch.randn_like(k)
+config = ra.GraphConfig()
+nothing, links = torch.zeros(k.shape[2]), torch.full((k.shape[2], config.degree), -1).int()
+train = q[0, 0, -1024:] * D ** -0.5
+JOBS = {
+    "clusters (wave)": lambda: cluster_segment(k, v, RetroConfig()),
+    "lists of queries (qcIVF)": lambda: ra.build(train, k[0, 0], nothing, links[:, :0], replace(
+        config, index="qcivf")),
+    "graph": lambda: ra.build(train, k[0, 0], nothing, links, config),
+    "codebook and codes, 1 bit": lambda: antkv.fit_words(k[0], torch.ones(1, k.shape[2]), 8)}
+for name, job in JOBS.items():
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        job()
+        times.append(1e3 * (time.process_time() - start))
+    print(f"{name:28}{sorted(times)[1]:8.0f} ms   {min(times):.0f} to {max(times):.0f}")
+
+# %% [markdown]
+# ## What a machine makes of the bytes
+#
+# A step cannot be faster than its bytes over the bandwidth of memory: the line of the *roofline*.
+# The bandwidth is measured by summing a large tensor. Measured points stand above the line by what
+# a step does besides reading. Each is the median of 15 runs, with the least and the most.
+
+# %%
+def timed(function, n=15):
+    """(least, median, most) ms of n runs."""
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times), sorted(times)[n // 2], max(times)
+
+big = torch.ones(2**25)                                         # 134 MB: no cache holds it
+bandwidth = big.nbytes / (timed(big.sum, 5)[0] / 1e3)           # bytes a second
+# %%
+points = {"dense attention": [], "wave, eager": []}
+for T in (2048, 8192, 24576):
+    k, v = torch.randn(2, 1, H, T, D)
+    q = torch.randn(1, H * G, 1, D)
+    run = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+    points["dense attention"].append((k.nbytes + v.nbytes, *timed(run)))
+    cache = WaveIndex(RetroConfig(iterations=1), T + 64)
+    cache.prefill(q, k, v)
+    cache.update()
+    run = partial(cache.decode, q, k[:, :, :1], v[:, :, :1])
+    points["wave, eager"].append((cache.bytes_read(), *timed(run)))
+
+# %%
+plot_roofline(points, bandwidth, "A step takes longer than its bytes, and most where bytes are few")
+ratio = {name: [row[2] / (1e3 * row[0] / bandwidth) for row in rows]
+         for name, rows in points.items()}
+print(f"bandwidth {bandwidth / 1e9:.1f} GB/s; times over the line:",
+      {name: [round(x, 1) for x in xs] for name, xs in ratio.items()})
+torch.testing.assert_close(points["dense attention"][-1][0], 2 * H * 24576 * D * 4)
+
+# %% [markdown]
+# Eager operations cost time of their own, so the wave step stands far above its line. Compiled or
+# in native code it stands nearer: that is what notebooks [05](05_compile.ipynb) and
+# [06](06_kernels.ipynb) are about, and `make bench` measures it.
+#
+# ## Which, when?
+#
+# | what you have | take | because |
+# |---|---|---|
+# | a short text, some thousand tokens | dense attention | an index costs more than it saves |
+# | a long text, memory for all of it on the device | the wave index | reads least at little loss |
+# | a long text, memory on the host only | the wave index, `--offload` | a step brings few blocks |
+# | no memory for keys and values anywhere | codes, with anchors | the others keep everything |
+# | an error bar is needed | a sample (`lift`), exactly searched | it says how far it may be off |
+# | attention that spreads evenly | the wave index, or a sample | the rest is estimated |
+# | a text that changes its subject | measure first | what was learned early may not fit |
+#
+# ## Takeaway
+#
+# - Ask of a method: what does it read, what does it keep, what is lost, and on which texts.
+# - Choosing tokens saves reading and no memory. Codes save memory, and lose more.
+# - What is not read should be estimated: by centroids, or by a sample.
+# - No method is good at everything. A made-up head for each failure is cheap: keep some.
+
+# %%
+print("KL:", *(f"{name} {loss[name]:.3f}  " for name in ("window, 1/8", "codes, 1 bit", "Quest",
+                                                         "wave", "oracle, 1/8")))
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** The capstone: your own method on the plot. Write `choose(cache, q, logits, n)`. It returns
+# a mask (1, H, T) of at most n tokens that a step reads. q (1, H, G, D) is scaled, logits
+# (1, H, G, T), the keys are `cache.k[:, :, :T]`. Use `logits` only if you accept that your method
+# reads all keys. Beat the window at equal n on the story.
+
+# %%
+def choose(cache, q, logits, n):
+    """Mask (1, H, T) of at most n tokens."""
+    ...                                 # your code
+
+
+# %%
+def check(answer):
+    """Whether it reads at most n tokens, and its KL is below that of the window."""
+    logits = torch.randn(1, H, G, 900, generator=torch.Generator().manual_seed(1))
+    cache = DenseCache(1000)
+    cache.k = torch.randn(1, H, 1000, D)
+    mask = answer(cache, torch.randn(1, H, G, D), logits, FEW)
+    if mask is None:
+        return agree([("KL on the story", None, sum(kl["window, 1/8"]["story"]) / STEPS)])
+    is_few = bool((mask.sum(-1) <= FEW).all())
+    steps, caches = kl_of(partial(Chosen, partial(answer, n=FEW)), cases["story"])
+    mine, theirs = sum(steps) / STEPS, sum(kl["window, 1/8"]["story"]) / STEPS
+    plot_map({name: row for name, row in found.items() if name != "dense"} | {
+        "yours": (rows_read(caches[0]) / dense_rows, 1.0, *interval(steps))}, "And yours")
+    print(f"KL on the story: yours {mine:.4f}, window {theirs:.4f}")
+    return agree([("reads at most n", is_few, True), ("below the window", mine < theirs, True)])
+
+print("right" if check(choose) else "not yet")
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# One of many: the mean key of each eight tokens stands for them, and the latest tokens are always
+# read.
+#
+# ```python
+# def choose(cache, q, logits, n):
+#     T, size, late = logits.shape[-1], 8, 32
+#     pages = cache.k[:, :, :T // size * size].unflatten(2, (-1, size)).mean(3)
+#     worth = (q @ pages.mT).amax(2)                                # (1, H, pages)
+#     best = worth.topk((n - late - 4) // size).indices
+#     mask = torch.zeros(1, H, T, dtype=torch.bool)
+#     rows = best[..., None] * size + torch.arange(size)
+#     mask.scatter_(-1, rows.flatten(2), True)
+#     mask[..., :4], mask[..., -late:] = True, True
+#     return mask
+# ```
+# </details>
+#
+# **2.** Are 24 steps enough to tell Quest from the wave index? Look at the interval of the
+# difference.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# pairs = [torch.tensor(list(chain(*kl[name].values()))) for name in ("Quest", "wave")]
+# away = pairs[0] - pairs[1]
+# low, mean, high = interval(away.tolist())
+# print(f"difference of KL {mean:.4f}, {low:.4f} to {high:.4f}")
+# ```
+# </details>
+#
+# **3.** What if every number were counted at 32 bits, as it is computed here? Which methods look
+# better than they are?
+#
+# <details><summary>Answer</summary>
+#
+# Codes and 4-bit centroids stay as they are, and exact numbers count twice. So codes would look
+# twice as good, by a choice of unit.
+#
+# ```python
+# bits = AnchorCache(AnchorConfig(bits=1), 700)
+# bits.prefill(*(x[:, :, :700] for x in cases["code"].past[3]))
+# by_16, by_32 = bits.true_bits() / 16, bits.true_bits(exact=4) / 32
+# print(f"share of dense at 16 bits {by_16:.0%}, at 32 bits {by_32:.0%}")
+# assert by_32 < by_16
+# ```
+# </details>
