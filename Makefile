@@ -6,8 +6,8 @@ PROMPT ?= examples/lighthouse.txt
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run models test test-slow test-all test-gpu sanitize lint lines bench bench-cache \
-	bench-gpu gpu-day evaluate notebooks picture clean
+.PHONY: help setup run models test test-slow test-all test-adapters test-gpu sanitize lint lines \
+	bench bench-cache bench-gpu gpu-day evaluate notebooks picture clean
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -40,6 +40,18 @@ test-all: test test-slow ## every test; random cases differ from run to run
 
 test-gpu:       ## the kernels on a GPU, with the torch and Triton of PYTHON
 	$(PYTHON) -m pytest tests/test_kernels.py tests/test_gpu_bench.py tests/test_footprint.py $(ARGS)
+
+# Each environment sees the packages of VENV behind its own: torch is not installed again.
+OLDER := 4.57 5.5
+test-adapters: $(OLDER:%=$(VENV)/transformers-%) ## adapters/hf.py under older versions of transformers
+	for place in $^; do OMP_NUM_THREADS=1 $$place/bin/python -m pytest tests/test_hf.py $(ARGS) || exit; done
+
+$(VENV)/transformers-%: | $(VENV)/ready
+	$(BIN)/python -m venv $@.part
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$(echo $@.part/lib/python3*/site-packages)/behind.pth
+	$@.part/bin/python -m pip install "transformers==$*.*"
+	mv $@.part $@
 
 # GCC's own checks of shifts and overflow change what vectors of ints give, so they are left out.
 SANITIZE := -fsanitize=address,bounds,alignment,object-size,null,float-cast-overflow

@@ -195,6 +195,8 @@ def hot_functions(device, name=None):
         raise InputError(f"backend {name} needs a {wanted}, the device is {device}: "
                          "leave it out")
     if name == "triton":
+        import triton  # noqa: F401 without it kernels.py can be imported, and nothing runs
+
         import kernels
         return PLAIN._replace(attend=kernels.attend, nearest=kernels.nearest,
                               segment_sum=kernels.segment_sum)

@@ -56,10 +56,50 @@ by which AnTKV finds its anchors. Those belong to the building of an index, as o
 program owns a tile of keys and walks over the later queries, whose max and sum prefill must leave.
 """
 import functools
+import importlib
+from importlib import metadata
 
 import torch
-import triton
-import triton.language as tl
+
+
+class Missing:
+    """Stands for Triton where that is not installed. Then this file can be imported, and no kernel
+    runs."""
+    JITFunction = object
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args):
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    triton = tl = Missing()
+
+
+def other_package():
+    """The folders, none or one, and the version of the package `kernels` of Hugging Face."""
+    try:
+        found = metadata.distribution("kernels")
+    except metadata.PackageNotFoundError:
+        return [], "0"
+    return [str(found.locate_file("kernels"))], found.version
+
+
+# Where our folder comes first on the path, transformers finds this file and not that package. So
+# this file can be imported by everyone, and has the package's modules and names as well.
+__path__, __version__ = other_package()
+
+
+def __getattr__(name):
+    if not __path__ or name.startswith("__"):
+        raise AttributeError(f"kernels.py has no {name}")
+    return getattr(importlib.import_module("kernels.__init__"), name)
+
 
 IS_COMPILED = isinstance(tl.max, triton.JITFunction)    # else Triton's interpreter runs on a CPU
 OPTIONS = {"enable_fp_fusion": True}                    # a product and a sum in one instruction
@@ -67,6 +107,8 @@ OPTIONS = {"enable_fp_fusion": True}                    # a product and a sum in
 
 def launch(kernel, grid, *args, **tile):
     """Run a kernel on the device of its first argument; `tile` holds its constants and options."""
+    if isinstance(triton, Missing):
+        raise ModuleNotFoundError("kernels.py needs Triton", name="triton")
     if IS_COMPILED and not args[0].is_cuda:
         raise ValueError(f"kernels.py runs on a GPU, and the tensors are on {args[0].device}: "
                          "move them, or use the functions of retroinfer.py")

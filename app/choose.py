@@ -8,6 +8,7 @@ args are those of app/cli.py. What cannot be is an InputError, before the prompt
 """
 import math
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -144,6 +145,8 @@ def check_lengths(args, texts, tokenizer, context):
 
 def check_memory(args, model, spec, device):
     """InputError if the caches do not fit the free memory; the plan says what would fit."""
+    if args.questions and device.type == "cpu":
+        spec = replace(spec, batch=1)           # one K and V serve all questions
     c, vector = spec.model, spec.model.num_key_value_heads * spec.model.head_dim
     windows = [c.window(i) or spec.capacity for i in range(c.num_hidden_layers)]
     tokens = sum(min(window, spec.capacity) for window in windows) * spec.batch

@@ -6,6 +6,7 @@
     python retroinfer.py --prompt-file x --set retrieve=0.04 bits=16
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
+    python retroinfer.py --load-index x.safetensors --questions lines.txt   # one batch, one index
 
 Answers go to standard output. The progress bar and the card go to standard error. --json adds one
 line for machines at the end of standard output. An error that a person can cause is one line, with
@@ -15,6 +16,7 @@ import json
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from app.choose import (
 )
 from app.command import Parser, run_command
 from app.method import METHODS, classes
+from app.questions import read_questions, whole_pages
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
@@ -59,6 +62,7 @@ def add_texts(add):
     add("--raw", action="store_true", help="do not use the model's chat template")
     add("--save-index", metavar="FILE", help="write the index of the prompt to FILE")
     add("--load-index", metavar="FILE", help="use this index instead of reading its text")
+    add("--questions", metavar="FILE", help="ask each line about the loaded index, as one batch")
 
 
 def add_answer(add):
@@ -101,6 +105,8 @@ def check_flags(args):
     """InputError for what can be refused before a model is loaded."""
     check_counts(args, "max_new_tokens", "prefill_chunk", "capacity")
     n_prompts = len(args.prompt_file)
+    if args.questions:
+        check_questions(args)
     if not (n_prompts or args.load_index or args.chat):
         raise InputError("nothing to answer: give --prompt-file, --load-index or --chat")
     for name in ("chat", "compare", "save_index", "load_index"):
@@ -125,6 +131,17 @@ def check_flags(args):
         check_place(args.save_index)
 
 
+def check_questions(args):
+    """InputError if --questions is without an index, or with what asks or reads otherwise."""
+    if not args.load_index:
+        raise InputError("--questions asks a saved index: give --load-index, which --save-index "
+                         "writes")
+    for name in ("prompt_file", "question", "chat", "compare", "save_index", "offload"):
+        if getattr(args, name):
+            raise InputError(f"--questions takes the loaded index alone: leave out {flag(name)}")
+    args.questions = read_questions(args.questions)
+
+
 def check_method(args):
     """InputError if a flag belongs to another method than the one chosen."""
     for name, method in {"codebooks": "antkv", "offload": "wave", "save_index": "wave",
@@ -139,6 +156,9 @@ def check_windows(args, config):
         if getattr(args, name) and not config.n_wide:
             raise InputError(f"{flag(name)}: every layer of this model sees the latest "
                              f"{config.windows[0]:,} tokens only, so there is no index")
+    if args.questions and config.windows:
+        raise InputError("--questions: layers of this model see a window only, and windows cannot "
+                         "be shared: ask one question at a time")
 
 
 def check_counts(args, *names):
@@ -204,8 +224,8 @@ def answer(args):
     writer = Writer(tokenizer, args.raw, device, model.config.vocab_size)
     asked = what_is_asked(args, texts, snapshot, lines)
     prompts = [writer.prompt(*pair) for pair in asked]
-    longest = max(map(len, prompts))
-    capacity, n_tokens = choose_capacity(args, model.config.context, longest)
+    capacity, n_tokens = choose_capacity(args, model.config.context, max(map(len, prompts)))
+    capacity = whole_pages(config, capacity) if args.questions else capacity
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
@@ -234,8 +254,8 @@ def say(args, session, n_tokens, tokenizer):
     if len(session.n_read) == 1:
         return [say_one(session, n_tokens, tokenizer, args.chat)]
     said = session.answer(n_tokens)
-    for path, tokens in zip(args.prompt_file, said, strict=True):
-        print(f"== {path}\n{tokenizer.decode(tokens)}")
+    for name, tokens in zip(args.questions or args.prompt_file, said, strict=True):
+        print(f"== {name}\n{tokenizer.decode(tokens)}")
     print(flush=True)
     return said
 
@@ -289,6 +309,8 @@ def read_codebooks(args, model, tokenizer, config):
 def cache_maker(args, model, tokenizer, spec, hot):
     """A function that makes the cache of the next layer."""
     check_windows(args, spec.model)
+    if args.questions:
+        spec = replace(spec, batch=1)                       # read() makes the others of it
     make = method_maker(args, model, tokenizer, spec, hot)
     return iter(make_caches(spec.model, make, spec.capacity, spec.batch)).__next__
 
@@ -312,6 +334,8 @@ def what_is_asked(args, texts, snapshot, lines):
     """(a text, a question about it or None) for each prompt. A saved index has its text."""
     if texts:
         return [(text, args.question) for text in texts]
+    if args.questions:
+        return [(snapshot.text, question) for question in args.questions]
     question = args.question or (next(lines, None) if args.chat else None)
     if snapshot:
         return [(snapshot.text, question)]
@@ -325,8 +349,9 @@ def read(args, session, prompts, writer, asked, snapshot):
     is asked about. The exit status."""
     status = n_read = 0
     if snapshot:
-        n_read = len(prompts[0]) - len(snapshot.unread(prompts[0]))
+        n_read = min(len(ids) - len(snapshot.unread(ids)) for ids in prompts)
         snapshot.restore(session.caches)
+        session.spread(len(prompts))
     if n_read == len(prompts[0]):
         raise InputError(f"{args.load_index} holds all of the prompt: add a --question")
     if args.save_index:

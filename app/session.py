@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from app.questions import spread
 from app.threads import Threads
 from generate import CHUNK, decode, prefill
 from retroinfer import InputError
@@ -95,6 +96,13 @@ class Session:
         self.n_read = self.n_said = [0] * len(self.caches[0].n_tokens)      # tokens, by sequence
         self.prefill_seconds = 0.0
         self.steps = []                                     # (tokens, seconds) of each step
+
+    def spread(self, batch):
+        """Go on with `batch` sequences that begin as the one that was restored does."""
+        if batch > 1:
+            for cache in self.caches:
+                spread(cache, batch)
+            self.n_read = self.n_said = [0] * batch
 
     def read(self, prompts):
         """Append a prompt (T,) to each sequence."""

@@ -4,8 +4,9 @@
     python -m bench.cpu model           # whole steps of the default model beside its peers
     python -m bench.cpu prefill         # what building the index costs in time and memory
     python -m bench.cpu reload          # a second question: load the index, or read the text again
+    python -m bench.cpu questions       # sixteen questions: one by one, or as one batch
 
-`make bench` runs all four. --save FILE writes the numbers as JSON, and those of attention as a plot
+`make bench` runs the first four. --save FILE writes the numbers as JSON, and those of attention as a plot
 beside it. bench/timing.py says how times are taken.
 
     T tokens   H kv heads   G query heads per kv head   D head dim
@@ -16,6 +17,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from app.command import Parser, run_command
+from app.questions import spread, whole_pages
 from app.snapshot import Snapshot, save
 from bench.timing import (
     clock,
@@ -241,6 +244,24 @@ class Transformers:
         return seconds, [clock(step) for _ in range(n_steps)][2:]
 
 
+class Adopted(Transformers):
+    """Transformers again, with our attention in it (adapters/hf.py)."""
+
+    @torch.no_grad()
+    def __call__(self, ids, n_steps):
+        from adapters.hf import adopt
+        cache = adopt(self.model, RetroConfig(), len(ids) + n_steps)
+        start = time.perf_counter()
+        out = self.model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        seconds = time.perf_counter() - start
+
+        def step():
+            nonlocal out
+            token = out.logits[:, -1:].argmax(-1)
+            out = self.model(token, past_key_values=cache, use_cache=True)
+        return seconds, [clock(step) for _ in range(n_steps)][2:]
+
+
 class LlamaCpp:
     """llama.cpp on the same GGUF file, with its weights in 4 bits and flash attention on."""
 
@@ -283,7 +304,7 @@ def model_runners(ours, dtype, T, n_steps):
     runners = {"dense, compiled": Ours(ours, DenseCache), "wave index": Ours(ours, wave)}
     if T > REAL:
         return runners
-    return {"transformers": Transformers(dtype), **llama_cpp(T + n_steps),
+    return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype), **llama_cpp(T + n_steps),
             "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
 
 
@@ -382,7 +403,44 @@ def reload(args):
     return {"tokens": T, "bytes": size, "save": writing, **seconds}
 
 
-SECTIONS = {"attention": attention, "model": model, "prefill": prefill_cost, "reload": reload}
+def questions(args):
+    """Seconds of sixteen questions about one saved text: one by one, and as one batch over one
+    index. Steps are eager: the answers are short."""
+    net, tokenizer = load(dtype=getattr(torch, args.dtype), device=CPU)
+    config, T, n = RetroConfig(), (args.tokens or [7000])[0], 16
+    ids, hot = sample_ids(tokenizer, T), hot_functions(CPU)
+    asked = [torch.tensor(tokenizer.continued(f"\n\nWho wrote page {i}, and when?"))
+             for i in range(n)]
+
+    def ask(some):
+        caches = [WaveIndex(config, whole_pages(config, T + 200), hot=hot) for _ in net.layers]
+        Snapshot(path, net, tokenizer, config).restore(caches)
+        for cache in caches:
+            spread(cache, len(some))
+        start = time.perf_counter()
+        logits = prefill(net, caches, some)
+        deque(decode(net, caches, logits, args.steps, sampler(), eager_step), maxlen=0)
+        return time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, filled = Path(folder) / "text.safetensors", [WaveIndex(config, T) for _ in net.layers]
+        prefill(net, filled, [ids])
+        save(path, net, tokenizer, filled, ids, "-")
+        asking = {"one by one": [], "one batch": []}
+        seconds = take_turns({
+            "one by one": lambda: asking["one by one"].append(sum(ask([q]) for q in asked)),
+            "one batch": lambda: asking["one batch"].append(ask(asked))}, args.repeats)
+    asking = {name: x[1:] for name, x in asking.items()}            # the first was a warm-up
+    rows = [[name, f"{statistics.median(x):.1f}", f"{speed_up(x, seconds['one by one']):.1f}",
+             f"{statistics.median(asking[name]):.1f}",
+             f"{speed_up(asking[name], asking['one by one']):.1f}"] for name, x in seconds.items()]
+    print(f"{n} questions about {T:,} tokens, {args.steps} tokens of answer each\n\n" + table(
+        ["asked", "seconds", "times as fast", "without loading", "times as fast"], rows))
+    return {"tokens": T, "seconds": seconds, "asking": asking}
+
+
+SECTIONS = {"attention": attention, "model": model, "prefill": prefill_cost, "reload": reload,
+            "questions": questions}
 
 
 def main():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-kernels = pytest.importorskip("kernels", reason="needs Triton")
-import triton  # noqa: E402
+pytest.importorskip("triton")
+import triton
 
-from app.command import run_command  # noqa: E402
-from bench import footprint  # noqa: E402
+import kernels
+from app.command import run_command
+from bench import footprint
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = (80, 90, 100)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("kernels", reason="needs Triton")
+pytest.importorskip("triton")
 from app.command import run_command
 from bench import gpu
 from generate import eager_step

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ["antkv", "buffer", "checkpoint", "generate", "kernels", "model", "retrieval_attention",
            "retroinfer", "tokenizer"]
-FOLDERS = ["app", "bench", "evaluation", "native"]
+FOLDERS = ["adapters", "app", "bench", "evaluation", "native"]
 FILES = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.py"))
 # What a file may import of ours when it is loaded; the library imports more inside functions only.
 ARROWS = {"retroinfer": set(), "model": {"retroinfer"}, "checkpoint": {"retroinfer"},
           "tokenizer": {"checkpoint", "retroinfer"},
           "kernels": set(), "generate": {"retroinfer"}, "buffer": {"retroinfer", "generate"},
           "retrieval_attention": {"retroinfer"}, "antkv": {"retroinfer"},
-          "native": {"retroinfer"}, "app": {"app", "retroinfer", "generate", "model"}}
+          "native": {"retroinfer"}, "adapters": {"app", "generate", "retroinfer"},
+          "app": {"app", "retroinfer", "generate", "model"}}
 FREE = {"evaluation", "bench"}                              # these import what they like
 
 

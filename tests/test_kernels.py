@@ -12,14 +12,15 @@ import pytest
 import torch
 from steps import ALL, CASES, SMALL, Case, assert_as_exact, config_budget, qkv, read
 
-kernels = pytest.importorskip("kernels", reason="needs Triton")
-import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import interpreter_builder as BUILDER  # noqa: E402
+pytest.importorskip("triton")
+import triton.language as tl
+from triton.runtime.interpreter import interpreter_builder as BUILDER
 
-import buffer  # noqa: E402
-import retroinfer  # noqa: E402
-from bench import footprint  # noqa: E402
-from retroinfer import RetroConfig, WaveIndex  # noqa: E402
+import buffer
+import kernels
+import retroinfer
+from bench import footprint
+from retroinfer import RetroConfig, WaveIndex
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,0 +1,122 @@
+"""Our attention under a model of Hugging Face's transformers, in its layers of full attention.
+
+    cache = adopt(model, RetroConfig(), capacity=8192)      # or GraphConfig(), or AnchorConfig()
+    model.generate(**inputs, past_key_values=cache)         # padded on the left
+
+Does not include: taking tokens back (beams, assisted decoding), latent attention, soft caps,
+learned sinks, masks of four dimensions, saved indexes, a step as one graph.
+"""
+import threading
+
+import torch
+from transformers import AttentionInterface, masking_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from app.method import METHODS, classes
+from generate import hot_functions
+from retroinfer import InputError, WaveIndex
+
+NAME = "retroinfer"
+noted = threading.local()       # .layer: the one that update() has just met, for attend
+
+
+def adopt(model, config, capacity):
+    """Switch a loaded model to our attention. An empty cache, of sequences of up to `capacity`
+    tokens, for its generate(). Attention that we do not have is an InputError when it runs."""
+    theirs = model.config.get_text_config(decoder=True)
+    kind, = (cache for numbers, cache in map(classes, METHODS) if numbers is type(config))
+    cache = DynamicCache(config=theirs)
+    for n, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[n] = Layer(theirs, kind, config, capacity)
+    model.set_attn_implementation(NAME)
+    return cache
+
+
+class Layer(DynamicLayer):
+    """A layer of transformers' cache, with one of ours in it, of a class `kind`."""
+    is_croppable = False
+
+    def __init__(self, theirs, kind, config, capacity):
+        self.theirs, self.made_of = theirs, (kind, config, capacity)
+        self.reset()
+
+    def reset(self):
+        self.cache, self.seen, self.has_read, self.room = None, 0, False, 0
+
+    def update(self, k, v, *args, **kwargs):
+        """Note this layer for attend(), which gets k, v (B, H, T, D) of the new tokens alone."""
+        if (given := self.theirs._attn_implementation) != NAME:
+            raise InputError(f"attn_implementation is now {given}: this cache needs {NAME}")
+        if self.cache is None:
+            kind, *numbers = self.made_of
+            hot = [hot_functions(k.device)] if kind is WaveIndex else []
+            self.cache = kind(*numbers, len(k), *hot)
+        if (batch := len(self.cache.n_tokens)) != len(k):
+            raise InputError(f"this cache holds a batch of {batch}, {len(k)} are given: adopt again")
+        noted.layer, self.seen = self, self.seen + k.shape[2]
+        return k, v
+
+    def get_seq_length(self, *args):
+        return self.seen
+
+    def get_mask_sizes(self, new):          # tokens: their number, or their positions
+        return self.seen + (new if isinstance(new, int) else len(new)), 0
+
+    def refuse(self, *args, **kwargs):
+        raise InputError("beams and assisted decoding take tokens back, this cache cannot")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = refuse
+
+    def read(self, q, k, v, is_token):
+        """Exact causal attention (B, H*G, T, D) of new tokens. is_token (B, T): not padding."""
+        o, falls = torch.zeros_like(q), (is_token[:, 1:] < is_token[:, :-1]).any(-1)
+        for row, some in enumerate(is_token):
+            if falls[row] or (self.cache.n_tokens[row] and not some.any()):
+                raise InputError(f"sequence {row} is padded on the right: pad on the left")
+            if some.any():
+                new = (x[row:row + 1, :, some] for x in (q, k, v))
+                o[row, :, some] = self.cache.prefill(*new, row=row)[0]
+        self.room, self.has_read = 0, bool(self.cache.n_tokens.all())
+        return o
+
+    def step(self, q, k, v):
+        """The attention (B, H*G, 1, D) of a token of each sequence."""
+        self.room = self.room or self.cache.update()        # steps until the next update
+        if not self.room:
+            raise InputError(f"the cache is full: its capacity is {self.cache.capacity}")
+        self.room -= 1
+        return self.cache.decode(q, k, v)
+
+
+def attend(module, q, k, v, mask=None, **facts):
+    """The attention (B, T, H*G, D) of the layer that update() noted; of a sliding layer, SDPA's."""
+    layer, noted.layer = getattr(noted, "layer", None), None
+    if layer is None and facts.get("sliding_window"):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **facts)
+    if layer is None:
+        raise InputError("this adopted model needs a cache of adopt(), and layers of full attention")
+    mask = k.new_ones(len(k), layer.seen) if mask is None else mask
+    is_ours = not facts.get("softcap") and facts.get("s_aux") is None and mask.ndim == 2
+    if not is_ours or q.shape[3] != v.shape[3]:
+        raise InputError("adapters/hf.py has no soft caps, learned sinks, latent attention (MLA) or "
+                         "masks of four dimensions")
+    q = q * (facts["scaling"] * q.shape[3] ** 0.5)      # our caches divide by the root
+    is_token = mask[:, layer.seen - k.shape[2]:layer.seen].bool()
+    is_step = k.shape[2] == 1 and layer.has_read and is_token.all()
+    o = layer.step(q, k, v) if is_step else layer.read(q, k, v, is_token)
+    return o.transpose(1, 2), None
+
+
+def mask_of(*args, **facts):
+    """Which tokens are no padding (B, T), or None. For a layer with a window, SDPA's mask."""
+    if facts.get("local_size") is not None:
+        return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **facts)
+    if facts["mask_function"] is not masking_utils.causal_mask_function:
+        raise InputError("adapters/hf.py has no attention but causal attention")
+    return facts.get("attention_mask")
+
+
+AttentionInterface.register(NAME, attend)
+masking_utils.AttentionMaskInterface.register(NAME, mask_of)
