@@ -83,7 +83,8 @@ def choose_on_cpu(args, spec):
     """choose_step on a CPU. An answer waits for the compiler in three cases only: a person asked
     for it, the speed is measured (--compare), or eager steps are very slow here."""
     if not (args.backend or args.compare or args.offload or spec.dtype in SLOW_DTYPES):
-        relay = Relay(spec, args.max_new_tokens, args.chat)
+        is_checked = args.check or args.max_err         # steps that a child does not compile
+        relay = Relay(spec, 0 if is_checked else args.max_new_tokens, args.chat and not is_checked)
         return relay, PLAIN, relay.words
     hot, problem = best_hot(spec)
     if args.backend == "native" and problem:

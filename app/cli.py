@@ -72,6 +72,12 @@ def add_answer(add):
     add("--top-p", metavar="X", type=float, default=1.0,
         help="draw from the likeliest tokens of this probability")
     add("--seed", metavar="N", type=int, default=0, help="seed of the random draws")
+    add("--check", action="store_true", help="say how far the outputs of each layer may be from "
+        "dense attention's: error_bars.py")
+    add("--max-err", metavar="X", type=float, help="mend outputs that may be farther from dense "
+        "attention's than this share of their length")
+    add("--delta", metavar="X", type=float, help="with --max-err: how often that may fail "
+        "(default 0.05)")
     add("--compare", action="store_true", help="answer with dense attention too")
     add("--json", action="store_true", help="end with one line of JSON")
 
@@ -121,6 +127,7 @@ def check_flags(args):
     if args.compare and args.chat:
         raise InputError("--compare takes one answer: leave out --chat")
     check_method(args)
+    check_bars(args)
     for name in ("cache_ratio", "store"):
         if getattr(args, name) is not None and not args.offload:
             raise InputError(f"{flag(name)} goes with --offload")
@@ -145,20 +152,32 @@ def check_questions(args):
 def check_method(args):
     """InputError if a flag belongs to another method than the one chosen."""
     for name, method in {"codebooks": "antkv", "offload": "wave", "save_index": "wave",
-                         "load_index": "wave"}.items():
+                         "load_index": "wave", "check": "wave", "max_err": "wave"}.items():
         if getattr(args, name) and args.method != method:
             raise InputError(f"{flag(name)} goes with --method {method}")
 
 
 def check_windows(args, config):
     """InputError for a flag of an index, if no layer of the model has one."""
-    for name in ("offload", "save_index", "load_index"):
+    for name in ("offload", "save_index", "load_index", "check", "max_err"):
         if getattr(args, name) and not config.n_wide:
             raise InputError(f"{flag(name)}: every layer of this model sees the latest "
                              f"{config.windows[0]:,} tokens only, so there is no index")
     if args.questions and config.windows:
         raise InputError("--questions: layers of this model see a window only, and windows cannot "
                          "be shared: ask one question at a time")
+
+
+def check_bars(args):
+    """InputError for what --check and --max-err cannot do."""
+    if args.delta is not None and args.max_err is None:
+        raise InputError("--delta goes with --max-err")
+    for name in ("max_err", "delta"):
+        if (given := getattr(args, name)) is not None and not 0 < given < 1:
+            raise InputError(f"{flag(name)} is {given}: give a number between 0 and 1")
+    if args.offload and (args.check or args.max_err):
+        raise InputError(f"{'--max-err' if args.max_err else '--check'} draws tokens from the "
+                         "device: leave out --offload")
 
 
 def check_counts(args, *names):
@@ -322,6 +341,9 @@ def method_maker(args, model, tokenizer, spec, hot):
         cache = classes(args.method)[1]
         books = iter(read_codebooks(args, model, tokenizer, config))
         return lambda: cache(config, capacity, batch, *next(books))
+    if args.check or args.max_err:
+        from error_bars import maker
+        return maker(args.max_err, args.delta, args.seed, (config, capacity, batch, hot))
     if not args.offload:
         return lambda: WaveIndex(config, capacity, batch, hot)
     from buffer import offload

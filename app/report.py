@@ -30,6 +30,22 @@ def measure(session):
         "first_step_s": session.steps[0][1] if session.steps else 0.0}
     if "hits" in first:
         found |= measure_offload(session, layers)
+    if "bars" in first:
+        found["bars"] = measure_bars([facts["bars"] for facts in layers])
+    return found
+
+
+def measure_bars(layers):
+    """How far outputs may be from dense attention's, at 95 % or as --delta has it, over their
+    length: median and 95th percentile of each layer, and the head with the largest median."""
+    width, layer, head = max((width, i, head) for i, bars in enumerate(layers)
+                             for head, width in enumerate(bars["heads"]))
+    found = {"median": [bars["median"] for bars in layers], "p95": [bars["p95"] for bars in layers],
+             "worst": {"layer": layer, "head": head, "median": width},
+             "bytes_a_step": sum(bars["bytes"] for bars in layers)}     # beside those of the step
+    if "met" in layers[0]:
+        found |= {"asked": layers[0]["asked"],
+                  "met": sum(bars["met"] for bars in layers) / len(layers)}
     return found
 
 
@@ -76,6 +92,8 @@ def card(facts, context):
     lines += [f"backend    {facts['backend']}; {facts['dtype']}",
               f"speed      prefill {facts['prefill_s']:.1f} s, first step "
               f"{facts['first_step_s']:.1f} s, then {facts['decode_tokens_per_s']:.1f} tokens/s"]
+    if "bars" in facts:
+        lines += bars_lines(facts["bars"])
     if "kl" in facts:
         lines += dense_lines(facts)
     return "\n".join(lines)
@@ -132,6 +150,17 @@ def offload_line(facts):
         "store_bytes", "slots_bytes", "table_bytes", "host_bytes_a_step"))
     return (f"offload    {store:.1f} MiB on the host, {slots:.1f} and {tables:.1f} on the device; "
             f"{facts['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
+
+
+def bars_lines(bars):
+    """What --check or --max-err found."""
+    worst, layers = bars["worst"], " ".join(f"{100 * x:.2g}" for x in bars["median"])
+    found = [f"bars       to dense, in % of an output's length, median of each layer: {layers}",
+             f"           worst head: layer {worst['layer']}, head {worst['head']}, "
+             f"{worst['median']:.1%}; {bars['bytes_a_step'] / MIB:.1f} MiB a step to find out"]
+    if "met" in bars:
+        found.append(f"           {bars['met']:.1%} of the outputs met --max-err {bars['asked']}")
+    return found
 
 
 def dense_lines(facts):
