@@ -22,7 +22,7 @@ from error_bars import (
     uniform,
     width,
 )
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import RetroConfig, WaveIndex, cluster_segment
 
 FEW = RetroConfig(**SMALL | {"retrieve": 0.1, "estimate": 0.3})
 CONFIGS = {"ours": FEW, "no values": RetroConfig(**SMALL | {"retrieve": 0.1, "values": 0.0}),
@@ -138,6 +138,21 @@ def test_no_token_is_out_of_reach():
     assert (share >= least * 0.999)[is_left].all() and left.guess[is_left[:, :, None].expand_as(
         left.guess)].min() < -30
     torch.testing.assert_close(share.sum(-1), torch.ones(1, 2, dtype=torch.float64))
+
+
+@given(seed=st.integers(0, 10**6), longer=st.floats(0, 4))
+@settings(max_examples=10, deadline=None)
+def test_an_estimated_mass_never_exceeds_the_true_one(seed, longer):
+    """Jensen's inequality, eq. 3 of the paper, for each cluster and query."""
+    q, k, v = (x.double() for x in qkv(64, G=2, seed=seed))
+    index, k, _ = cluster_segment(k, v, CONFIGS["the paper's"])
+    q = longer * q.view(1, 2, -1, 16)                                       # (1, H, 2 * 64, D)
+    guess = q @ index.centroids.mT + index.sizes.log()[:, :, None]
+    for h in range(2):
+        spans = zip(index.offsets[0, h].tolist(), index.sizes[0, h].int().tolist(), strict=True)
+        for c, (first, n) in enumerate(spans):
+            true = (q[0, h] @ k[0, h, first:first + n].mT).logsumexp(-1)
+            assert (guess[0, h, :, c] <= true + 1e-4).all()
 
 
 # ---------------------------------------------------------------- bars
