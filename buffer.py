@@ -2,7 +2,8 @@
 
 A cluster is cut into blocks of 8 tokens. A head has S slots for blocks; a table says which slot
 holds a block, and all of it is tensors, so that a step resolves hits and misses without a word to
-the host. What a step missed is admitted behind its attention, where older blocks go.
+the host. What a step missed is admitted behind its attention, where older blocks go. On a GPU that
+happens beside the next layer, which fetches to the other one of two execution buffers.
 
         device                                              host
     ┌───────────────────────────────┐                   ┌──────────────────────────────┐
@@ -35,6 +36,7 @@ import math
 import mmap
 import os
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,10 +147,12 @@ class WaveBuffer:
     InputError if there is no such memory.
     """
 
-    def __init__(self, wave, T, like, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False):
+    def __init__(self, wave, T, like, memory=None, cache_ratio=RATIO, policy=LRU, overlap=False,
+                 execution=None):
         check_ratio(cache_ratio)
         B, H, D = len(wave.n_tokens), like.shape[1], like.shape[3]
-        C, S, self.N = wave.index.sizes.shape[2], round(cache_ratio * T / BLOCK), wave.most[2]
+        (R, _, self.N), C = wave.most, wave.index.sizes.shape[2]
+        S = round(cache_ratio * T / BLOCK)
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
         self.stores = list(itertools.islice(memory, 2))
         if len(self.stores) < 2:
@@ -157,34 +161,30 @@ class WaveBuffer:
         self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
         self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
         self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
+        execution = execution or Execution(n_layers=1)
+        self.execution = execution
+        self.desk, is_last = execution.take((B, H, self.N, D), R, like)
+        self.admission = Lane(like.device, "admission")
+        self.admission.admits(self.cache.table, self.desk.k, is_last)
         self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
-        if overlap:
-            self.fetch = self.fetch_overlapped
+        self.overlap = overlap
 
     def attend(self, q, steady, index, stores, budget, method):
-        """retroinfer.attend. After it, the blocks that were not on the device are admitted."""
-        seen = []
-
-        def fetch(ids, ends):
-            seen[:] = ids, ends, *self.fetch(index, ids, ends)
-            return seen[2:]
-
+        """retroinfer.attend. The blocks that were not on the device are admitted beside what comes
+        next."""
+        fetch = functools.partial(self.fetch, index)
         o = tripartite_attention(q, steady, index, budget, fetch, method)
-        self.admit(*seen[:4])
+        self.admit_later()
         return o
 
     def fetch(self, index, ids, ends):
-        """retroinfer.gather_clusters: what slots hold from there, the rest from the host."""
+        """retroinfer.gather_clusters: what slots hold from there, the rest from the host. Behind
+        the tokens an execution buffer holds what it held before."""
         misses, hits, bias = self.locate(index, ids, ends)
-        k, v = (copy_rows(copy_rows(x.new_zeros(*hits.shape, x.shape[3]), store, misses), x, hits)
-                for store, x in zip(self.stores, self.slots, strict=True))
-        return k, v, bias
-
-    def fetch_overlapped(self, index, ids, ends):
-        """fetch, with the misses on the copy stream while this one copies the hits."""
-        misses, hits, bias = self.locate(index, ids, ends)
-        return *copy_overlapped(self.stores, self.slots, misses, hits), bias
+        bring = bring_op if self.overlap or self.admission.stream else bring_plain
+        bring(list(self.desk), self.stores, self.slots, [misses, hits, ids, ends], self.overlap)
+        return self.desk.k, self.desk.v, bias
 
     def locate(self, index, ids, ends):
         """Rows (B, H, N) in the store and in the slots, negative where the other has it; bias."""
@@ -198,21 +198,20 @@ class WaveBuffer:
 
     def ask(self, ids, ends):
         """Blocks (B, H, M) of clusters, which of them are asked for, and where they end, packed."""
-        starts, ends = before(ends)[..., None] + self.within, ends[..., None]       # (B, H, R, n)
-        blocks = ids[..., None] * len(self.within) + self.within // BLOCK
-        block_ends = (starts + BLOCK).minimum(ends)
-        return blocks.flatten(2), (starts < ends).flatten(2), block_ends.flatten(2)
+        return blocks_of(self.within, ids, ends)
+
+    def admit_later(self):
+        """admit what the execution buffer holds, beside what the device does next."""
+        state = [self.cache.table, self.cache.owner, *vars(self.cache.policy).values(), *self.slots]
+        if self.admission.stream:
+            admit_op(state, [self.within, *self.desk], type(self.cache.policy).__name__)
+        else:
+            k, v, ids, ends = self.desk
+            self.admission.run(lambda: self.admit(ids, ends, k, v), self.cache.table, k)
 
     def admit(self, ids, ends, k, v):
         """Copy to slots what fetch brought, packed as k, v (B, H, N, D), and was not there."""
-        blocks, is_asked, block_ends = self.ask(ids, ends)
-        places = self.cache.admit(blocks, is_asked, self.cache.lookup(blocks, is_asked))
-        rows = before(block_ends)[..., None] + torch.arange(BLOCK, device=k.device)     # (B,H,M,8)
-        rows = rows.masked_fill((places == self.cache.S)[..., None], 0).clamp(max=self.N - 1)
-        to = flat_rows(places, self.cache.S + 1)
-        for slots, x in zip(self.slots, (k, v), strict=True):
-            blocks = take(x, rows.flatten(2)).view(len(to), -1)             # (B*H*M, 8*D)
-            slots.view(-1, blocks.shape[1]).index_copy_(0, to, blocks)
+        admit(self.cache, self.slots, self.within, (k, v, ids, ends))
 
     def view(self, row, first, end):
         """Views k, v (1, H, end - first, D) of rows of a sequence, on the host."""
@@ -242,8 +241,8 @@ class WaveBuffer:
     def nbytes(self):
         """Bytes allocated, by part. The store is on the host, the others are on the device."""
         state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
-        parts = {"block cache": self.slots, "its tables": (*state, self.within, self.counts),
-                 "store": self.stores}
+        parts = {"block cache": self.slots, "execution buffer": self.desk,
+                 "its tables": (*state, self.within, self.counts), "store": self.stores}
         return {name: sum(x.nbytes for x in part) for name, part in parts.items()}
 
     def facts(self):
@@ -251,6 +250,30 @@ class WaveBuffer:
         hits, asked, rows = self.counts.tolist()
         row = 2 * self.k.shape[3] * self.k.element_size()                   # bytes of K and V
         return {"hits": hits, "asked": asked, "host_bytes": rows * row}
+
+
+class Desk(NamedTuple):
+    """An execution buffer: what a step attends to beside the steady zone."""
+    k: torch.Tensor     # (B, H, N, D)
+    v: torch.Tensor     # (B, H, N, D)
+    ids: torch.Tensor   # (B, H, R) of the clusters that lie there
+    ends: torch.Tensor  # (B, H, R) where they end
+
+
+class Execution:
+    """The two execution buffers that the layers of a model take in turn (§4.3): while one layer's
+    tokens are admitted from one, the next layer fetches to the other."""
+
+    def __init__(self, n_layers):
+        self.n_layers, self.n_taken, self.desks = n_layers, 0, []
+
+    def take(self, shape, R, like):
+        """(a Desk for the next layer, whether it is the last layer)."""
+        if len(self.desks) < 2:
+            self.desks.append(Desk(*(like.new_zeros(shape) for _ in "kv"), *(
+                like.new_zeros(*shape[:2], R, dtype=torch.int64) for _ in "ie")))
+        self.n_taken += 1
+        return self.desks[(self.n_taken - 1) % 2], self.n_taken >= self.n_layers
 
 
 def check_ratio(cache_ratio):
@@ -266,6 +289,48 @@ def send(x, to):
     return to
 
 
+def blocks_of(within, ids, ends):
+    """WaveBuffer.ask, for blocks that begin at `within` (n,) in a cluster."""
+    starts, ends = before(ends)[..., None] + within, ends[..., None]                # (B, H, R, n)
+    blocks = ids[..., None] * len(within) + within // BLOCK
+    block_ends = (starts + BLOCK).minimum(ends)
+    return blocks.flatten(2), (starts < ends).flatten(2), block_ends.flatten(2)
+
+
+def admit(cache, slots, within, desk):
+    """Give blocks of a Desk that a BlockCache does not hold a slot, and copy them there."""
+    k, v, ids, ends = desk
+    blocks, is_asked, block_ends = blocks_of(within, ids, ends)
+    places = cache.admit(blocks, is_asked, cache.lookup(blocks, is_asked))
+    rows = before(block_ends)[..., None] + torch.arange(BLOCK, device=k.device)     # (B, H, M, 8)
+    rows = rows.masked_fill((places == cache.S)[..., None], 0).clamp(max=k.shape[2] - 1)
+    to = flat_rows(places, cache.S + 1)
+    for slot, x in zip(slots, (k, v), strict=True):
+        brought = take(x, rows.flatten(2)).view(len(to), -1)                # (B*H*M, 8*D)
+        slot.view(-1, brought.shape[1]).index_copy_(0, to, brought)
+
+
+@torch.library.custom_op("retroinfer::admit", mutates_args={"state"})
+def admit_op(state: list[torch.Tensor], given: list[torch.Tensor], policy: str) -> None:
+    """admit on a stream of its own, for a cache of `state`: its tables, its policy's, and slots. To
+    the compiler, which knows no second stream, one operation."""
+    table, owner, *marks, k, v = state
+    cache = BlockCache.__new__(BlockCache)
+    cache.table, cache.owner = table, owner
+    cache.n_blocks, cache.S = table.shape[-1] - 1, owner.shape[-1] - 1
+    kind = {"LRU": LRU, "CLOCK": CLOCK}[policy]
+    cache.policy = kind.__new__(kind)
+    vars(cache.policy).update(zip({"LRU": ("mark", "now"), "CLOCK": ("mark", "hand")}[policy],
+                                  marks, strict=True))
+    within, *desk = given
+    Lane(table.device, "admission").run(lambda: admit(cache, (k, v), within, desk), table, desk[0])
+
+
+@admit_op.register_fake
+def _(state, given, policy):
+    return None
+
+
 def copy_rows(out, source, rows):
     """out (B, H, N, D), but rows (B, H, N) of source (B, H, T, D) where those are not negative."""
     if out.is_cuda:             # its source may be the host's memory, which only a kernel reads
@@ -274,30 +339,85 @@ def copy_rows(out, source, rows):
     return torch.where(rows[..., None] < 0, out, take(source, rows.clamp(min=0)))
 
 
-@torch.library.custom_op("retroinfer::copy_overlapped", mutates_args=())
-def copy_overlapped(stores: list[torch.Tensor], slots: list[torch.Tensor], misses: torch.Tensor,
-                    hits: torch.Tensor) -> list[torch.Tensor]:
-    """k, v (B, H, N, D): rows `misses` of two stores beside rows `hits` of two slots. To the
-    compiler, which knows no second stream, one operation."""
-    outs, lane = [x.new_zeros(*hits.shape, x.shape[3]) for x in slots], Lane(hits.device)
-    with lane.fork():           # else outs' memory could still be read as what it was before
-        outs = list(map(copy_rows, outs, stores, 2 * [misses]))
-    outs = list(map(copy_rows, outs, slots, 2 * [hits]))
+def fill(out, store, misses, slots, hits):
+    """Write rows `misses` of a store and rows `hits` of slots to out (B, H, N, D), in place."""
+    found = copy_rows(copy_rows(out, store, misses), slots, hits)
+    if found is not out:
+        out.copy_(found)
+
+
+def bring_plain(desk, stores, slots, rows, overlap=False):
+    """Fill a Desk: rows (B, H, N) `misses` of two stores, `hits` of two slots; its ids and ends."""
+    misses, hits, ids, ends = rows
+    for out, store, slot in zip(desk[:2], stores, slots, strict=True):
+        fill(out, store, misses, slot, hits)
+    for kept, x in zip(desk[2:], (ids, ends), strict=True):
+        kept[..., :x.shape[-1]].copy_(x)    # else their memory could be used before they are read
+
+
+def bring_overlapped(desk, stores, slots, rows):
+    """bring_plain, with the misses on the copy stream and the hits on this one."""
+    misses, hits = rows[:2]
+    none, lane = torch.full_like(hits, -1), Lane(hits.device)
+    with lane.fork():           # else the rows could still be read as what they were before
+        for out, store in zip(desk[:2], stores, strict=True):
+            fill(out, store, misses, store, none)
+    bring_plain(desk, slots, slots, [none, *rows[1:]])
     lane.join()                 # else attention could read rows that are yet to come
-    return outs
 
 
-@copy_overlapped.register_fake
-def _(stores, slots, misses, hits):
-    return [x.new_empty(*hits.shape, x.shape[3]) for x in slots]
+@torch.library.custom_op("retroinfer::bring", mutates_args={"desk"})
+def bring_op(desk: list[torch.Tensor], stores: list[torch.Tensor], slots: list[torch.Tensor],
+             rows: list[torch.Tensor], overlap: bool) -> None:
+    """bring_plain, to the compiler one operation: it knows no second stream."""
+    # else it could overwrite tokens that the layer before the last is still admitting
+    Lane(desk[0].device, "admission").wait(desk[0])
+    (bring_overlapped if overlap else bring_plain)(desk, stores, slots, rows)
 
 
-@functools.cache                                        # one a device
+@bring_op.register_fake
+def _(desk, stores, slots, rows, overlap):
+    return None
+
+
+@functools.cache                                        # one a device and name
 class Lane:
-    """A stream beside the one of the computation; without a GPU, no stream and nothing to wait."""
+    """A stream beside the one of the computation; without a GPU, no stream and nothing to wait.
 
-    def __init__(self, device):
+    Layers share one compiled body. So what differs from layer to layer, which execution buffer is
+    read and whether the step ends, is looked up by address while the device is given its work.
+    """
+
+    def __init__(self, device, name="copies"):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ends, self.events = {}, {}         # whether a step ends with a table; by buffer
+
+    def admits(self, table, k, is_last):
+        """A table whose admissions, from the execution buffer of k, may end later; with the last of
+        them a step ends. Of other tensors, copies that a compiler made, none may."""
+        if self.stream:
+            self.ends[table.data_ptr()] = is_last
+            self.events.setdefault(k.data_ptr(), None)
+
+    def run(self, work, table, k):
+        """Run an admission to a table, from the execution buffer of k, beside what comes next."""
+        if not self.stream:
+            return work()
+        with self.fork():       # else it could read tokens, or fill slots, of an unfinished fetch
+            work()
+        is_known = k.data_ptr() in self.events and table.data_ptr() in self.ends
+        if is_known and not self.ends[table.data_ptr()]:
+            self.events[k.data_ptr()] = self.stream.record_event()
+        else:
+            self.join()         # else the next step could look up a table that is being written,
+            self.events = dict.fromkeys(self.events)    # and a graph could end without this stream
+
+    def wait(self, k):
+        """What comes next starts behind the admission from the execution buffer of k."""
+        if self.stream and k.data_ptr() not in self.events:
+            self.join()
+        elif self.stream and (event := self.events[k.data_ptr()]):
+            torch.cuda.current_stream(self.stream.device).wait_event(event)
 
     @contextmanager
     def fork(self):
@@ -389,5 +509,11 @@ def offload(model, capacity, batch=1, path=None, **how):
     """
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
+<<<<<<< ours
     memory = host_memory(2 * c.n_wide, shape, weight.dtype, weight.device, path)
     return functools.partial(WaveBuffer, memory=memory, **how)
+=======
+    memory = host_memory(2 * len(model.layers), shape, weight.dtype, weight.device, path)
+    return functools.partial(WaveBuffer, memory=memory, execution=Execution(len(model.layers)),
+                             **how)
+>>>>>>> theirs
