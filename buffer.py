@@ -509,11 +509,5 @@ def offload(model, capacity, batch=1, path=None, **how):
     """
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim
-<<<<<<< ours
     memory = host_memory(2 * c.n_wide, shape, weight.dtype, weight.device, path)
-    return functools.partial(WaveBuffer, memory=memory, **how)
-=======
-    memory = host_memory(2 * len(model.layers), shape, weight.dtype, weight.device, path)
-    return functools.partial(WaveBuffer, memory=memory, execution=Execution(len(model.layers)),
-                             **how)
->>>>>>> theirs
+    return functools.partial(WaveBuffer, memory=memory, execution=Execution(c.n_wide), **how)

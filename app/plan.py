@@ -221,15 +221,11 @@ def plan(run):
     """The Plan of a Run."""
     model = on_meta(run.model, run.dtype)
     cache = cache_on_meta(run)
-<<<<<<< ours
-    device = {name: n * run.model.n_wide for name, n in cache.nbytes().items()}
-    if run.model.windows:
-        device["windows"] = ring_bytes(run)
-=======
-    layers = run.model.num_hidden_layers
+    layers = run.model.n_wide
     device = {name: n * (min(layers, 2) if name == "execution buffer" else layers)
               for name, n in cache.nbytes().items()}
->>>>>>> theirs
+    if run.model.windows:
+        device["windows"] = ring_bytes(run)
     host = {} if run.cache_ratio is None else {"store": host_bytes(run, device.pop("store"))}
     return Plan(run, {"weights": weights(run.model, run.dtype)} | device, host,
                 prefill_bytes(model, run), step_bytes(model, cache))
