@@ -3,8 +3,8 @@
     cache = adopt(model, RetroConfig(), capacity=8192)      # or GraphConfig(), or AnchorConfig()
     model.generate(**inputs, past_key_values=cache)         # padded on the left
 
-Does not include: taking tokens back (beams, assisted decoding), latent attention, soft caps,
-learned sinks, masks of four dimensions, saved indexes, a step as one graph.
+Does not include: beams, assisted decoding, latent attention, soft caps, learned sinks, masks of
+four dimensions, saved indexes, a step as one graph.
 """
 import threading
 
@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from app.method import METHODS, classes
 from generate import hot_functions
-from retroinfer import InputError, WaveIndex
+from retroinfer import InputError
 
 NAME = "retroinfer"
 noted = threading.local()       # .layer: the one that update() has just met, for attend
@@ -50,11 +50,11 @@ class Layer(DynamicLayer):
         if (given := self.theirs._attn_implementation) != NAME:
             raise InputError(f"attn_implementation is now {given}: this cache needs {NAME}")
         if self.cache is None:
-            kind, *numbers = self.made_of
-            hot = [hot_functions(k.device)] if kind is WaveIndex else []
-            self.cache = kind(*numbers, len(k), *hot)
+            kind, config, capacity = self.made_of
+            self.cache = kind(config, capacity, len(k))
+            self.cache.hot = hot_functions(k.device)    # a WaveIndex attends by it
         if (batch := len(self.cache.n_tokens)) != len(k):
-            raise InputError(f"this cache holds a batch of {batch}, {len(k)} are given: adopt again")
+            raise InputError(f"this cache is of a batch of {batch}, given are {len(k)}: adopt anew")
         noted.layer, self.seen = self, self.seen + k.shape[2]
         return k, v
 
@@ -66,7 +66,6 @@ class Layer(DynamicLayer):
 
     def refuse(self, *args, **kwargs):
         raise InputError("beams and assisted decoding take tokens back, this cache cannot")
-
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = refuse
 
     def read(self, q, k, v, is_token):
@@ -96,12 +95,11 @@ def attend(module, q, k, v, mask=None, **facts):
     if layer is None and facts.get("sliding_window"):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **facts)
     if layer is None:
-        raise InputError("this adopted model needs a cache of adopt(), and layers of full attention")
+        raise InputError("an adopted model needs a cache of adopt(), and layers of full attention")
     mask = k.new_ones(len(k), layer.seen) if mask is None else mask
     is_ours = not facts.get("softcap") and facts.get("s_aux") is None and mask.ndim == 2
     if not is_ours or q.shape[3] != v.shape[3]:
-        raise InputError("adapters/hf.py has no soft caps, learned sinks, latent attention (MLA) or "
-                         "masks of four dimensions")
+        raise InputError("we have no soft caps, latent attention, sinks, masks of four dimensions")
     q = q * (facts["scaling"] * q.shape[3] ** 0.5)      # our caches divide by the root
     is_token = mask[:, layer.seen - k.shape[2]:layer.seen].bool()
     is_step = k.shape[2] == 1 and layer.has_read and is_token.all()
@@ -114,7 +112,7 @@ def mask_of(*args, **facts):
     if facts.get("local_size") is not None:
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **facts)
     if facts["mask_function"] is not masking_utils.causal_mask_function:
-        raise InputError("adapters/hf.py has no attention but causal attention")
+        raise InputError("we have causal attention alone, and this input asks for another")
     return facts.get("attention_mask")
 
 

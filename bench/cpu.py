@@ -6,8 +6,8 @@
     python -m bench.cpu reload          # a second question: load the index, or read the text again
     python -m bench.cpu questions       # sixteen questions: one by one, or as one batch
 
-`make bench` runs the first four. --save FILE writes the numbers as JSON, and those of attention as a plot
-beside it. bench/timing.py says how times are taken.
+`make bench` runs the first four. --save FILE writes the numbers as JSON, and those of attention as
+a plot beside it. bench/timing.py says how times are taken.
 
     T tokens   H kv heads   G query heads per kv head   D head dim
 """
@@ -304,8 +304,8 @@ def model_runners(ours, dtype, T, n_steps):
     runners = {"dense, compiled": Ours(ours, DenseCache), "wave index": Ours(ours, wave)}
     if T > REAL:
         return runners
-    return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype), **llama_cpp(T + n_steps),
-            "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
+    return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype),
+            **llama_cpp(T + n_steps), "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
 
 
 def llama_cpp(n_ctx):

@@ -139,7 +139,7 @@ def test_what_is_refused():
     refused("beams", model, adopt(model, ALL, 200), ids, mask, num_beams=2)
     cache = adopt(model, ALL, 200)
     say(model, cache, ids, mask, n=1)
-    with pytest.raises(InputError, match="holds a batch of 2, 1 are given"):
+    with pytest.raises(InputError, match="of a batch of 2, given are 1"):
         model(ids[:1, :5], past_key_values=cache)
     with pytest.raises(InputError, match="four dimensions"):
         model(ids, attention_mask=torch.zeros(2, 1, 100, 100),
