@@ -184,8 +184,9 @@ def mix_tiles(weights, codes, words):
 
 # ---------------------------------------------------------------- codebooks
 
-def fit_words(x, weights, c, iterations=8):
-    """Codewords (H, N, M, c), fp16, by k-means over tokens x (H, T, D), weighted (H, T).
+def fit_words(x, weights, c, iterations=8, heads=None):
+    """Codewords (H, N, M, c), fp16, by k-means over tokens x (H, T, D), weighted (H, T). heads: of
+    a part of a layer its first head, and how many heads the layer has.
 
     *Reported*: the weights are the propagation factors. A codeword becomes the weighted mean of
     its members; members go to the nearest one, unweighted.
@@ -193,7 +194,9 @@ def fit_words(x, weights, c, iterations=8):
     weights = weights.float() + 1e-4 * weights.mean(-1, keepdim=True) + 1e-30
     groups = split_channels(x.float(), c)                                   # (H, N, T, c)
     dice = torch.Generator(x.device).manual_seed(0)
-    seeds = torch.multinomial(weights, M, generator=dice)                   # (H, M)
+    (H, T), (first, n) = weights.shape, heads or (0, len(weights))
+    noise = weights.new_empty(n, T).exponential_(generator=dice)[first:first + H]
+    seeds = (weights / noise).topk(M).indices           # (H, M) drawn by weight, none twice
     words = take_groups(groups, seeds)
     w = weights[:, None, :, None]                                           # (H, 1, T, 1)
     rows = torch.cat([groups * w, w.expand(-1, groups.shape[1], -1, -1)], -1)
@@ -211,7 +214,7 @@ def take_groups(groups, ids):
     return groups.gather(2, ids[:, None, :, None].expand(shape))
 
 
-def fit_codebook(k, v, score, bits):
+def fit_codebook(k, v, score, bits, heads=None):
     """The Codebook of tokens k, v (H, T, D) with F^K and F^V in score (2, H, T).
 
     InputError if the tokens are too few, or the head cannot be split.
@@ -220,8 +223,9 @@ def fit_codebook(k, v, score, bits):
     check_length(k.shape[1])
     check_head(k.shape[2], bits)
     centre = k.float().mean(1, keepdim=True)                                # (H, 1, D)
-    book = fit_words(k - centre, score[0], c_k), fit_words(v, score[1], c_v), centre
-    return Codebook(*(x[None] for x in book))
+    words = [fit_words(x, weights, c, heads=heads)
+             for x, weights, c in zip((k - centre, v), score, (c_k, c_v), strict=True)]
+    return Codebook(*(x[None] for x in (*words, centre)))
 
 
 def check_length(n):
@@ -362,6 +366,7 @@ class Codes(Store):
 class AnchorCache(LayerCache):
     """The cache of one layer, from codes. `book`: its Codebook. Without one, each sequence makes
     its own from its first chunk, which then needs LEAST tokens."""
+    heads = None        # of a part of a layer: its first head, and how many the layer has
 
     def __init__(self, config, capacity, batch=1, book=None):
         super().__init__(config, capacity, batch, Codes)
@@ -437,7 +442,8 @@ class AnchorCache(LayerCache):
         """Encode tokens k, v (1, H, n, D), and keep the anchors among them. score (H, n)."""
         first, n = int(self.n_indexed[row]), k.shape[2]
         if self.given is None and not first:
-            book = fit_codebook(k[0], v[0], torch.stack([score, score]), self.config.bits)
+            scores = torch.stack([score, score])
+            book = fit_codebook(k[0], v[0], scores, self.config.bits, self.heads)
             for mine, x in zip(self.book, book, strict=True):
                 mine[row] = x[0]
         words_k, words_v, centre = self.book_of(row)

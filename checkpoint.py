@@ -11,6 +11,7 @@ its code.
 
 Does not include: weights in whole numbers, images.
 """
+import functools
 import json
 import math
 import re
@@ -31,10 +32,11 @@ ROPE_NUMBERS = ("rope_theta", "factor", "trained", "low_freq_factor", "high_freq
                 "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
-def open_checkpoint(path, dtype=torch.float32):
+def open_checkpoint(path, dtype=torch.float32, take_part=None):
     """(config, tensors, tokenizer) of a Hugging Face directory or a GGUF file.
 
-    dtype: that of quantised tensors, once they are expanded.
+    dtype: that of quantised tensors, once they are expanded. take_part: parallel.take_part, for a
+    part of the model.
     """
     if path.suffix in (".bin", ".pt", ".pth"):
         raise InputError(f"{path} is a pickle, which runs code when opened: convert to safetensors")
@@ -42,17 +44,18 @@ def open_checkpoint(path, dtype=torch.float32):
         raise InputError(f"no model at {path}: give a directory with config.json and "
                          "*.safetensors, or a .gguf file")
     try:
-        config, tensors, tokenizer = (open_gguf(path, dtype) if path.is_file() else
-                                      open_directory(path))
+        config, read, tokenizer = (open_gguf(path, dtype) if path.is_file() else
+                                   open_directory(path))
         check(config, path)
         check_size(config, tokenizer, path)
         config["eos_ids"] = tokenizer.eos_ids
+        config, cut = take_part(config) if take_part else (config, None)
     except (InputError, ImportError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # damaged data break a reader anywhere; Rust's is no Exception
         raise InputError(f"{path} is damaged or foreign: {type(e).__name__}: {one_line(e)}"
                          ) from None
-    return config, tensors, tokenizer
+    return config, read(cut), tokenizer
 
 
 def check(config, path):
@@ -114,7 +117,8 @@ def open_directory(path):
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise InputError(f"{path / 'config.json'} lacks or garbles {one_line(e)}") from None
     from tokenizer import directory_tokenizer
-    return config, read_safetensors(files), directory_tokenizer(path, config["eos_ids"])
+    read = functools.partial(read_safetensors, files)
+    return config, read, directory_tokenizer(path, config["eos_ids"])
 
 
 def config_from_json(c):
@@ -247,13 +251,19 @@ def read_text(path):
         raise InputError(f"{path} cannot be read: {one_line(e)}") from None
 
 
-def read_safetensors(files):
+def read_safetensors(files, cut=None):
+    """Names and tensors, or of each tensor the rows and columns cut(name): only these are read."""
     from safetensors import SafetensorError, safe_open
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118 (the handle is no dict)
-                    yield name.removeprefix("model."), f.get_tensor(name)
+                    ours = name.removeprefix("model.")
+                    if cut is None:
+                        yield ours, f.get_tensor(name)
+                    else:
+                        x = f.get_slice(name)
+                        yield ours, x[cut(ours)[:len(x.get_shape())]].contiguous()
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file} is missing, truncated or foreign: {one_line(e)}") from None
 
@@ -291,8 +301,9 @@ def open_gguf(path, dtype):
     if "rope_freqs.weight" in tensors:  # llama3 scaling, already worked out
         config["rope"]["freq_factors"] = tensors.pop("rope_freqs.weight").numbers()
     from tokenizer import gguf_tokenizer
-    weights = read_gguf(tensors, dtype, get("general.architecture"), config["head_dim"])
-    return config, weights, gguf_tokenizer(get, config["eos_ids"])
+    read = functools.partial(read_gguf, tensors, dtype, get("general.architecture"),
+                             config["head_dim"])
+    return config, read, gguf_tokenizer(get, config["eos_ids"])
 
 
 def read_header(path):
@@ -457,34 +468,41 @@ def gemma_from_gguf(config, own):
     return as_gemma(config | {"windows": windows, "local_rope": local}, caps, scalar)
 
 
-def read_gguf(tensors, dtype, kind, head_dim):
-    """Names and tensors, expanded by several threads, a few tensors ahead."""
+def read_gguf(tensors, dtype, kind, head_dim, cut=None):
+    """Names and tensors, expanded by several threads, a few tensors ahead. Of each tensor the rows
+    and columns cut(name), if cut is given."""
     pending, n = deque(), torch.get_num_threads()
     with ThreadPoolExecutor(n) as pool:
         for t in tensors.values():
-            pending.append(pool.submit(expand, t, dtype, kind, head_dim))
+            pending.append(pool.submit(expand, t, dtype, kind, head_dim, cut))
             if len(pending) > n:
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
 
 
-def expand(t, dtype, kind, head_dim):
-    """The name of a GGUF tensor, and its numbers, as Hugging Face's checkpoints have them."""
+def expand(t, dtype, kind, head_dim, cut=None):
+    """The name of a GGUF tensor, and its numbers, as Hugging Face's checkpoints have them. Of them
+    the rows and columns cut(name), if cut is given."""
+    names = GEMMA_NAMES if kind == "gemma3" else GGUF_NAMES
+    name = ".".join(names.get(part, part) for part in t.name.split("."))
+    rows, columns = cut(name) if cut else (slice(None), slice(None))
+    if len(t.shape) == 1:                               # one line in the file
+        rows, columns = slice(None), rows
     try:
-        tensor = torch.empty(t.shape, dtype=dtype)
-        lines = tensor.view(len(t.data), -1)
-        n = FOLD * max(PART // max(lines.shape[1], 1) // FOLD, 1)
-        for first in range(0, len(lines), n):
-            rows = slice(first, first + n)
-            numbers = t.numbers(rows)
+        width = t.shape[-1]
+        first, end, _ = rows.indices(len(t.data))
+        tensor = torch.empty(end - first, len(range(width)[columns]), dtype=dtype)
+        n = FOLD * max(PART // max(width, 1) // FOLD, 1)
+        for at in range(first, end, n):
+            numbers = t.numbers(slice(at, min(at + n, end))).view(-1, width)[:, columns]
             if kind == "gemma3" and t.name.endswith("norm.weight"):
                 numbers -= 1                            # Gemma keeps norms minus one
-            lines[rows] = numbers.view_as(lines[rows])
+            tensor[at - first:at - first + len(numbers)] = numbers
+        tensor = tensor.view(-1, *t.shape[1:-1], *tensor.shape[1:] if len(t.shape) > 1 else ())
         if kind == "llama" and (".attn_q." in t.name or ".attn_k." in t.name):
             pairs = tensor.view(-1, head_dim // 2, 2, *tensor.shape[1:])    # (2i, 2i + 1)
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
     except Exception as e:      # the package lets through whatever numpy raises
         raise InputError(f"tensor {t.name} cannot be read: {one_line(e)}") from None
-    names = GEMMA_NAMES if kind == "gemma3" else GGUF_NAMES
-    return ".".join(names.get(part, part) for part in t.name.split(".")), tensor
+    return name, tensor

@@ -480,18 +480,20 @@ def make_caches(config, make, capacity, batch=1):
 
 # ---------------------------------------------------------------- loading
 
-def load(path_or_name=None, dtype=None, device=None, show=lambda tensors, n: tensors):
+def load(path_or_name=None, dtype=None, device=None, show=lambda tensors, n: tensors,
+         take_part=None):
     """(model, tokenizer) of a directory, a .gguf file, or a name of NAMED. None: the default.
 
     dtype: bfloat16 on a GPU and float32 on a CPU unless given; fast_dtype() may be faster on a CPU,
     and is less exact. show: given the iterator over the tensors, and how many there are, returns
-    one that may draw a bar. InputError, of one line, for all that cannot be loaded.
+    one that may draw a bar. take_part: parallel.take_part, for a part of the model. InputError, of
+    one line, for all that cannot be loaded.
     """
     from checkpoint import open_checkpoint
     path = find(path_or_name or DEFAULT_NAME)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    config, tensors, tokenizer = open_checkpoint(path, dtype)
+    config, tensors, tokenizer = open_checkpoint(path, dtype, take_part)
     with torch.device("meta"):
         model = Llama(ModelConfig(**config))
     n_tensors = sum(1 for _ in model.parameters())

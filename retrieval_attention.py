@@ -400,6 +400,7 @@ class GraphCache(LayerCache):
     A text shorter than sink, local and update together has nothing indexed, and its attention is
     dense. `error` (B, H, G), with lift: the error bars of the latest step.
     """
+    heads = None        # of a part of a layer: its first head, and how many the layer has
 
     def allocate_index(self, like):
         c, (_, H, _, D), T = self.config, like.shape, round_up(self.capacity)
@@ -414,7 +415,9 @@ class GraphCache(LayerCache):
                            full(0, C, D), full(-1, C, P, dtype=torch.int32),
                            full(-math.inf, T))
         dice = torch.Generator().manual_seed(c.seed)
-        u = 1 - torch.rand(T, H, generator=dice).T      # in (0, 1]; the same in any batch, any T
+        first, n = self.heads or (0, H)
+        u = 1 - torch.rand(T, n, generator=dice).T      # in (0, 1]; the same in any batch, any T
+        u = u[first:first + H]
         self.lift = (-u.log() * c.lift).to(like.device)         # (H, T)
         self.queries = None
 

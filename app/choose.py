@@ -17,6 +17,7 @@ import torch
 from app.relay import TITLES, Relay, best_hot
 from generate import CapturedStep, compiled_step, eager_step, hot_functions, try_compiler
 from model import SLOW_DTYPES
+from parallel import LOCAL_SIZE, SIZE
 from retroinfer import PLAIN, InputError
 
 CPU = torch.device("cpu")
@@ -81,10 +82,12 @@ def choose_plain(args, device):
 
 def choose_on_cpu(args, spec):
     """choose_step on a CPU. An answer waits for the compiler in three cases only: a person asked
-    for it, the speed is measured (--compare), or eager steps are very slow here."""
+    for it, the speed is measured (--compare), or eager steps are very slow here. On several ranks
+    an answer stays eager otherwise, and so does one whose steps are checked: a child of the relay
+    has no ranks to compile for, and does not know such steps."""
     if not (args.backend or args.compare or args.offload or spec.dtype in SLOW_DTYPES):
-        is_checked = args.check or args.max_err         # steps that a child does not compile
-        relay = Relay(spec, 0 if is_checked else args.max_new_tokens, args.chat and not is_checked)
+        may_compile = SIZE == 1 and not (args.check or args.max_err)
+        relay = Relay(spec, args.max_new_tokens if may_compile else 0, args.chat and may_compile)
         return relay, PLAIN, relay.words
     hot, problem = best_hot(spec)
     if args.backend == "native" and problem:
@@ -175,6 +178,7 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        return 1024 * free // LOCAL_SIZE        # the ranks of a machine share it
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

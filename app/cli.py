@@ -7,11 +7,13 @@
     python retroinfer.py --prompt-file x --question "Who?" --save-index x.safetensors
     python retroinfer.py --load-index x.safetensors --question "When?"      # x is not read again
     python retroinfer.py --load-index x.safetensors --questions lines.txt   # one batch, one index
+    torchrun --nproc-per-node 2 retroinfer.py --prompt-file x       # parallel.py says how
 
 Answers go to standard output. The progress bar and the card go to standard error. --json adds one
 line for machines at the end of standard output. An error that a person can cause is one line, with
 exit status 2. In a chat Ctrl-C ends an answer, and a second one the chat.
 """
+import functools
 import json
 import signal
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from app.choose import (
     check_backend,
     check_lengths,
@@ -37,7 +40,7 @@ from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
 from app.settings import add_set, take_settings
 from generate import CHUNK, sampler
-from model import DEFAULT_NAME, NAMED, DenseCache, RingCache, fast_dtype, load, make_caches
+from model import DEFAULT_NAME, NAMED, DenseCache, RingCache, fast_dtype, make_caches
 from retroinfer import InputError, RetroConfig, WaveIndex
 
 
@@ -50,8 +53,19 @@ def parse_args(argv):
     add_memory(parser.add_argument_group("memory").add_argument)
     args = parser.parse_args(argv)
     take_settings(args, classes(args.method)[0])
+    for name in ("save_index", "load_index", "store"):
+        setattr(args, name, own_file(getattr(args, name)))
     check_flags(args)
     return args
+
+
+def own_file(path):
+    """The file of this rank: the first of two has log-1of2.safetensors for log.safetensors."""
+    if parallel.SIZE == 1 or not path:
+        return path
+    path = Path(path)
+    name = f"{path.stem}-{parallel.RANK + 1}of{parallel.SIZE}{path.suffix}"
+    return str(path.with_name(name))
 
 
 def add_texts(add):
@@ -155,6 +169,9 @@ def check_method(args):
                          "load_index": "wave", "check": "wave", "max_err": "wave"}.items():
         if getattr(args, name) and args.method != method:
             raise InputError(f"{flag(name)} goes with --method {method}")
+    if args.codebooks and parallel.SIZE > 1:
+        raise InputError("--codebooks are those of one process: leave them out with torchrun, and "
+                         "each rank makes its own from the prompt")
 
 
 def check_windows(args, config):
@@ -228,18 +245,17 @@ def loading(tensors, n):
 
 def answer(args):
     """Read the prompts, answer them, print the card. The exit status."""
-    texts, lines = [read_prompt(path) for path in args.prompt_file], turns()
-    pick = sampler(args.temperature, args.top_p, args.seed)
+    texts = parallel.from_first(lambda: [read_prompt(path) for path in args.prompt_file])
+    next_line = functools.partial(parallel.from_first, functools.partial(next, turns(), None))
+    lines = iter(next_line, None)
+    pick = parallel.pick_together(sampler(args.temperature, args.top_p, args.seed))
     config = make_config(args)                  # wrong numbers are refused before a model is loaded
     device = choose_device(args.device)
     check_backend(args, device)
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device)
-    model, tokenizer = load(args.model, dtype, device, loading)
+    model, tokenizer = parallel.load_part(args.model, dtype, device, loading)
     check_lengths(args, texts, tokenizer, model.config.context)
-    snapshot = None
-    if args.load_index:
-        from app.snapshot import Snapshot
-        snapshot = Snapshot(args.load_index, model, tokenizer, config)
+    snapshot = open_index(args, model, tokenizer, config)
     writer = Writer(tokenizer, args.raw, device, model.config.vocab_size)
     asked = what_is_asked(args, texts, snapshot, lines)
     prompts = [writer.prompt(*pair) for pair in asked]
@@ -262,10 +278,30 @@ def answer(args):
              **measure(session)}
     if args.compare:
         facts |= compare(session, prompts[0], said[0], torch.cat(logits), n_tokens, tokenizer)
+    facts |= of_all_ranks(facts)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def open_index(args, model, tokenizer, config):
+    """The Snapshot that --load-index names, if any. InputError if it is of another text than that
+    of another rank."""
+    if not args.load_index:
+        return None
+    from app.snapshot import Snapshot
+    snapshot = Snapshot(args.load_index, model, tokenizer, config)
+    if len(set(parallel.gather(snapshot.text))) > 1:
+        raise InputError("the ranks have indexes of different texts: make them anew with "
+                         "--save-index")
+    return snapshot
+
+
+def of_all_ranks(facts):
+    """The facts that are bytes, added up over the ranks, each of which has some of the heads."""
+    parts = parallel.gather(facts)
+    return {name: sum(part[name] for part in parts) for name in facts if "bytes" in name}
 
 
 def say(args, session, n_tokens, tokenizer):
@@ -280,9 +316,10 @@ def say(args, session, n_tokens, tokenizer):
 
 
 def say_one(session, n_tokens, tokenizer, is_chat):
-    """The tokens of an answer, printed as it is generated. In a chat Ctrl-C ends it."""
+    """The tokens of an answer, printed as it is generated. In a chat Ctrl-C ends it, but torchrun
+    ends all ranks by it."""
     stream, interrupt = Stream(tokenizer), Interrupt()
-    with interrupt if is_chat else nullcontext():
+    with interrupt if is_chat and parallel.SIZE == 1 else nullcontext():
         said, = session.answer(n_tokens, lambda tokens: stream(tokens) or interrupt.came)
     stream.end(said)
     return said
@@ -340,7 +377,13 @@ def method_maker(args, model, tokenizer, spec, hot):
     if args.method != "wave":
         cache = classes(args.method)[1]
         books = iter(read_codebooks(args, model, tokenizer, config))
-        return lambda: cache(config, capacity, batch, *next(books))
+        counts = parallel.gather(model.config.num_key_value_heads)
+
+        def make():
+            made = cache(config, capacity, batch, *next(books))
+            made.heads = sum(counts[:parallel.RANK]), sum(counts)
+            return made
+        return make
     if args.check or args.max_err:
         from error_bars import maker
         return maker(args.max_err, args.delta, args.seed, (config, capacity, batch, hot))
@@ -391,12 +434,15 @@ def save_index(args, session, tokenizer, ids, text):
     """Save the index of a text's token ids (T,). If it cannot be saved, say so: the answer still
     comes."""
     from app.snapshot import save
+    problem = None
     try:
         save(args.save_index, session.model, tokenizer, session.caches, ids, text)
     except InputError as e:
-        print(f"retroinfer: {e}", file=sys.stderr)
-        return 2
-    return 0
+        problem = e
+    problems = list(filter(None, parallel.gather(problem)))
+    for one in problems[:1]:
+        print(f"retroinfer: {one}", file=sys.stderr)
+    return 2 if problems else 0
 
 
 def chat(session, writer, said, lines, n_tokens):
@@ -444,4 +490,4 @@ def compare(session, ids, said, logits, n_tokens, tokenizer):
 
 def main(argv=None):
     """The exit status."""
-    return run_command("retroinfer", lambda: answer(parse_args(argv)))
+    return run_command("retroinfer", lambda: parallel.run(lambda: answer(parse_args(argv))))

@@ -18,8 +18,8 @@ ARROWS = {"retroinfer": set(), "model": {"retroinfer"}, "checkpoint": {"retroinf
           "kernels": set(), "generate": {"retroinfer"}, "buffer": {"retroinfer", "generate"},
           "retrieval_attention": {"retroinfer"}, "antkv": {"retroinfer"},
           "error_bars": {"retroinfer"}, "native": {"retroinfer"},
-          "adapters": {"app", "generate", "retroinfer"},
-          "app": {"app", "retroinfer", "generate", "model"}}
+          "parallel": {"retroinfer", "model"}, "adapters": {"app", "generate", "retroinfer"},
+          "app": {"app", "retroinfer", "generate", "model", "parallel"}}
 FREE = {"evaluation", "bench"}                              # these import what they like
 
 

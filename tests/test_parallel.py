@@ -1,0 +1,199 @@
+"""Ranks share the heads of a model, and answer as one process does."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from steps import LONG
+
+import parallel
+from app import cli
+from model import load
+from retroinfer import InputError
+
+ROOT = Path(__file__).parent.parent
+HEADS = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, **LONG}
+COMMON = ["--backend", "eager", "--device", "cpu", "--dtype", "float32", "--json",
+          "--max-new-tokens", "24"]
+SMALL = ["--set", "segment=64", "update=32", "min_retrieve=2"]
+# Several command lines one after another, for loading torch takes longer than they do.
+DRIVER = """
+import json, sys
+import parallel
+from app import cli
+from app.command import run_command
+def work():
+    return sum(cli.answer(cli.parse_args(argv)) for argv in json.loads(sys.argv[1]))
+raise SystemExit(run_command("retroinfer", lambda: parallel.run(work)))
+"""
+
+
+def start(n, commands, stdin=""):
+    """n ranks that run command lines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                           "PYTHONPATH": str(ROOT)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    ranks = [subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(commands)], text=True,
+                              env=shared | {"RANK": str(rank)}, **pipes) for rank in range(n)]
+    ranks[0].stdin.write(stdin)
+    return ranks
+
+
+def finish(ranks, seconds=120):
+    """(exit status, standard output, standard error) of each rank."""
+    try:
+        return [(rank.wait(), out, err) for rank in ranks
+                for out, err in [rank.communicate(timeout=seconds)]]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def facts(out):
+    return [json.loads(line) for line in out.splitlines() if line.startswith('{"answers"')]
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("".join(f"the cat {n} sat on mat {n * n % 83}, and the dog on a log. "
+                            for n in range(60)), "utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def commands(checkpoint, prompt, tmp_path):
+    """Command lines of each kind, of a model with 3 key heads and every bias."""
+    model = checkpoint("llama", **HEADS, attention_bias=True, mlp_bias=True)
+    said = ["--model", str(model), *COMMON]
+    ask = ["--prompt-file", prompt, *said]
+    saved = str(tmp_path / "index.safetensors")
+    return [[*ask, *SMALL],
+            [*ask, *SMALL, "--temperature", "1.5", "--seed", "3"],
+            [*ask, *SMALL, "--offload", "--cache-ratio", "0.2"],
+            [*ask, "--method", "graph", "--set", "sink=4", "local=16", "update=32", "top=16",
+             "lift=yes"],
+            [*ask, "--method", "antkv", "--set", "bits=1"],
+            [*ask, *SMALL, "--prompt-file", prompt],
+            [*ask, *SMALL, "--save-index", saved],
+            [*said, *SMALL, "--load-index", saved, "--chat"]]
+
+
+LINES = "what did the cat do?\nand the dog?\n"
+
+
+@pytest.fixture
+def expected(commands, monkeypatch, capsys, tmp_path):
+    """What one process says to these command lines."""
+    import io
+    monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
+    for argv in commands:
+        assert cli.main(argv) == 0
+    return facts(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_answer_as_one_process_does(n, commands, expected, one_thread, tmp_path):
+    """Of 3 key heads each rank of 2 has another number of them."""
+    (status, out, err), *others = finish(start(n, commands, LINES))
+    assert status == 0, err
+    assert [(status, out, err) for status, out, err in others] == (n - 1) * [(0, "", "")]
+    found = facts(out)
+    assert len(found) == len(commands) == len(expected)
+    for mine, theirs, argv in zip(found, expected, commands, strict=True):
+        assert mine["answers"] == theirs["answers"], argv
+        assert mine["dense_bytes_a_step"] == theirs["dense_bytes_a_step"]
+    names = {path.name for path in tmp_path.glob("index*")}
+    assert names == {"index.safetensors", *(f"index-{r + 1}of{n}.safetensors" for r in range(n))}
+
+
+# ---------------------------------------------------------------- the part of a model
+
+@pytest.mark.parametrize("n, kind", [(2, "folder"), (3, "gguf"), (2, "quantised")])
+def test_parts_of_weights_make_the_whole(n, kind, checkpoint, tmp_path, monkeypatch):
+    """A rank keeps its rows and columns, converted as the whole tensor is."""
+    path = checkpoint("llama", **HEADS, attention_bias=True, mlp_bias=True)
+    if kind != "folder":
+        import gguf
+        one = gguf.GGMLQuantizationType
+        path = tiny.write_gguf(tmp_path / "x.gguf", tiny.oracle(path),
+                               one.F32 if kind == "gguf" else one.Q8_0)
+    whole, parts = load(path, device="cpu")[0].state_dict(), []
+    monkeypatch.setattr(parallel, "SIZE", n)
+    for rank in range(n):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        parts.append(parallel.load_part(path, None, "cpu")[0].state_dict())
+    for name, x in whole.items():
+        found, module = [part[name] for part in parts], name.split(".")[-2]
+        if module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            assert torch.cat(found).equal(x), name
+        elif module in ("o_proj", "down_proj"):
+            summed = sum(found) if name.endswith("bias") else torch.cat(found, 1)
+            assert summed.equal(x) and found[0].is_contiguous(), name
+        else:
+            assert all(part.equal(x) for part in found), name
+
+
+def test_more_ranks_than_key_heads_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(parallel, "SIZE", 4)
+    with pytest.raises(InputError, match="4 ranks cannot share 3 key heads: start 3"):
+        parallel.load_part(checkpoint("llama", **HEADS), None, "cpu")
+
+
+def test_codebooks_of_a_file_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "SIZE", 2)
+    with pytest.raises(InputError, match="--codebooks are those of one process"):
+        cli.parse_args(["--prompt-file", "x", "--method", "antkv", "--codebooks", "y"])
+
+
+# ---------------------------------------------------------------- when something goes wrong
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_meet_is_printed_once(tmp_path):
+    ranks = finish(start(2, [["--prompt-file", str(tmp_path / "none")]]))
+    assert [status for status, *_ in ranks] == [2, 2]
+    said = "".join(err for *_, err in ranks)
+    assert said == f"retroinfer: cannot read the prompt {tmp_path / 'none'}: No such file or " \
+                   "directory\n"
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_rank_ends_the_others_with_a_line(victim, commands):
+    """Here rank 0 waits for a person, and rank 1 for rank 0."""
+    ask = commands[0]
+    ranks = start(2, [[*ask, "--chat", "--max-new-tokens", "3"]], "what?\n")
+    ranks[0].stdin.flush()
+    ranks[0].stdout.readline()                      # it has answered
+    ranks[victim].kill()
+    ranks[0].stdin.write("what?\n" * 3)
+    begin = time.monotonic()
+    (status, _, err), = finish([ranks[1 - victim]], 30)
+    ranks[victim].wait()
+    assert status == 2 and time.monotonic() - begin < 30
+    assert re.search(rf"retroinfer: rank {1 - victim} ends, it lost another", err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_killed_rank_ends_the_run(commands):
+    flags = ["--standalone", "--nproc-per-node", "2", str(ROOT / "retroinfer.py")]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *flags, *commands[0],
+                            "--max-new-tokens", "2000"], text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.stdout.read(20)                      # the answer has begun
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode and re.search(r"retroinfer: rank \d ends", err)
