@@ -341,6 +341,14 @@ def attend(q, steady, past, book, look_up=look_up, mix=mix_codes):
     return o, w_s
 
 
+def attend_of(device):
+    """The attend that suits a device: on a GPU, the Triton twin."""
+    if device.type != "cuda":
+        return attend
+    import antkv_kernels
+    return antkv_kernels.attend
+
+
 # ---------------------------------------------------------------- the cache
 
 class Codes(Store):
@@ -393,7 +401,7 @@ class AnchorCache(LayerCache):
 
     def attend(self, q, steady):
         scaled = q.float() * q.shape[-1] ** -0.5
-        o, weights = attend(scaled, steady, self.past(), self.book)
+        o, weights = attend_of(q.device)(scaled, steady, self.past(), self.book)
         self.score.add_(weights.sum(2))
         return o.to(q.dtype)
 

@@ -182,13 +182,25 @@ def test_the_factors_are_the_derivative_of_attention():
 
 # ---------------------------------------------------------------- the cache
 
-@pytest.mark.parametrize("bits", [4, 2, 1])
-def test_all_anchors_are_dense(bits):
-    q, k, v = qkv(120, B=2)
-    cache = make(120, 2, bits, anchors=1.0)
-    torch.testing.assert_close(generated(cache, q, k, v, 58).double(), oracle.dense(q, k, v),
-                               rtol=1e-4, atol=1e-5)
-    assert (cache.n_anchors == cache.n_indexed).all() and (cache.n_indexed == 96).all()
+@settings(max_examples=10, deadline=None)
+@given(bits=st.sampled_from([4, 2, 1]), steps=st.integers(1, 40), seed=st.integers(0, 9),
+       lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3))
+def test_all_anchors_are_dense(bits, lengths, steps, seed):
+    """Whatever the lengths of a batch, and however many steps follow."""
+    q, k, v = qkv(max(lengths) + steps, B=len(lengths), seed=seed)
+    cache = make(max(lengths) + steps, len(lengths), bits, anchors=1.0)
+    for b, n in enumerate(lengths):
+        cache.prefill(*(x[b:b + 1, :, :n] for x in (q, k, v)), row=b)
+    for t in range(steps):
+        cache.update()
+        now = [torch.stack([x[b, :, n + t] for b, n in enumerate(lengths)])[:, :, None]
+               for x in (q, k, v)]
+        o = cache.decode(*now)
+    for b, n in enumerate(lengths):
+        seen = [x[b:b + 1, :, :n + t + 1] for x in (k, v)]
+        want = oracle.dense(q[b:b + 1, :, n + t:n + t + 1], *seen)
+        torch.testing.assert_close(o[b:b + 1].double(), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(cache.n_anchors, cache.n_indexed)
 
 
 @pytest.mark.parametrize("anchors", [0, 0.1])

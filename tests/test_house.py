@@ -15,7 +15,8 @@ FILES = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 # What a file may import of ours when it is loaded; the library imports more inside functions only.
 ARROWS = {"retroinfer": set(), "model": {"retroinfer"}, "checkpoint": {"retroinfer"},
           "tokenizer": {"checkpoint", "retroinfer"},
-          "kernels": set(), "generate": {"retroinfer"}, "buffer": {"retroinfer", "generate"},
+          "kernels": set(), "antkv_kernels": set(), "generate": {"retroinfer"},
+          "buffer": {"retroinfer", "generate"},
           "retrieval_attention": {"retroinfer"}, "antkv": {"retroinfer"},
           "error_bars": {"retroinfer"}, "native": {"retroinfer"},
           "parallel": {"retroinfer", "model"}, "adapters": {"app", "generate", "retroinfer"},
