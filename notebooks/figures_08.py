@@ -84,9 +84,9 @@ def plot_toy(keys, query, graphs, claim):
         label(ax, *keys[path[-1]].tolist(), f"ends after {len(path) - 1} steps", dx=5, dy=-11,
               color=BLUE)
         ax.set(xticks=[], yticks=[])
-        ax.annotate("", (0.97, 0.1), (0.8, 0.1), xycoords="axes fraction",
+        ax.annotate("", (0.2, 0.9), (0.03, 0.9), xycoords="axes fraction",
                     arrowprops={"arrowstyle": "-|>", "color": DARK})
-        ax.text(0.88, 0.13, "query", transform=ax.transAxes, ha="center", fontsize=9)
+        ax.text(0.11, 0.93, "query", transform=ax.transAxes, ha="center", fontsize=9)
     plt.show()
 
 
