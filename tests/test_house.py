@@ -189,7 +189,7 @@ def test_pages_name_only_files_flags_commands_and_targets_that_exist(page):
         assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
     source = "".join(p.read_text("utf-8") for p in FILES)
     for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text):
-        assert f'"--{flag}"' in source or flag in ("help", "no-deps"), flag
+        assert f'"--{flag}"' in source or flag in ("help", "no-deps", "nproc-per-node"), flag
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert f"\n{target}:" in makefile, target

@@ -1,4 +1,5 @@
 """Ranks share the heads of a model, and answer as one process does."""
+import io
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import torch
 from steps import LONG
 
 import parallel
+from antkv import fit_words
 from app import cli
 from model import load
+from retrieval_attention import GraphCache, GraphConfig
 from retroinfer import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +39,23 @@ raise SystemExit(run_command("retroinfer", lambda: parallel.run(work)))
 """
 
 
-def start(n, commands, stdin=""):
+# A step is traced, for Inductor is slow; then its graphs are counted.
+TRACED = """
+import functools
+import torch
+import generate
+from app import choose
+choose.try_compiler = lambda: None
+choose.compiled_step = torch.compile(functools.partial(generate.step, run=generate.region()),
+                                     backend="eager", fullgraph=True, dynamic=False)
+""" + DRIVER.replace("raise SystemExit", "status = ") + """
+print(*torch._dynamo.utils.counters["graph_break"], "breaks")
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
+raise SystemExit(status)
+"""
+
+
+def start(n, commands, stdin="", driver=DRIVER):
     """n ranks that run command lines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +64,7 @@ def start(n, commands, stdin=""):
                            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
                            "PYTHONPATH": str(ROOT)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    ranks = [subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(commands)], text=True,
+    ranks = [subprocess.Popen([sys.executable, "-c", driver, json.dumps(commands)], text=True,
                               env=shared | {"RANK": str(rank)}, **pipes) for rank in range(n)]
     ranks[0].stdin.write(stdin)
     return ranks
@@ -97,7 +116,6 @@ LINES = "what did the cat do?\nand the dog?\n"
 @pytest.fixture
 def expected(commands, monkeypatch, capsys, tmp_path):
     """What one process says to these command lines."""
-    import io
     monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
     for argv in commands:
         assert cli.main(argv) == 0
@@ -117,6 +135,30 @@ def test_ranks_answer_as_one_process_does(n, commands, expected, one_thread, tmp
         assert mine["dense_bytes_a_step"] == theirs["dense_bytes_a_step"]
     names = {path.name for path in tmp_path.glob("index*")}
     assert names == {"index.safetensors", *(f"index-{r + 1}of{n}.safetensors" for r in range(n))}
+
+
+@pytest.mark.slow
+def test_a_step_on_two_ranks_is_one_graph(commands, capsys, one_thread):
+    assert cli.main(commands[0]) == 0
+    expected = facts(capsys.readouterr().out)
+    ranks = finish(start(2, [[*commands[0], "--backend", "compile"]], driver=TRACED))
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    out = ranks[0][1]
+    assert facts(out)[0]["answers"] == expected[0]["answers"]
+    assert out.splitlines()[-2:] == [" breaks", "1 graphs"]
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), slice(1, 3)])
+def test_a_part_of_the_heads_draws_what_the_whole_layer_does(part):
+    g = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 600, 8, generator=g), torch.rand(3, 600, generator=g)
+    words = fit_words(x[part], weights[part], 4, heads=(part.start, 3))
+    torch.testing.assert_close(words, fit_words(x, weights, 4)[part])
+    caches = [GraphCache(GraphConfig(lift=True), 64) for _ in range(2)]
+    caches[0].heads = part.start, 3
+    for cache, like in zip(caches, (x[part], x), strict=True):
+        cache.allocate(like[None])
+    assert caches[0].lift.equal(caches[1].lift[part])
 
 
 # ---------------------------------------------------------------- the part of a model
