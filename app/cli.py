@@ -34,13 +34,12 @@ from app.choose import (
 )
 from app.command import Parser, run_command
 from app.method import METHODS, classes
-from app.questions import read_questions, whole_pages
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
 from app.settings import add_set, take_settings
 from generate import CHUNK, sampler
-from model import DEFAULT_NAME, NAMED, DenseCache, RingCache, fast_dtype, make_caches
+from model import DEFAULT_NAME, DenseCache, RingCache, fast_dtype, make_caches
 from retroinfer import InputError, RetroConfig, WaveIndex
 
 
@@ -86,21 +85,18 @@ def add_answer(add):
     add("--top-p", metavar="X", type=float, default=1.0,
         help="draw from the likeliest tokens of this probability")
     add("--seed", metavar="N", type=int, default=0, help="seed of the random draws")
-    add("--check", action="store_true", help="say how far the outputs of each layer may be from "
-        "dense attention's: error_bars.py")
-    add("--max-err", metavar="X", type=float, help="mend outputs that may be farther from dense "
-        "attention's than this share of their length")
-    add("--delta", metavar="X", type=float, help="with --max-err: how often that may fail "
-        "(default 0.05)")
+    add("--check", action="store_true", help="say how far each layer may be from dense attention")
+    add("--max-err", metavar="X", type=float, help="mend outputs that may be farther off than this share")
+    add("--delta", metavar="X", type=float, help="how often --max-err may fail (default 0.05)")
     add("--compare", action="store_true", help="answer with dense attention too")
     add("--json", action="store_true", help="end with one line of JSON")
 
 
 def add_model(add):
     add("--model", metavar="PATH", default=DEFAULT_NAME,
-        help=f"folder, .gguf, {', '.join(NAMED)} (default %(default)s)")
+        help="folder, .gguf or name (default %(default)s)")
     add("--method", metavar="NAME", choices=METHODS, default="wave",
-        help="%(choices)s (default %(default)s): app/method.py says what they are")
+        help="%(choices)s (default %(default)s)")
     add("--codebooks", metavar="FILE", help="of --method antkv; default: from the prompt itself")
     add_set(add)
     add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"],
@@ -160,6 +156,7 @@ def check_questions(args):
     for name in ("prompt_file", "question", "chat", "compare", "save_index", "offload"):
         if getattr(args, name):
             raise InputError(f"--questions takes the loaded index alone: leave out {flag(name)}")
+    from app.questions import read_questions
     args.questions = read_questions(args.questions)
 
 
@@ -260,7 +257,9 @@ def answer(args):
     asked = what_is_asked(args, texts, snapshot, lines)
     prompts = [writer.prompt(*pair) for pair in asked]
     capacity, n_tokens = choose_capacity(args, model.config.context, max(map(len, prompts)))
-    capacity = whole_pages(config, capacity) if args.questions else capacity
+    if args.questions:
+        from app.questions import whole_pages
+        capacity = whole_pages(config, capacity)
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)

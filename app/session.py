@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 
-from app.questions import spread
 from app.threads import Threads
 from generate import CHUNK, decode, prefill
 from retroinfer import InputError
@@ -100,6 +99,7 @@ class Session:
     def spread(self, batch):
         """Go on with `batch` sequences that begin as the one that was restored does."""
         if batch > 1:
+            from app.questions import spread
             for cache in self.caches:
                 spread(cache, batch)
             self.n_read = self.n_said = [0] * batch

@@ -195,7 +195,7 @@ def test_a_plain_run_imports_no_optional_part(checkpoint, prompt):
     assert facts["generated_tokens"] == [3]
     app = ["choose", "cli", "command", "method", "relay", "report", "session", "settings",
            "threads"]
-    library = ["checkpoint", "generate", "model", "retroinfer", "tokenizer"]
+    library = ["checkpoint", "generate", "model", "parallel", "retroinfer", "tokenizer"]
     assert loaded == [0, [*(f"app/{name}.py" for name in app), *(f"{name}.py" for name in library)]]
 
 
