@@ -86,7 +86,8 @@ def add_answer(add):
         help="draw from the likeliest tokens of this probability")
     add("--seed", metavar="N", type=int, default=0, help="seed of the random draws")
     add("--check", action="store_true", help="say how far each layer may be from dense attention")
-    add("--max-err", metavar="X", type=float, help="mend outputs that may be farther off than this share")
+    add("--max-err", metavar="X", type=float,
+        help="mend outputs that may be farther off than this share")
     add("--delta", metavar="X", type=float, help="how often --max-err may fail (default 0.05)")
     add("--compare", action="store_true", help="answer with dense attention too")
     add("--json", action="store_true", help="end with one line of JSON")
@@ -257,9 +258,7 @@ def answer(args):
     asked = what_is_asked(args, texts, snapshot, lines)
     prompts = [writer.prompt(*pair) for pair in asked]
     capacity, n_tokens = choose_capacity(args, model.config.context, max(map(len, prompts)))
-    if args.questions:
-        from app.questions import whole_pages
-        capacity = whole_pages(config, capacity)
+    capacity = shareable(args, config, capacity)
     spec = Spec(model.config, model.lm_head.weight.dtype, config, capacity, len(prompts))
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
@@ -282,6 +281,14 @@ def answer(args):
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def shareable(args, config, capacity):
+    """The capacity, or a little more, so that --questions can share an index of it."""
+    if not args.questions:
+        return capacity
+    from app.questions import whole_pages
+    return whole_pages(config, capacity)
 
 
 def open_index(args, model, tokenizer, config):
