@@ -41,7 +41,7 @@ def region():
     mark = torch.compiler.nested_compile_region
     try:
         # Layers are alike but for their windows: trace one of each kind.
-        return mark(call, reuse_hash_fn=lambda layer, *args: layer.window)
+        return mark(call, reuse_hash_fn=lambda layer, *args: getattr(layer, "window", 0))
     except TypeError:                                       # torch before 2.13 traces each of them
         return mark(call)
 
