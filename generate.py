@@ -109,11 +109,11 @@ def prefill(model, caches, prompts, chunk=CHUNK):
     """Logits (B, V) behind each of B prompts (T,), which are read `chunk` tokens at a time.
 
     A prompt is read alone, to its own length; it goes on where its sequence in the caches stands.
-    ValueError if a layer that sees a window does not have a RingCache.
+    InputError if a layer that sees a window does not have a RingCache.
     """
     for layer, cache in zip(model.layers, caches, strict=True):
         if layer.window and not hasattr(cache, "window"):
-            raise ValueError(f"a layer sees the latest {layer.window} tokens, and its cache shows "
+            raise InputError(f"a layer sees the latest {layer.window} tokens, and its cache shows "
                              "all: model.make_caches() makes the right ones")
     logits = []
     for row, ids in enumerate(prompts):

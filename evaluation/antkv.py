@@ -34,6 +34,7 @@ from antkv import AnchorCache, AnchorConfig
 from app.command import Parser, run_command
 from app.snapshot import check_place, origin
 from evaluation import texts
+from evaluation.fidelity import refuse_windows
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import InputError, attend_causally
 
@@ -276,6 +277,7 @@ def parse_args(argv):
 
 def evaluate(args):
     model, tokenizer = load(args.model, torch.float32, "cpu")
+    refuse_windows(model)
     (calibrate if args.calibrate else table)(args, model, tokenizer)
 
 

@@ -36,7 +36,7 @@ from error_bars import (
     width,
 )
 from evaluation import texts
-from evaluation.fidelity import distances, feed, filled, follow, read
+from evaluation.fidelity import distances, feed, filled, follow, read, refuse_windows
 from model import DEFAULT_NAME, load
 from retroinfer import RetroConfig, log_possible_mass
 
@@ -271,7 +271,7 @@ def bounded(model, case, args):
 def logits(model, case, args):
     """How well bars order the steps by their KL to dense attention: rank correlations of the KL
     with the sum over layers of the mean squared error, true to the bars and as the bars have it."""
-    T, caches = len(case.logp), []
+    T, caches = case.T, []
 
     def attend(layer, past, q, k, v):
         make = functools.partial(Kept, RetroConfig(), seed=layer)
@@ -286,8 +286,9 @@ def logits(model, case, args):
 
     found = []
     attends = [functools.partial(attend, i, past) for i, past in enumerate(case.past)]
-    logp = follow(model, case.ids[case.n:-1], case.n, attends)
-    kl = torch.tensor(distances(case.logp, logp, case.ids[case.n + 1:])["kl"])
+    hidden = follow(model, case.ids[case.n:-1], case.n, attends)
+    logp = model.logits(hidden).double().log_softmax(-1)
+    kl = torch.tensor(distances(model, case.hidden, hidden, case.ids[case.n + 1:])["kl"])
     bars = torch.stack(found, 1).double()                                   # (T, L)
     entropy = -(logp.exp() * logp).sum(-1)
     return {"steps": T, "bars": ranks_agree(bars.sum(1), kl),
@@ -343,6 +344,7 @@ def main():
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
+    refuse_windows(model)
     name = f"{args.part}, {Path(args.model).stem}, {args.length} tokens, {args.draws} draws"
     path = RESULTS / "coverage.json"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}

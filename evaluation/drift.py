@@ -44,7 +44,7 @@ def forced(model, case, window):
     """{method: KL to dense in each window of the case's steps}."""
     found = {}
     for name, make in methods().items():
-        caches = [fidelity.filled(make, *past, case.T) for past in case.past]
+        caches = fidelity.caches_of(case, make, case.T)
         found[name] = means(fidelity.forced(model, case, caches)["kl"], window)
     return found
 
@@ -52,9 +52,9 @@ def forced(model, case, window):
 def free(model, case, n_tokens, n_seeds, window):
     """{method: nats a token, in each window, that dense attention gives to what it wrote}."""
     made = methods()
-    caches = [SideBySide([fidelity.filled(make, *past, n_tokens + 1)
-                          for make in made.values() for _ in range(n_seeds)])
-              for past in case.past]
+    rows = [fidelity.caches_of(case, make, n_tokens + 1)
+            for make in made.values() for _ in range(n_seeds)]
+    caches = [SideBySide(layer) for layer in zip(*rows, strict=True)]
     draws = [sampler(temperature=1.0, seed=seed) for seed in range(n_seeds)]
 
     ends = torch.tensor(sorted(model.config.eos_ids))
@@ -75,7 +75,7 @@ def free(model, case, n_tokens, n_seeds, window):
 
 def likelihood(model, case, ids):
     """Nats of each of ids (n,) behind the case's prompt and first token, by dense attention."""
-    caches = [fidelity.filled(DenseCache, *past, len(ids)) for past in case.past]
+    caches = fidelity.caches_of(case, DenseCache, len(ids))
     attends = [functools.partial(cache.prefill) for cache in caches]
     before = torch.cat([case.ids[case.n:case.n + 1], ids[:-1]])
     hidden = fidelity.follow(model, before, case.n, attends)

@@ -75,8 +75,9 @@ def ruler_answers(model, tokenizer, name, sample, methods):
 def answer_side_by_side(model, tokenizer, logits, dense, n_answer, methods):
     """{method: greedy answer} behind what caches `dense` read, whose last logits are (1, V)."""
     n = int(dense[0].n_tokens[0])
-    caches = [SideBySide([fidelity.filled(make, *cache.past(n), n_answer)
-                          for make in methods.values()]) for cache in dense]
+    caches = [SideBySide([fidelity.filled(fidelity.made_for(make, cache.window), *cache.past(n),
+                                          n_answer) for make in methods.values()])
+              for cache in dense]
     tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
     answers = {}
     for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from generate import fill, fit, prefill
-from model import DenseCache
+from model import DenseCache, RingCache, attend_in_window
 from retroinfer import (
     PLAIN,
     Index,
@@ -253,11 +253,23 @@ def named_methods(n, steps, case=None):
 # ---------------------------------------------------------------- one text, dense and otherwise
 
 class DenseWithQueries(DenseCache):
-    """A dense cache that keeps the root of the summed squares of its first CHUNK queries."""
+    """A dense cache that keeps the root of the summed squares of its first CHUNK queries.
+
+    window: how many of the latest tokens its layer sees; 0: all.
+    """
+
+    def __init__(self, capacity, batch=1, window=0):
+        super().__init__(capacity, batch)
+        self.window = window
 
     def prefill(self, q, k, v, row=0):
         start = int(self.n_tokens[row])
-        o = super().prefill(q, k, v, row)
+        o = super().prefill(None if self.window else q, k, v, row)
+        if self.window:
+            end = start + k.shape[2]
+            seen = slice(max(start - self.window + 1, 0), end)
+            o = attend_in_window(q, self.k[row:row + 1, :, seen], self.v[row:row + 1, :, seen],
+                                 self.window)
         if start < CHUNK:
             energy = q[:, :, :CHUNK - start].square().sum(2, keepdim=True)  # (1, H*G, 1, D)
             self.q = energy.sqrt() if start == 0 else (self.q.square() + energy).sqrt()
@@ -268,9 +280,20 @@ class DenseWithQueries(DenseCache):
         return self.q, self.k[:, :, :n], self.v[:, :, :n]
 
 
+def refuse_windows(model):
+    """InputError for a model with layers that see a window only."""
+    if model.config.windows:
+        raise InputError("layers of this model see a window only, which is not measured here: give "
+                         "a model whose layers see all tokens")
+
+
+def dense_caches(model, capacity):
+    return [DenseWithQueries(capacity, window=layer.window) for layer in model.layers]
+
+
 def read_dense(model, ids, n_steps):
     """Logits (1, V) behind ids (n,), and caches that have read them and can take n_steps more."""
-    caches = [DenseWithQueries(len(ids) + n_steps) for _ in model.layers]
+    caches = dense_caches(model, len(ids) + n_steps)
     return prefill(model, caches, [ids], chunk=CHUNK), caches
 
 
@@ -281,6 +304,7 @@ class Case:
     past: list              # each layer's q (1, H*G, 1, D), k, v (1, H, n, D): arguments of filled
     steps: list             # each layer's q (1, H*G, T, D), k, v (1, H, T, D) and dense output
     hidden: torch.Tensor    # (T, hidden) of the model's last layer: logits follow
+    windows: list           # how many of the latest tokens each layer sees; 0: all
 
     @property
     def n(self):
@@ -302,7 +326,8 @@ def read_at(model, ids, lengths, n_steps):
     The cases share their keys and values. InputError if two lengths are closer than the steps.
     """
     remembered.cache_clear()
-    caches, cases, done = [DenseWithQueries(max(lengths)) for _ in model.layers], [], 0
+    caches, cases, done = dense_caches(model, max(lengths)), [], 0
+    windows = [cache.window for cache in caches]
     for length in sorted(lengths):
         n, steps = length - n_steps - 1, []
         if n <= done:
@@ -312,7 +337,7 @@ def read_at(model, ids, lengths, n_steps):
         past = [cache.past(n) for cache in caches]
         attends = [functools.partial(keep_step, cache, steps) for cache in caches]
         hidden = follow(model, ids[n:length - 1], n, attends)
-        cases.append(Case(ids[:length], past, steps, hidden))
+        cases.append(Case(ids[:length], past, steps, hidden, windows))
         done = length - 1
     return cases
 
@@ -341,10 +366,27 @@ def filled(make, q, k, v, n_steps, probe=None):
     return cache
 
 
+def made_for(make, window):
+    """make, or what makes the cache of a layer that sees a window only."""
+    return functools.partial(RingCache, window) if window else make
+
+
+def caches_of(case, make, n_steps):
+    """A cache for each layer that has read the case."""
+    return [filled(made_for(make, window), *past, n_steps)
+            for past, window in zip(case.past, case.windows, strict=True)]
+
+
+def wide(case):
+    """(layer, past, step) of each layer that sees all tokens."""
+    layers = zip(case.past, case.steps, case.windows, strict=True)
+    return [(i, past, step) for i, (past, step, window) in enumerate(layers) if not window]
+
+
 def fullness(case, config):
     """Tokens of a retrieved cluster over the mean size, on average over layers and heads."""
     tokens = clusters = 0.0
-    for past, (q, k, v, _) in zip(case.past, case.steps, strict=True):
+    for _, past, (q, k, v, _) in wide(case):
         cache = filled(functools.partial(wave, config), *past, 1)
         next(feed(cache, q, k, v))
         tokens += float(cache.fetched[1].sum(-1).float().mean())
@@ -364,19 +406,23 @@ def feed(cache, q, k, v):
 def against_dense(model, case, make):
     """nll, KL to dense and agreement of each step, and the bytes that it reads.
 
-    The outputs of the method go on to the next layer.
+    The outputs of the method go on to the next layer. Bytes are those of layers that see all
+    tokens: the others read the same with any method.
     """
     T, rows, caps = case.T, [], []
 
-    def attend(past, q, k, v):
-        cache, outputs = filled(make, *past, T), []
+    def attend(past, window, q, k, v):
+        cache, outputs = filled(made_for(make, window), *past, T), []
         for o in feed(cache, q, k, v):
             outputs.append(o)
-            rows.append(rows_read(cache))
-        caps.append(cache.bytes_read())
+            if not window:
+                rows.append(rows_read(cache))
+        if not window:
+            caps.append(cache.bytes_read())
         return torch.cat(outputs, 2)
 
-    attends = [functools.partial(attend, past) for past in case.past]
+    layers = zip(case.past, case.windows, strict=True)
+    attends = [functools.partial(attend, *layer) for layer in layers]
     hidden, k = follow(model, case.ids[case.n:-1], case.n, attends), case.past[0][1]
     n_rows = sum(rows) / len(rows)          # a step and head
     n_bytes = k.shape[1] * k.shape[3] * k.element_size() * len(caps) * n_rows
@@ -413,8 +459,7 @@ def probe(case, make):
     error of each head's output (H*G,), cache)
     """
     T = case.T
-    for layer, (past, (q, k1, v1, dense)) in enumerate(zip(case.past, case.steps, strict=True)):
-        q0, k, v = past
+    for layer, (q0, k, v), (q, k1, v1, dense) in wide(case):
         _, H, n, D = k.shape
         place = torch.arange(n + T, dtype=v.dtype)[:, None].expand(1, H, n + T, D)
         cache, keys = filled(make, q0, k, v, T, place[:, :, :n]), torch.cat([k, k1], 2)[0]
@@ -436,7 +481,8 @@ def by_head(case, make):
         found["error"][layer].append(error)
         found["mass"][layer].append((weights * is_read[:, None]).sum(-1).flatten())
         found["recall"][layer].append(hit.float().mean(-1).flatten())
-    return {name: [[round(x, 4) for x in torch.stack(layer).mean(0).tolist()] for layer in layers]
+    return {name: [[round(x, 4) for x in torch.stack(layer).mean(0).tolist()]
+                   for layer in layers if layer]
             for name, layers in found.items()}
 
 

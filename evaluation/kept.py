@@ -39,7 +39,7 @@ def save(path, found):
     part = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([[case.ids, case.past, case.steps, case.hidden] for case in found], part)
+        torch.save([list(vars(case).values()) for case in found], part)
         part.replace(path)
     except (OSError, RuntimeError) as e:        # torch says a full disk by a RuntimeError
         with contextlib.suppress(OSError):

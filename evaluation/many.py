@@ -85,8 +85,9 @@ def methods():
 
 def answer(model, tokenizer, case, ids):
     """{method: its answer} to the question ids (n,), whose first case.n tokens dense has read."""
-    rest = len(ids) - case.n
-    dense = [fidelity.filled(fidelity.DenseWithQueries, *past, rest) for past in case.past]
+    dense = fidelity.dense_caches(model, len(ids))
+    for cache, past in zip(dense, case.past, strict=True):
+        cache.prefill(*past)
     logits = prefill(model, dense, [ids[case.n:]])
     return answer_side_by_side(model, tokenizer, logits, dense, N_ANSWER, methods())
 

@@ -73,6 +73,7 @@ class WithQueries(DenseCache):
 
 def read(model, ids, n_steps):
     """fidelity.read, with all queries of the text in place of their energy."""
+    fidelity.refuse_windows(model)
     n, steps = len(ids) - n_steps - 1, []
     caches = [WithQueries(len(ids)) for _ in model.layers]
     prefill(model, caches, [ids[:n]], chunk=2048)
@@ -82,7 +83,7 @@ def read(model, ids, n_steps):
         steps.append((q, k, v, DenseCache.prefill(cache, q, k, v)))
         return steps[-1][-1]
     hidden = fidelity.follow(model, ids[n:-1], n, [functools.partial(keep, c) for c in caches])
-    return fidelity.Case(ids, past, steps, hidden)
+    return fidelity.Case(ids, past, steps, hidden, [0] * len(past))
 
 
 def mahalanobis(x, k):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import oracle
 import pytest
+import tiny
 import torch
 from steps import qkv
 
@@ -26,7 +27,7 @@ from evaluation.fidelity import (
     wave,
 )
 from generate import eager_step, generate, prefill, sampler
-from model import DenseCache, load
+from model import DenseCache, load, make_caches
 from retroinfer import (
     PART_II_OFF,
     PLAIN,
@@ -92,6 +93,29 @@ def test_layer_by_layer_is_what_whole_steps_give(model, case, make):
     assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
     assert found["nll"] == pytest.approx([-q[t, i].item() for t, i in enumerate(ids)], abs=1e-4)
     assert found["same"] == [a.argmax() == b.argmax() for a, b in zip(p, q, strict=True)]
+
+
+def test_layers_with_a_window_keep_it_in_every_measure(tmp_path):
+    """Whole steps of the model, with make_caches, are the truth."""
+    net = load(tiny.save(tmp_path, "gemma3_text", max_position_embeddings=4096, sliding_window=16,
+                         num_hidden_layers=2, num_key_value_heads=1, head_dim=16,
+                         layer_types=["sliding_attention", "full_attention"]), device="cpu")[0]
+    case = read(net, torch.randint(3, 300, (231,), generator=torch.Generator().manual_seed(0)), 10)
+    every = make_caches(net.config, lambda: DenseCache(231), 231)
+    hidden = net(case.ids[None], torch.arange(231)[None], [cache.prefill for cache in every])
+    torch.testing.assert_close(case.hidden, hidden[0, case.n:-1], rtol=1e-4, atol=1e-4)
+    assert max(against_dense(net, case, DenseCache)["kl"]) < 1e-9
+    make = functools.partial(wave, TINY)
+    caches, expected, room = fidelity.caches_of(case, make, 10), [], 0
+    for token in case.ids[case.n:-1]:
+        room = room or min(cache.update() for cache in caches)
+        expected.append(eager_step(net, caches, token[None])[0].double().log_softmax(-1))
+        room -= 1
+    nll = [-q[i].item() for q, i in zip(expected, case.ids[case.n + 1:], strict=True)]
+    assert against_dense(net, case, make)["nll"] == pytest.approx(nll, abs=1e-3)
+    assert len(by_head(case, make)["error"]) == 1                   # of the layer that sees all
+    with pytest.raises(InputError, match="see a window only"):
+        fidelity.refuse_windows(net)
 
 
 def test_a_cache_filled_from_keys_is_one_that_read_the_text(model, case):
@@ -243,7 +267,7 @@ def test_methods_keep_to_the_bytes_they_are_given(n, share):
     k, v, q = (torch.randn(1, heads, n + 8, 64) for heads in (2, 2, 4))
     past = q[:, :, :1], k[:, :, :n], v[:, :, :n]
     steps = [(q[:, :, n:], k[:, :, n:], v[:, :, n:], None)]
-    case = SimpleNamespace(past=[past], steps=steps)
+    case = SimpleNamespace(past=[past], steps=steps, windows=[0])
     for name, make in fidelity.methods_at(share * 2 * n, n, 8, case).items():
         cache = filled(make, q[:, :, :1], k[:, :, :n], v[:, :, :n], 8)
         rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
@@ -262,7 +286,7 @@ def test_rows_of_ours_are_those_a_step_reads():
     q, k, v = qkv(5008, G=1, D=64)
     past = q[:, :, :1], k[:, :, :5000], v[:, :, :5000]
     steps = [(*(x[:, :, 5000:] for x in (q, k, v)), None)]
-    full = fidelity.fullness(SimpleNamespace(past=[past], steps=steps), RetroConfig())
+    full = fidelity.fullness(SimpleNamespace(past=[past], steps=steps, windows=[0]), RetroConfig())
     assert 1 < full < 2
     cache = filled(functools.partial(wave, RetroConfig()), *past, 8)
     rows = [fidelity.rows_read(cache) for _ in fidelity.feed(
@@ -310,7 +334,7 @@ def test_the_rank_of_a_needle_is_that_of_its_best_cluster():
     k[:, :, 40:44], q[:, :, -1:] = 3.0, 0.5
     k[:, :, 80:84] = -3.0
     steps = [(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], q[:, :, -1:])]
-    case = Case(None, [(q[:, :, :1], k[:, :, :-1], v[:, :, :-1])], steps, torch.zeros(1, 3))
+    case = Case(None, [(q[:, :, :1], k[:, :, :-1], v[:, :, :-1])], steps, torch.zeros(1, 3), [0])
     found = needle_mass(case, METHODS["wave"], torch.arange(40, 44))
     assert found["kept"] == pytest.approx(1) and found["ranks"] == [0, 0]
     (_, _, now, _, _, _, cache), = probe(case, METHODS["wave"])
