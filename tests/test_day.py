@@ -80,16 +80,15 @@ def test_the_predicted_file_is_what_the_command_predicts():
 
 
 @pytest.mark.slow
-def test_the_day_runs_dry(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "bench.day", "--dry-run", "--share", "9", "--out",
-                           tmp_path], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | ({} if gpu.IS_GPU else {"TRITON_INTERPRET": "1"}))
+def test_every_part_of_the_day_ends_by_its_limit_and_a_table_comes(tmp_path):
+    """A whole dry run takes minutes; what a part that is cut has found is kept."""
+    done = subprocess.run([sys.executable, "-m", "bench.day", "--dry-run", "--share", "0.15",
+                           "--out", tmp_path], cwd=ROOT, capture_output=True, check=False,
+                          text=True, env=os.environ | ({} if gpu.IS_GPU else
+                                                       {"TRITON_INTERPRET": "1"}))
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "day.json").read_text())
-    assert [part["ended"] for part in found["parts"].values()] == ["done"] * len(day.PARTS)
-    verdict, = day.found(found, "capture", "verdict")
-    assert verdict["same"] == verdict["tokens"] == 72
-    assert {x["name"] for x in day.found(found, "layers", "compiled")} == {
-        "PyTorch, compiled", "FlexAttention"}
-    assert len(day.found(found, "model", "decode")) == 2
-    assert (tmp_path / "day.md").read_text().count("\n|") > 20 and (tmp_path / "day.png").exists()
+    parts = json.loads((tmp_path / "day.json").read_text())["parts"]
+    assert list(parts) == list(day.PARTS)
+    for part in parts.values():
+        assert part["ended"] in ("done", "cut at its limit") and part["seconds"] < part["limit"] + 5
+    assert (tmp_path / "day.md").read_text().count("\n|") > 10
