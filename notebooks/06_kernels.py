@@ -54,14 +54,16 @@ from retroinfer import (
     rank_clusters,
 )
 
+print(versions())
+print("triton", triton.__version__)
+
+# %%
 text, config = captured(), RetroConfig()
 H, T, D = text.k.shape[1:]
 G = text.q.shape[1] // H
 all_q, k, v = text.layer(9)
 q = all_q.view(1, H, G, T, D)[:, :, :, -1].contiguous()                 # (B, H, G, D)
 truth = F.scaled_dot_product_attention(q, k, v)                         # (B, H, G, D)
-print(versions())
-print("triton", triton.__version__)
 print(f"{T:,} tokens, {H} kv heads of {G} query heads, {D} dims")
 
 # %%

@@ -49,12 +49,14 @@ from bench.machine import (
 from bench.traces import POLICIES, Trace, replay
 from retroinfer import RetroConfig, Store, WaveIndex, before, gather_clusters, round_up
 
+print(versions())
+
+# %%
 text, config = captured(), RetroConfig(**WHOLE)     # a block brings all its values
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 LAYERS, N_STEPS, RATIO = range(3, n_layers, 6), 256, 0.1
 start = T - N_STEPS
-print(versions())
 print(f"{T:,} tokens; the last {N_STEPS} come one by one, {T - text.n_prompt} of them the answer")
 
 # %%

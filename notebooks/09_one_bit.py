@@ -116,7 +116,8 @@ for j in (0, 5, 700, 1400, 1530):               # the plain way, for a few token
     slow.append((outputs(q, k_one, v_one)[0] - outputs(q, k, v)[0]).norm(dim=-1).sum())
 torch.testing.assert_close(truth[[0, 5, 700, 1400, 1530]], torch.stack(slow), rtol=1e-2, atol=1e-3)
 order = truth.sort(descending=True).values.cumsum(0) / truth.sum()
-print(f"the worst 1 % of the tokens do {order[T // 100]:.0%} of the damage")
+print(f"the worst 1 % of the tokens do {order[T // 100]:.0%} of the damage, the first 4 tokens "
+      f"alone {truth[:4].sum() / truth.sum():.0%}")
 
 # %% [markdown]
 # ## A score that costs little
@@ -146,9 +147,10 @@ theirs = antkv.propagation_factors(q[None] * D ** 0.5, k[None, None],
 torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-2)
 
 # %% [markdown]
-# Rivals need no attention at all: the length of the key, the length of the value, the length of the
-# error, and a draw of lots, the control. The scores are computed from all queries; the truth is
-# that of the last 128.
+# Rivals need no attention at all: the length of the key, the length of the value, and the length of
+# the error. The control is a random score. The scores are computed from all queries. The truth is
+# that of the last 128 queries. The first 4 tokens and the latest ones stay exact in any case, so
+# they are left out from here on.
 
 # %%
 n_seen = T - torch.arange(T)
@@ -157,11 +159,11 @@ def scores_of(q, k, v, k_code, v_code):
     dice = torch.Generator().manual_seed(0)
     return {"F^V, mean": f_v / n_seen, "F^K, mean": f_k / n_seen, "F^V, sum": f_v,
             "length of v": v.norm(dim=-1), "length of k": k.norm(dim=-1),
-            "error of k": (k_code - k).norm(dim=-1), "lots": torch.rand(T, generator=dice)}
+            "error of k": (k_code - k).norm(dim=-1), "random": torch.rand(T, generator=dice)}
 
-past = slice(4, T - N_Q)                        # the first and the latest stay exact anyhow
+past = slice(4, T - N_Q)
 own = scores_of(q, k, v, k_code, v_code)
-shown = {name: own[name][past] for name in ("F^V, mean", "F^V, sum", "length of k", "lots")}
+shown = {name: own[name][past] for name in ("F^V, mean", "F^V, sum", "length of k", "random")}
 plot_truth(truth[past], shown, "True damage of a token, against four scores (one head)")
 
 # %%
@@ -179,16 +181,20 @@ for layer in LAYERS:
 # %%
 mean = {name: sum(x) / len(x) for name, x in found.items()}
 plot_found(found, f"1 % of the tokens: {mean['F^V, mean']:.0%} of the damage by attention "
-           f"received, {mean['lots']:.0%} by lots")
-assert mean["F^V, mean"] > 3 * mean["lots"] and mean["the truth"] >= max(mean.values())
+           f"received, {mean['random']:.0%} at random")
+assert mean["F^V, mean"] > 5 * mean["random"] and mean["the truth"] >= max(mean.values())
+assert max(mean[x] for x in ("length of v", "length of k")) < mean["F^V, mean"] / 3
 
 # %% [markdown]
 # ## Codewords where they matter
 #
 # Codewords need not serve all tokens alike. *Weighted* k-means moves a codeword to the weighted
-# mean of its members: keys weigh F^K, values F^V. Measured is the output with all tokens crushed
-# but for the first 4 and the latest ones, at 1 bit and at 3/8 bit. The codewords are made from this
-# very text, and the weights know its queries: that flatters both, and the weighted ones more.
+# mean of its members: keys weigh F^K, values F^V. All tokens but the first 4 and the latest ones
+# are crushed, at 1 bit and at 3/8 bit, and we measure how far the outputs move. The control has the
+# same weights, dealt to the tokens at random.
+#
+# The codewords are made from this very text, and the weights know its queries. That flatters all
+# codewords, and the weighted ones most.
 
 # %%
 def error(q, k, v, k_code, v_code, exact=()):
@@ -206,14 +212,17 @@ for layer in LAYERS:
         for bits, c_k, c_v in ((1, 8, 8), (0.375, 16, 32)):
             plain = error(q, k, v, crush(k, same, c_k), crush(v, same, c_v)).mean()
             weighted = error(q, k, v, crush(k, f_k, c_k), crush(v, f_v, c_v)).mean()
-            gain.setdefault(bits, []).append((float(plain), float(weighted)))
+            dealt = torch.randperm(T, generator=torch.Generator().manual_seed(0))
+            control = error(q, k, v, crush(k, f_k[dealt], c_k), crush(v, f_v[dealt], c_v)).mean()
+            gain.setdefault(bits, []).append((float(plain), float(weighted), float(control)))
 
 # %%
-for bits, pairs in gain.items():
-    plain, weighted = torch.tensor(pairs).T
-    print(f"{bits:g} bits: error {plain.mean():.3f} unweighted, {weighted.mean():.3f} weighted; "
-          f"better in {int((weighted < plain).sum())} of {len(plain)} heads")
-    assert weighted.mean() < plain.mean()
+for bits, rows in gain.items():
+    plain, weighted, control = torch.tensor(rows).T
+    print(f"{bits:g} bits: error {plain.mean():.3f} unweighted, {weighted.mean():.3f} weighted, "
+          f"{control.mean():.3f} with weights dealt at random; weighted is better than unweighted "
+          f"in {int((weighted < plain).sum())} of {len(plain)} heads")
+    assert weighted.mean() < 0.8 * plain.mean() < 0.8 * control.mean()
 
 # %% [markdown]
 # ## True bits
@@ -248,8 +257,9 @@ plot_bits(lengths, parts, f"One bit is {at[2048]:.1f} bits at 2,048 tokens, {at[
 # ## What the next token loses
 #
 # Codebooks from the story that the other notebooks read. Two other texts test them: Python code,
-# and a table of orders. Their first 768 tokens are read exactly, the next 24 read codes. The
-# measure is the KL divergence of the next token's distribution from that of dense attention.
+# and a table of orders. Dense attention reads the first 768 tokens of a text. The next 24 tokens
+# read codes. The measure is the KL divergence of the next token's distribution from that of dense
+# attention.
 
 # %%
 model, tokenizer = load(dtype=torch.float32, device="cpu")
@@ -262,7 +272,7 @@ cases = [read(model, tokenizer, kind, 768 + 25) for kind in ("code", "table")]
 
 # %%
 ANCHORS, kl = (0.0, 0.01, 0.04), {}
-for bits in (2, 1, 0.375):
+for bits in (1, 0.375):
     books = codebooks(heard, bits)
     for case in cases:
         for share in ANCHORS:
@@ -276,12 +286,13 @@ worst = [max(x[0] for x in by.values()) for by in kl.values()]
 plot_kl(ANCHORS, kl, "Fewer bits cost more; anchors win back a part")
 print("KL without anchors, the worse text:", *(f"{b:g} bits {x:.2f}  "
                                                for b, x in zip(kl, worst, strict=True)))
-assert worst[0] < worst[1] < worst[2]
-assert all(x[-1] < x[0] for x in kl[0.375].values())
+assert all(few[0] > more[0] for more, few in zip(kl[1].values(), kl[0.375].values(), strict=True))
+assert all(x[-1] < x[0] for by in kl.values() for x in by.values())
 
 # %% [markdown]
-# Every text has 24 tokens here, so a difference of a few tenths may be chance. The table of
-# [docs/antkv.md](../docs/antkv.md) is longer.
+# Codebooks of a story fit a table of orders badly. There, 4 % of anchors win back little. For code,
+# they win back most. Every text has 24 tokens here, so small differences are chance. The tables of
+# [docs/antkv.md](../docs/antkv.md) rest on 512 tokens a text.
 #
 # ## The ladder
 #
@@ -334,24 +345,30 @@ for layer in LAYERS:
 # %%
 rungs = {name: (size, torch.cat(x)) for size, (name, x) in zip(SIZES, ladder.items(), strict=True)}
 middle = {name: float(x.median()) for name, (_, x) in rungs.items()}
-plot_ladder(rungs, f"Dropped {middle['dropped']:.2f}, centroid {middle['centroid']:.2f}, code "
-            f"{middle['code']:.2f}, with anchors {middle['code, 1 % anchors']:.2f}")
-assert middle["dropped"] > middle["centroid"] and middle["dropped"] > middle["code"]
+plot_ladder(rungs, f"Error: dropped {middle['dropped']:.2f}, centroid {middle['centroid']:.2f}, "
+            f"code {middle['code']:.3f}, code with anchors {middle['code, 1 % anchors']:.3f}")
+assert middle["dropped"] > middle["centroid"] > middle["code"]
 assert middle["code"] > middle["code, 1 % anchors"] > middle["exact"] == 0
 
 # %% [markdown]
+# A code errs less than a centroid here, and takes half the bytes of a 16-bit centroid. Three things
+# are not in the picture. The codewords were made from this very text. The codebooks have bytes too,
+# and at this length more than the codes have. And a centroid of 4 bits, the library's default, has
+# a quarter of the bytes drawn here.
+#
 # ## Takeaway
 #
 # - Damage is uneven: a few tokens do much of it, and the attention that a token received tells
 #   which. The length of a key or a value does not.
-# - Codewords that are weighted by the same factors err less where it matters.
+# - Codewords that are weighted by the same factors lower the error of the output.
 # - Count all bits. In a short text the codebooks cost more than the codes.
-# - A code is a rung between a centroid and an exact token. Anchors are exact tokens, well chosen.
+# - By its error, a code stands between a centroid and an exact token. Anchors are exact tokens that
+#   are well chosen.
 
 # %%
 print(f"of the damage, 1 % of the tokens avoid: the truth {mean['the truth']:.0%}, attention "
-      f"received {mean['F^V, mean']:.0%}, length of v {mean['length of v']:.0%}, lots "
-      f"{mean['lots']:.0%}")
+      f"received {mean['F^V, mean']:.0%}, length of v {mean['length of v']:.0%}, random "
+      f"{mean['random']:.0%}")
 
 # %% [markdown]
 # ## Exercises
@@ -409,21 +426,20 @@ print("right" if check(moved) else "not yet")
 # ```
 # </details>
 #
-# **3.** What if the first tokens are crushed, too? Use `error` for a head of layer 14, and put the
-# first four back on their codes.
+# **3.** What if the first tokens are crushed, too? Use `damage` for a head of layer 14.
 #
 # <details><summary>Answer</summary>
 #
-# Much attention falls on them, so the error grows in most heads.
+# Much attention falls on them, so these four do much of all damage. To keep four tokens exact
+# costs next to nothing.
 #
 # ```python
 # q, k, v = heads(14)[1]
 # codes = crush(k, same), crush(v, same)
 # kept = error(q, k, v, *codes).median()
-# k4, v4 = k.clone(), v.clone()
-# k4[:4], v4[:4] = codes[0][:4], codes[1][:4]
 # harm = damage(q, k, v, *codes)
 # print(f"median error with the first four exact: {kept:.3f}; damage of these four alone is "
 #       f"{harm[:4].sum() / harm.sum():.0%} of that of all tokens")
+# assert harm[:4].sum() > 0.1 * harm.sum()
 # ```
 # </details>

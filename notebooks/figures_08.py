@@ -6,7 +6,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, band, canvas, label, n
 
 def draw_idea():
     """Keys linked to near keys, and a query that looks from outside."""
-    ax = canvas("Keys know the keys near them; a query comes from elsewhere", 15, 5.2)
+    ax = canvas("Keys know the keys near them; a query comes from elsewhere", 15, 5.8)
     dice = torch.Generator().manual_seed(3)
     keys = torch.randn(26, 2, generator=dice) * torch.tensor([1.5, 1.0]) + torch.tensor([4, 2.5])
     near = torch.cdist(keys, keys).topk(4, largest=False).indices[:, 1:]
@@ -16,7 +16,7 @@ def draw_idea():
     ax.plot(*keys.T, "o", color=DARK, markersize=5)
     ax.plot([12.5], [2.6], "*", color=BLUE, markersize=16)
     note(ax, 12.5, 1.9, "a query", ha="center", color=BLUE)
-    note(ax, 4, 4.9, "keys, each linked to its nearest keys", ha="center")
+    note(ax, 4, 5.5, "keys, each linked to its nearest keys", ha="center")
     wanted = keys[(keys @ torch.tensor([1.0, 0.1])).topk(3).indices]
     for point in wanted.tolist():
         ax.plot(*point, "o", color=BLUE, markersize=8)
@@ -37,7 +37,7 @@ def plot_plane(k, asked, held_out, claim):
                                   (asked, BLUE, "queries", 9)):
         away = x - k.mean(0)
         ax.scatter(away @ towards, away @ widest, s=size, color=colour, label=name)
-    ax.legend(loc="upper left")
+    ax.legend(loc="upper right")
     plt.show()
 
 
@@ -80,7 +80,7 @@ def plot_toy(keys, query, graphs, claim):
         ax.plot(*keys.T, "o", color=MIDDLE, markersize=3)
         ax.plot(*keys[path].T, "o-", color=BLUE, markersize=5)
         ax.plot(*keys[best], "*", color=DARK, markersize=13)
-        label(ax, *keys[best].tolist(), "best key", dx=-8, dy=11, ha="right")
+        label(ax, *keys[best].tolist(), "best key", dx=-9, dy=-4, ha="right")
         label(ax, *keys[path[-1]].tolist(), f"ends after {len(path) - 1} steps", dx=5, dy=-11,
               color=BLUE)
         ax.set(xticks=[], yticks=[])

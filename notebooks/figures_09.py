@@ -18,7 +18,8 @@ def draw_codes():
     arrow(ax, (4.9, 3.9), (4.9, 2.6), "a key of 64 channels: 1,024 bits")
     note(ax, 8.9, 0.75, "its code: 8 bytes, 64 bits,\n1 bit a number")
     box(ax, 11.6, 1.6, 3.1, 1.3, "codebook of each group:\n256 codewords\nof 8 channels")
-    arrow(ax, (11.6, 2.2), (8.7, 2.2), "nearest")
+    arrow(ax, (11.6, 2.2), (8.7, 2.2))
+    note(ax, 10.15, 2.5, "nearest", ha="center")
     plt.show()
 
 
@@ -59,10 +60,10 @@ def plot_kl(anchors, found, claim):
     """found {bits: {text: KL at each share of anchors}}."""
     ax = axes(claim, "anchors, share of the tokens [%]", "KL to dense [nats]")
     marks = dict(zip(next(iter(found.values())), ("o-", "s--", "^:"), strict=False))
-    for (bits, by), colour in zip(found.items(), (BLUE, MIDDLE, DARK), strict=True):
+    for (bits, by), colour in zip(found.items(), (BLUE, DARK), strict=True):
         for text, kl in by.items():
             ax.plot([100 * a for a in anchors], kl, marks[text], color=colour, markersize=4)
-            label(ax, 100 * anchors[-1], kl[-1], f"{bits:g} bits, {text}", color=colour)
+            label(ax, 100 * anchors[-1], kl[-1], f"{bits:g} bit, {text}", color=colour)
     ax.set(yscale="log")
     plt.show()
 
@@ -74,7 +75,9 @@ def plot_ladder(ladder, claim):
         low, middle, high = (float(errors.quantile(p)) for p in (0.1, 0.5, 0.9))
         ax.plot([size, size], [low, high], color=MIDDLE, linewidth=1)
         ax.plot(size, middle, "o", color=BLUE)
-        label(ax, size, middle, name, dx=8, dy=6)
+        is_left = name == "code"
+        label(ax, size, middle, name, dx=-8 if is_left else 8, dy=6,
+              ha="right" if is_left else "left")
     ax.set(xscale="symlog", ylim=(-0.05, None))
     ax.set_xlim(-1, 900)
     plt.show()

@@ -1,6 +1,7 @@
 """The pictures of notebook 10."""
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import LinearSegmentedColormap
 from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, box, canvas, label, note, panels
 
 
@@ -10,13 +11,15 @@ def draw_harness():
     box(ax, 0.2, 1.7, 3, 1.4, "dense attention\nreads a text once")
     box(ax, 5.4, 1.7, 3.4, 1.4, "a cache:\nprefill, update, decode", BLUE)
     box(ax, 11.2, 1.7, 3.5, 1.4, "the model's\nnext tokens")
-    arrow(ax, (3.2, 2.4), (5.4, 2.4), "q, k, v")
-    arrow(ax, (8.8, 2.4), (11.2, 2.4), "outputs")
-    for n, (x, words) in enumerate(((5.9, "bytes that a step reads"), (8.2, "bytes kept"))):
-        arrow(ax, (6.4 + 1.4 * n, 1.7), (x + 0.3, 0.9), color=MIDDLE)
-        note(ax, x, 0.6, words, ha="center" if n else "right")
+    arrow(ax, (3.2, 2.4), (5.4, 2.4))
+    arrow(ax, (8.8, 2.4), (11.2, 2.4))
+    note(ax, 4.3, 2.7, "q, k, v", ha="center")
+    note(ax, 10, 2.7, "outputs", ha="center")
+    for x, end, words in ((6.4, 5.0, "bytes that a step reads"), (7.8, 9.2, "bytes kept")):
+        arrow(ax, (x, 1.7), (end, 0.9), color=MIDDLE)
+        note(ax, end, 0.6, words, ha="center")
     arrow(ax, (12.9, 3.1), (12.9, 3.9), color=MIDDLE)
-    note(ax, 12.9, 4.2, "KL to dense attention's", ha="center")
+    note(ax, 12.9, 4.2, "KL to dense attention", ha="center")
     plt.show()
 
 
@@ -30,9 +33,11 @@ def plot_map(found, claim):
             colour = BLUE if name.startswith("wave") else DARK
             ax.plot([x, x], [low, high], color=LIGHT, linewidth=3, zorder=0)
             ax.plot(x, mean, "o", color=colour, markersize=5)
-            label(ax, x, mean, name, dx=5, dy=4, color=colour, fontsize=8)
-        ax.set(yscale="log", xscale="log", xlim=(3, 400), xticks=(5, 10, 20, 50, 100),
-               xticklabels=(5, 10, 20, 50, 100))
+            is_left = name == "window, 1/4" or (which == 1 and name.startswith("wave"))
+            label(ax, x, mean, name, dx=-5 if is_left else 5, dy=4, color=colour, fontsize=8,
+                  ha="right" if is_left else "left")
+        ax.set(yscale="log", xscale="log", xlim=(8, 400), xticks=(10, 20, 50, 100),
+               xticklabels=(10, 20, 50, 100))
         ax.minorticks_off()
     plt.show()
 
@@ -42,12 +47,12 @@ def plot_failures(found, claim):
     names, cases = list(found), list(next(iter(found.values())))
     errors = torch.tensor([[by[case] for case in cases] for by in found.values()])
     _, ax = plt.subplots(figsize=(8.5, 0.42 * len(names) + 1.1))
-    ax.set_title(claim)
-    ax.imshow(errors.clamp(max=1), cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
+    shades = LinearSegmentedColormap.from_list("errors", ["white", DARK])
+    ax.imshow(errors.clamp(max=4).sqrt(), cmap=shades, vmin=0, vmax=2.2, aspect="auto")
     for (row, column), x in zip(((r, c) for r in range(len(names)) for c in range(len(cases))),
                                 errors.flatten().tolist(), strict=True):
         ax.text(column, row, f"{x:.2f}", ha="center", va="center", fontsize=9,
-                color="white" if x > 0.7 else DARK)
+                color="white" if x > 1 else DARK)
     ax.set(xticks=range(len(cases)), xticklabels=cases, yticks=range(len(names)),
            yticklabels=names)
     ax.xaxis.tick_top()
@@ -65,9 +70,10 @@ def plot_roofline(points, bandwidth, claim):
             ax.plot(size / 1e6, middle, mark, color=colour, markersize=5,
                     label=name if size == rows[0][0] else None)
     most = max(row[0] for rows in points.values() for row in rows)
-    x = [most / 1e6 * n for n in (1e-3, 1)]
+    x = [most / 1e6 * n for n in (1e-2, 1)]
     ax.plot(x, [n * 1e6 / bandwidth * 1e3 for n in x], color=LIGHT, zorder=0)
-    label(ax, x[1], x[1] * 1e6 / bandwidth * 1e3, "memory alone", color=MIDDLE, dy=-8, dx=-50)
+    label(ax, x[1], x[1] * 1e6 / bandwidth * 1e3, "memory alone", color=MIDDLE, dy=-16,
+          dx=-4, ha="right")
     ax.set(xscale="log", yscale="log")
     ax.legend(loc="upper left", fontsize=9)
     plt.show()
