@@ -33,7 +33,8 @@ test: setup     ## the quick tests, a few minutes; the slowest ones are listed i
 		--durations=15 $(ARGS)
 
 test-slow: setup ## the tests that make test leaves out
-	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist worksteal \
+		--durations=15 $(ARGS)
 
 test-all: export HYPOTHESIS_PROFILE = free
 test-all: test test-slow ## every test; random cases differ from run to run

@@ -47,7 +47,7 @@ METHODS = {"dense": DenseCache, "wave": functools.partial(wave, TINY),
            "quest": functools.partial(Chosen, functools.partial(fidelity.quest, n=3))}
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("long_context_eval", "wonderwords", "nltk",
-                                                        "llama_index", "matplotlib")),
+                                                        "llama_index", "matplotlib", "aa_lcr")),
     reason="needs the packages of requirements-eval.txt")
 
 
