@@ -254,7 +254,7 @@ class CheckedIndex(WaveIndex):
     def allocate_index(self, like):
         super().allocate_index(like)
         self.seed = self.seed.to(like.device)
-        self.counts = like.new_zeros(3, dtype=torch.float64)    # heads, those that met it, draws
+        self.counts = like.new_zeros(3, dtype=torch.float64)    # outputs, good outputs, draws
 
     def observe(self, q, start, row=None):
         super().observe(q, start, row)

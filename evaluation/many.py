@@ -39,7 +39,7 @@ def needles(n):
 
 
 def prompt(tokenizer, hidden, keys):
-    """Ids of a prompt that hides the needles `hidden` and asks for those of `keys`."""
+    """Ids of a prompt that hides the needles `hidden` and asks for the numbers of `keys`."""
     niah, kind = ruler.FAMILIES["niah"], "numbers"
     lines = [ruler.NEEDLE.format(type_needle_v=kind, key=k, value=v) for k, v in hidden.items()]
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]

@@ -36,7 +36,7 @@ def test_a_part_that_fails_leaves_what_it_had(tmp_path, monkeypatch):
 
 
 def test_a_part_is_cut_at_its_limit_and_the_day_goes_on(tmp_path, monkeypatch):
-    """And numbers of an earlier day are not taken for those of this one."""
+    """A new day does not report the numbers of an earlier day."""
     monkeypatch.chdir(ROOT)
     write_json(tmp_path / "day-model.json", {"decode": ["old"]})
     args = argparse.Namespace(out=tmp_path, share=.001, dry_run=True)
