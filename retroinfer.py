@@ -157,8 +157,8 @@ class Method(NamedTuple):
     """The choices that Part II may replace: PAPER below has the paper's.
     What Part I does not define does nothing there. scores, mix and few are
     replaced by generate.py alone, which writes them for Inductor."""
-    channel_weights: Callable   # q energy (H, D), config -> (1, H, 1, D) or 1
-    spreads: Callable           # k, centroids, order, sizes, hot -> (1, H, C)
+    channel_weights: Callable   # energy (H, D), config -> (1, H, 1, D) or 1
+    spreads: Callable           # k, centroids, order, sizes, energy, hot
     centre: Callable            # a text's first keys -> (1, H, 1, D) or 0
     encode: Callable            # rows, dtype -> rows as kept, scales (1, H, C)
     centroid_logits: Callable   # q, index, method -> (B, H, G, C)
@@ -436,10 +436,9 @@ class WaveIndex(LayerCache):
         cluster order in place."""
         first = int(self.n_clusters[row])
         start = self.config.sink + int(self.n_indexed[row])
-        weights = self.method.channel_weights(self.q_energy[row], self.config)
         centre = self.index.centre[row:row + 1] if first else None
         part, k_sorted, v_sorted = cluster_segment(
-            k, v, self.config, self.hot, weights, centre)
+            k, v, self.config, self.hot, self.q_energy[row], centre)
         k.copy_(k_sorted)
         v.copy_(v_sorted)
         *clusters, centre = part._replace(offsets=part.offsets + start)
@@ -647,15 +646,17 @@ def mix_means(weights, index, order, method):
 
 # ---------------------------------------------------------------- clustering a segment (§4.2)
 
-def cluster_segment(k, v, config, hot=None, weights=1, centre=None):
+def cluster_segment(k, v, config, hot=None, energy=None, centre=None):
     """Cluster L tokens k, v (1, H, L, D), L a multiple of the cluster size.
 
-    weights (1, H, 1, D) or 1: of the channels of k. centre (1, H, 1, D):
-    that of the text's first segment, unless this is the first. Returns the
-    Index, offsets from 0, and k, v in its order.
+    energy (H, D): sums of the squares of queries, by channel; alike unless
+    given. centre (1, H, 1, D): that of the text's first segment, unless
+    this is the first. Returns the Index, offsets from 0, and k, v in its
+    order.
     """
     L, method, hot = k.shape[2], config.method(), hot or PLAIN
-    slots = config.slots(L)
+    energy = k.new_ones(k.shape[1::2]) if energy is None else energy
+    slots, weights = config.slots(L), method.channel_weights(energy, config)
     centred = k.float() - k.float().mean(2, keepdim=True)       # (1, H, L, D)
     ids = spherical_kmeans(centred * weights, L // config.cluster,
                            config.iterations, hot)              # (1, H, L)
@@ -663,7 +664,7 @@ def cluster_segment(k, v, config, hot=None, weights=1, centre=None):
     sizes = count(split_large(ids.gather(-1, order), config, slots), slots)
     n = sizes.clamp(min=1)[..., None]                           # (1, H, C, 1)
     centroids, means = (hot.segment_sum(x, order, sizes) / n for x in (k, v))
-    spreads = method.spreads(k, centroids, order, sizes, hot)   # (1, H, C)
+    spreads = method.spreads(k, centroids, order, sizes, energy, hot)   # (1, H, C)
     centre = method.centre(k) if centre is None else centre
     centroids, scale_k = method.encode(centroids - centre, k.dtype)
     means, scale_v = method.encode(means, v.dtype)
@@ -808,7 +809,7 @@ PLAIN = Hot(attend, nearest, segment_sum)
 
 PAPER = Method(
     channel_weights=lambda energy, config: 1,
-    spreads=lambda k, centroids, order, sizes, hot: torch.zeros_like(sizes),
+    spreads=lambda k, centroids, order, sizes, *_: torch.zeros_like(sizes),
     centre=lambda k: k.new_zeros(1, k.shape[1], 1, k.shape[3]).float(),
     encode=keep_rows,
     centroid_logits=score_centroids,
@@ -853,13 +854,19 @@ def weigh_channels(energy, config):
 
     A query must find what it looks for in few clusters. So channels that
     are loud in queries count more when keys are clustered: weights (1, H,
-    1, D) are the energy of the queries (H, D) over its mean, to a power.
-    RoPE turns queries between channels d and d + D/2: both weigh the same.
+    1, D) are the loudness of the channels, to a power.
+    """
+    return loudness(energy).pow(config.channel_power)
+
+
+def loudness(energy):
+    """The energy of the queries (H, D), over its mean: (1, H, 1, D), fp32.
+
+    RoPE turns queries between channels d and d + D/2: both are as loud.
     """
     pairs = energy + energy.roll(energy.shape[-1] // 2, -1)
     mean = pairs.mean(-1, keepdim=True)                         # (H, 1)
-    weights = torch.where(mean > 0, pairs / mean, 1)
-    return weights.pow(config.channel_power).float()[None, :, None]
+    return torch.where(mean > 0, pairs / mean, 1).float()[None, :, None]
 
 
 def pack(x, dtype=None):
@@ -921,12 +928,17 @@ def mix_packed(weights, index, order, method):
     return torch.cat([method.mix(weights * scale, x) for x in halves], -1)
 
 
-def measure_spreads(k, centroids, order, sizes, hot):
-    """The variance of the member keys, mean over D: (1, H, C)."""
-    squares = k.float().square().mean(-1, keepdim=True)         # (1, H, L, 1)
+def measure_spreads(k, centroids, order, sizes, energy, hot):
+    """The variance of the member keys as queries see it: (1, H, C).
+
+    A loud channel moves the logits most. So the variance is the mean over
+    the channels by their loudness: times |q|^2, that of the logits.
+    """
+    loud = loudness(energy)                                     # (1, H, 1, D)
+    squares = (k.float().square() * loud).mean(-1, keepdim=True)    # (1, H, L, 1)
     squares = hot.segment_sum(squares, order, sizes)[..., 0]
     squares = squares / sizes.clamp(min=1)
-    return (squares - centroids.square().mean(-1)).clamp(min=0)
+    return (squares - (centroids.square() * loud).mean(-1)).clamp(min=0)
 
 
 def log_mass(q, index):

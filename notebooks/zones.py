@@ -17,7 +17,7 @@ import torch
 from capture import captured
 from plots import BLUE, DARK, LIGHT, MIDDLE, label
 
-from retroinfer import RetroConfig, cluster_segment, limits_of, rank_clusters, weigh_channels
+from retroinfer import RetroConfig, cluster_segment, limits_of, rank_clusters
 
 LAYER, HEAD = 23, (2, 1)                        # kv head, query head of its group
 ANSWER = "94826"
@@ -35,12 +35,11 @@ def attention_row(text, config):
     q, k, _ = (x[:, :, :now + 1] for x in text.layer(LAYER))
     first = config.sink + config.segment
     heard = q[0, :, :first].reshape(H, -1, D).double()                      # (H, G*first, D)
-    weights = weigh_channels(heard.square().sum(1), config)
     q = q[:, :, now].view(1, H, -1, D) * D**-0.5                            # (B, H, G, D)
     n_text = (text.n_prompt - config.sink - config.local) // config.cluster * config.cluster
     middle = torch.arange(config.sink, config.sink + n_text)
     place = middle.float()[:, None].expand(1, H, -1, 2)         # values that say where they were
-    index, _, place = cluster_segment(k[:, :, middle], place, config, weights=weights)
+    index, _, place = cluster_segment(k[:, :, middle], place, config, energy=heard.square().sum(1))
     method = config.method()
     R, ranked = (int(n) for n in limits_of(config, torch.tensor(n_text)))
     near = torch.cat([k[:, :, :config.sink], k[:, :, config.sink + n_text:]], 2)

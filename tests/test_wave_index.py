@@ -25,6 +25,7 @@ from retroinfer import (
     gather_clusters,
     in_bytes,
     log_possible_mass,
+    measure_spreads,
     pack,
     scores,
     spherical_kmeans,
@@ -124,6 +125,23 @@ def test_channels_weigh_by_the_queries_mean_square_alike_in_a_rope_pair():
     louder = weigh_channels(1e9 * squares, RetroConfig(channel_power=0.5))
     assert louder[0, 0, 0].tolist() == pytest.approx(weights[0])
     assert weigh_channels(squares, RetroConfig(channel_power=0.0)).eq(1).all()
+
+
+def test_a_spread_is_the_variance_of_the_logits():
+    """Times |q|^2, for queries that are loud where keys vary little. The mean variance of the
+    channels is far from it."""
+    g = torch.Generator().manual_seed(0)
+    loud = torch.rand(8, generator=g, dtype=torch.float64).add(0.2).repeat(2)
+    q = torch.randn(1, 1, 5000, 16, generator=g, dtype=torch.float64) * loud
+    k = torch.randn(1, 1, 64, 16, generator=g, dtype=torch.float64) / loud
+    order, sizes = torch.arange(64).expand(1, 1, 64), torch.full((1, 1, 1), 64)
+    energy = q.square().sum((1, 2))                             # (H, D)
+    spread = measure_spreads(k, k.mean(2, keepdim=True), order, sizes, energy, PLAIN)
+    true = (q @ k.mT).var(-1, correction=0).mean()
+    length = q.square().sum(-1).mean()
+    assert (length * spread).item() == pytest.approx(true.item(), rel=0.1)
+    mean = k.var(2, correction=0).mean()
+    assert length * mean > 1.5 * true
 
 
 @pytest.mark.parametrize("n_prompt", [1, 40, 66, 140])
@@ -290,8 +308,10 @@ def test_what_four_bits_keep_is_within_half_a_step():
             true -= wave.index.centre[0, h].double() * (i == 0)
             assert ((kept[i] - true).abs() <= 0.501 * steps[:, i:i + 1] + 1e-6).all()
             assert (steps[:, i] <= true.abs().amax(-1) / 7 * 1.01).all()
-        true = torch.stack([x.double().var(0, correction=0).mean() for x, _ in tokens])
-        torch.testing.assert_close(kept[2], true, rtol=0.005, atol=1e-5)
+        energy = q[0, 3 * h:3 * h + 3, :2 + 64].double().square().sum((0, 1))
+        loud = energy + torch.cat([energy[8:], energy[:8]])     # RoPE's pairs
+        true = torch.stack([x.double().var(0, correction=0) @ loud for x, _ in tokens])
+        torch.testing.assert_close(kept[2], true / loud.sum(), rtol=0.005, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"], indirect=True)
