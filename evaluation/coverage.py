@@ -35,8 +35,8 @@ from error_bars import (
     terms,
     width,
 )
-from evaluation import texts
-from evaluation.fidelity import distances, feed, filled, follow, read, refuse_windows
+from evaluation import kept, texts
+from evaluation.fidelity import distances, feed, filled, follow, refuse_windows
 from model import DEFAULT_NAME, load
 from retroinfer import RetroConfig, log_possible_mass
 
@@ -329,7 +329,8 @@ def plot(results, path):
 def cases(model, tokenizer, args):
     for kind in args.texts:
         ids = tokenizer.encode(texts.KINDS[kind]("final")[:16 * args.length])
-        yield kind, read(model, torch.tensor(ids[:args.length + args.queries + 1]), args.queries)
+        ids = torch.tensor(ids[:args.length + args.queries + 1])
+        yield kind, *kept.cases(model, tokenizer, ids, [len(ids)], args.queries, args.keep)
 
 
 def main():
@@ -340,6 +341,7 @@ def main():
     add("--length", type=int, default=4096, help="tokens before the steps")
     add("--texts", nargs="+", default=list(texts.KINDS), choices=texts.KINDS)
     add("--queries", type=int, default=QUERIES, help="steps of each text")
+    add("--keep", metavar="DIR", help="keep there what dense attention makes of a text")
     add("--draws", type=int, default=DRAWS, help="of a kv head in a step")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
