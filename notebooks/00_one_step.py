@@ -126,6 +126,7 @@ figures.life()
 # | [08](08_why_vector_indexes_fail.ipynb) | Why do vector indexes fail on attention? |
 # | [09](09_one_bit.ipynb) | What can one bit a number keep of a key? |
 # | [10](10_which_when.ipynb) | Which method, and when? |
+# | [11](11_error_bars.ipynb) | How far is a step from dense attention? |
 #
 # ## How to run
 #

@@ -16,8 +16,8 @@
 # ([2506.19505](https://arxiv.org/abs/2506.19505)), Quest
 # ([2406.10774](https://arxiv.org/abs/2406.10774)).
 #
-# **Before and after.** [09](09_one_bit.ipynb) kept one bit a number; [00](00_one_step.ipynb) is the
-# map of all.
+# **Before and after.** [09](09_one_bit.ipynb) kept one bit a number;
+# [11](11_error_bars.ipynb) says how far a step may be off.
 #
 # **Predict first.** Three methods: read an eighth of all tokens exactly, chosen well; keep all
 # tokens in 1 bit; read only the latest eighth. Order them by the loss of the next token.
@@ -341,7 +341,7 @@ assert ratio["wave, eager"][-1] > 2 * ratio["dense attention"][-1]
 # | one token must be copied | the wave index | windows fail, codes blur, lists of queries fail |
 # | attention over many unlike values | dense attention | others are off by half or more |
 # | a subject that changes | the wave index | codes fail; notebook 08: a graph holds, too |
-# | an error bar is needed | `--check` | not measured here: [docs](../docs/error_bars.md) |
+# | an error bar is needed | `--check` | notebook 11 |
 #
 # ## Takeaway
 #
