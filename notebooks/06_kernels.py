@@ -21,6 +21,10 @@
 # through memory. How many bytes does it move for each byte that a step needs? And how many does the
 # compiled step move? Write your two numbers down.
 #
+# Letters of this notebook: the tokens of a head are cut into S parts. A softmax in progress has the
+# largest logit so far, m, and the sum s of exp(logit - m). A tile has BG rows of queries, BN
+# tokens.
+#
 # Kernels are written in Triton: Python that a compiler turns into code for a GPU. Without a GPU
 # Triton can *interpret* the same source with NumPy, slowly and exactly; it has to be told before it
 # is imported.
@@ -41,8 +45,9 @@ from plots import versions
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # %%
+import generate
 import kernels
-from bench.footprint import counted, needs
+from bench.footprint import counted, elsewhere, needs
 from retroinfer import (
     Budget,
     Index,
@@ -123,7 +128,7 @@ assert G - 0.1 < loop_reads < G
 # releases refuse it, so we take 16 rows and mask those that are not a query.
 #
 # One thing cannot be seen without a GPU: `tl.dot` of two float32 tiles multiplies TF32 numbers
-# there, which have 10 bits behind the point where float32 has 23. The words
+# there, which have 10 bits after the point where float32 has 23. The words
 # `input_precision="ieee"` forbid that. The interpreter always multiplies in float32.
 
 # %%
@@ -173,11 +178,11 @@ assert sum(moved["blocks"]) == must
 # %% [markdown]
 # ## Step 3: split, then combine
 #
-# Not a byte too many, and yet it would be slow: there are as many programs as there are heads in
-# the batch, and a GPU has more than a hundred *multiprocessors* to keep busy. The remedy is to cut
-# each head's tokens into S parts. Every part ends with its own `m`, `s` and sums. A second kernel
-# joins the parts: each fades by exp(its m - the largest m), as old sums did above when a larger
-# logit came.
+# Not a byte too many, and yet it would be slow: there are as many programs as there are kv heads in
+# the batch, and a large GPU has more than a hundred *multiprocessors* to keep busy. The remedy is
+# to cut each head's tokens into S parts. Every part ends with its own `m`, `s` and sums. A second
+# kernel joins the parts: each fades by exp(its m - the largest m), as old sums did above when a
+# larger logit came.
 
 # %%
 @triton.jit
@@ -229,7 +234,7 @@ def split_traffic(S, H, G, D, T, e):
 assert split_bytes == split_traffic(7, H, G, D, T, q.element_size())
 
 # %% [markdown]
-# How busy is the device? We deal out the programs as a scheduler does: the next program goes to the
+# How busy is the device? We hand out the programs as a scheduler does: the next program goes to the
 # multiprocessor that is free first. The time of a program is its number of blocks, counted from the
 # loop of `walk`. (One program at a time on a multiprocessor. If it holds several, they share its
 # bandwidth, and the last of them still end late.)
@@ -267,16 +272,20 @@ assert busy_at[0] < 10 and busy_at[enough - 1] > 90 > 60 > busy_at[enough] and e
 # memory: centroids, unpacked from 4 bits a number to 32; logits, masses, an order; and the
 # retrieved tokens, which are gathered (read and written) before they are read again.
 #
-# That is no fair rival for kernels, because nobody runs the step so. The fair one is the compiled
-# step of [notebook 05](05_compile.ipynb). So there are three ledgers. For eager PyTorch, a *mode*
-# sees every operation with its tensors (`Ledger`). For the compiled step, Inductor says which loops
-# it fused, and what each loop reads and writes (`fused_bytes`; nothing is compiled to machine
-# code). For Triton, the interpreter counts what kernels load and store. `ledger.py` has the first
-# two.
+# That is no fair rival for kernels, because nobody runs the step so. A fair one is the compiled
+# step of [notebook 05](05_compile.ipynb). Where the library compiles a step for a GPU
+# (`--backend compile`), it compiles this same function, `attend`. For a CPU it compiles a twin,
+# which writes each product of a matrix and a few queries as a sum, because Inductor fuses through
+# sums. The price on a GPU would be its matrix units: they multiply, and do not sum. We count both.
+#
+# So there are three ways to count. For eager PyTorch, a *mode* sees every operation with the
+# tensors that it reads and writes (`Ledger`). For a compiled step, Inductor plans which loops it
+# fuses, and what each loop reads and writes (`fused_bytes`): a plan, not a measurement. For Triton,
+# the interpreter counts what kernels load and store. `ledger.py` has the first two.
 
 # %%
 def budget_of(n):
-    """The Budget of a step behind a text of n tokens."""
+    """The Budget of a step after a text of n tokens."""
     retrieve, ranked = limits_of(config, torch.tensor([[n]]))
     R, K = int(retrieve), int(ranked)
     return Budget(retrieve, ranked, config.values, R, K, N=R * config.largest)
@@ -300,7 +309,14 @@ with Ledger() as eager_ledger:
 with counted() as moved:
     ours = kernels.attend(*step)
 torch.testing.assert_close(ours, eager)
-compiled = fused_bytes(attend, *step)
+
+def as_sums(q, steady, index, stores, budget, method):
+    """attend with sums in place of products: the library's twin for a CPU."""
+    method = method._replace(scores=generate.stream_scores, mix=generate.stream_mix)
+    return attend(q, steady, index, stores, budget, method)
+
+torch.testing.assert_close(as_sums(*step), eager)
+compiled, summed = (fused_bytes(function, *step) for function in (attend, as_sums))
 
 # %% [markdown]
 # The outputs agree. What must be moved at the least?
@@ -309,8 +325,10 @@ compiled = fused_bytes(attend, *step)
 # - Of every cluster, since all are ranked: its centroid in 4 bits a number, and 8 bytes for size,
 #   spread and scale.
 # - Keys and values of the steady zone.
-# - Keys of the retrieved clusters, and the values of the fifth of their tokens that weighs most.
-# - Mean values: of the estimated clusters, and for the other tokens of the retrieved ones.
+# - Keys of the retrieved clusters, and the values of a fifth of their tokens: by default the
+#   library reads the values of the tokens that weigh most (`values=0.2`), and lets the mean value
+#   of a cluster stand for the others.
+# - Mean values of the estimated and of the retrieved clusters.
 
 # %%
 def retrieved(step):
@@ -333,18 +351,25 @@ def least(step, n):
     return B * H * rows * D * e + vectors * vector + 8 * live
 
 floor = least(step, retrieved(step))
-bars = {"eager": eager_ledger.bytes, "compiled": compiled,
+bars = {"eager": eager_ledger.bytes, "compiled": compiled, "as sums": summed,
         "kernels": {name.removesuffix("_kernel"): sum(n) for name, n in moved.items()},
         "the least": {"": floor}}
-eager_bytes, compiled_bytes, our_bytes, _ = (sum(parts.values()) for parts in bars.values())
+eager_bytes, compiled_bytes, sum_bytes, our_bytes, _ = (sum(x.values()) for x in bars.values())
 
 # %%
 plot_ledger(bars, floor)
-assert eager_bytes > compiled_bytes > 2 * our_bytes and our_bytes < 2 * floor
+handed = sum(stored for _, stored in moved.values()) - ours.nbytes  # by one kernel, for the next
+print("kernels, MB:", *(f"{name} {n / 1e6:.2f} " for name, n in bars["kernels"].items()))
+print(f"beyond the least {(our_bytes - floor) / 1e6:.2f} MB, of which {2 * handed / 1e6:.2f} MB "
+      "are results that one kernel stores and another loads")
+assert eager_bytes > compiled_bytes > sum_bytes > 2 * our_bytes and our_bytes < 2 * floor
+assert 2 * handed > (our_bytes - floor) / 2
 
 # %% [markdown]
-# That was one step of one layer. Bytes hardly depend on the numbers, only on how many tokens the
-# retrieved clusters have. Other layers and steps, to be sure:
+# The names in the first bar are PyTorch's: `sub` and `_to_copy` belong to the centroids, which are
+# unpacked; `index_select` gathers the retrieved tokens; `bmm` multiplies.
+#
+# That was one step of one layer. Three others show whether the ratio depends on the text:
 
 # %%
 ratios = []
@@ -357,13 +382,14 @@ print("bytes of the kernels over the least:", *(f"{x:.2f}" for x in ratios))
 assert max(ratios) < 2
 
 # %% [markdown]
-# And for a text that is worth it? Tensors on the device `meta`, and *fake* tensors for the
+# And for a longer text? Tensors on the device `meta`, and *fake* tensors for the
 # compiler, have shapes and no data. PyTorch runs the step, and the ledgers add up, as if
 # they had data. (Nothing is computed, so no clusters are needed.)
 
 # %%
 H_l, G_l, D_l, T_l, _ = LLAMA
 C, W = config.slots(T_l), config.steady
+sizes = budget_of(T_l)[2:]                      # of the values, R, K and N: plain numbers
 
 def fake(*shape, dtype=torch.bfloat16):
     """A tensor (1, H, *shape) of Llama's; without data on meta, or inside a FakeTensorMode."""
@@ -378,8 +404,6 @@ def fake_step():
     budget = Budget(*counts, *sizes)
     steady = fake(W, D_l), fake(W, D_l), fake(1, W, dtype=torch.float32)
     return fake(G_l, D_l), steady, index, (fake(T_l, D_l), fake(T_l, D_l)), budget, config.method()
-
-sizes = budget_of(T_l)[2:]                      # of the values, R, K and N: plain numbers
 
 # %%
 with torch.device("meta"):
@@ -398,48 +422,51 @@ assert llama["eager"] > llama["dense"] > llama["compiled"] > 5 * llama["least"]
 # So the eager step moves more bytes than dense attention, which the index was to save. The compiled
 # step moves fewer than dense attention, and still many times the least. Why does the compiler not
 # find the rest? It fuses through a softmax and through a gather (notebook 05). It does not fuse
-# through matrix products, sorts and top-k. So it writes the unpacked centroids to memory before
-# they are multiplied, and the gathered keys too. A kernel unpacks in registers what it has just
-# read. What the kernels move beyond the least is mostly the masses of clusters, which one kernel
-# leaves for the next.
+# through matrix products, sorts and top-k. A product needs its two matrices in memory: the unpacked
+# centroids, and the gathered keys and values. The third bar of the figure agrees: with sums in
+# place of products, the same step moves fewer bytes. A kernel unpacks in registers what it has just
+# read, and can use the matrix units too. Most of what the kernels move beyond the least is what one
+# of them leaves for the next.
 #
 # ## Machine code
 #
 # A multiprocessor has 65,536 registers and, on an H100, 228 KB of *shared memory* into which blocks
 # are fetched ahead. A program that takes too much of either runs alone, or not at all; one that
 # needs more than 255 registers a thread *spills* them to slow memory. The compiler runs without a
-# GPU, so we can ask. Here is our third kernel for an H100 (compute capability 9.0), in fp16 at
-# Llama's shape, with blocks of more and more tokens.
+# GPU, so we can ask. Here is our third kernel in fp16 at Llama's shape, with blocks of more and
+# more tokens. We compile it anew for each of three GPUs, named by *compute capability*: an H100
+# (90), an RTX 4090 (89) and a T4 (75). How much shared memory one program may have is in NVIDIA's
+# tables.
 
 # %%
 x, f = torch.empty(1, dtype=torch.float16), torch.empty(1, dtype=torch.float32)
 tiles = [{"G": G_l, "D": D_l, "BG": 16, "BN": BN, "num_warps": 4, "num_stages": 3}
-         for BN in (16, 32, 64, 128, 256, 512)]
-facts = needs(split, (x, x, x, f, f, T_l), tiles, 90, helpers=[absorb, walk])
-for fact in facts:
-    print(f"{fact['BN']:4} tokens: {fact['registers']} registers, {fact['spilled']} bytes spilled, "
-          f"{fact['shared'] / 1024:.0f} KB of shared memory")
-
-# %% [markdown]
-# How much shared memory one program may have is in NVIDIA's tables: 227 KB on an H100, 99 on an
-# RTX 4090, 64 on a T4.
+         for BN in (16, 32, 64, 128, 256)]
+LIMITS = {"an H100": (90, 227), "an RTX 4090": (89, 99), "a T4": (75, 64)}      # capability, KB
+facts = {name: needs(split, (x, x, x, f, f, T_l), tiles, capability, helpers=[absorb, walk])
+         for name, (capability, _) in LIMITS.items()}
+for name, by_block in facts.items():
+    print(f"{name:12}", *(f"{n['BN']} tokens: {n['registers']} registers" + ", spilled" * bool(
+        n["spilled"]) for n in by_block), sep="  ")
 
 # %%
-fits = plot_tiles(facts, {"an H100": 227, "an RTX 4090": 99, "a T4": 64})
-spilling = [fact["BN"] for fact in facts if fact["spilled"]]
-print("blocks that spill:", spilling)
-assert fits["an H100"] > fits["an RTX 4090"] > fits["a T4"] and min(spilling) > fits["an H100"]
+fits = plot_tiles(facts, {name: kb for name, (_, kb) in LIMITS.items()})
+held = {name: max(n["BN"] for n in facts[name] if n["shared"] <= 1024 * kb)
+        for name, (_, kb) in LIMITS.items()}            # by shared memory alone
+assert fits["an H100"] > fits["an RTX 4090"] > fits["a T4"]
+assert held["a T4"] > fits["a T4"] and held["an H100"] == fits["an H100"]
 
 # %% [markdown]
+# On the H100 and on the RTX 4090 shared memory is the limit. On the T4 registers are: its shared
+# memory would hold a larger block, but the program spills.
+#
 # The library chooses its tiles by shape (`tile_rows`) so that 99 KB hold them, which leaves out a
-# T4. A test compiles every kernel for every shape and reads the same numbers.
-# `python -m bench.footprint 80 90 100` prints them all. Here is a step of Llama's shape, for an
-# A100 (80) and an H100 (90). A kernel is compiled in several variants, for instance with
-# all values and with a fifth of them. The table has the largest need of all variants.
+# T4. A test compiles every kernel for every shape and reads the same numbers. `python -m
+# bench.footprint 80 90 100` prints them all. Here is a step of Llama's shape, for an A100 (80) and
+# an H100 (90). A kernel is compiled in several variants, for instance with all values and with a
+# fifth of them. The table has the largest need of all variants.
 
 # %%
-from bench.footprint import elsewhere
-
 step_facts = elsewhere(80, 90, "--step", "bf16", G_l, D_l)
 print(f"{'':16}{'variants':>9}{'registers':>12}{'shared, KB':>14}{'spilled, B':>12}")
 print(f"{'':16}{'':9}" + "     80    90" * 3)
@@ -458,14 +485,16 @@ assert all(fact["shared"] <= 99 * 1024 and not fact["spilled"] for fact in step_
 # - An online softmax needs one pass. A tile of all query heads of a group reads each key once.
 #   Splitting fills the device for few bytes more, if the programs fill whole rounds.
 # - The fair baseline is the compiled step. What a kernel gains over it is what the compiler writes
-#   around products and top-k: centroids unpacked, and tokens gathered.
+#   around products and top-k: unpacked centroids, and gathered tokens. Part of it can be had
+#   without a kernel, by sums in place of products.
 # - Registers and shared memory limit how large a block may be, and a compiler tells without a GPU.
 #   How fast a kernel is, only a GPU tells: `make bench-gpu`.
 
 # %%
 print(f"bytes over the least: one loop {loop_reads:.2f}, blocks 1.00, split "
       f"{split_bytes / must:.2f}; three zones eager {eager_bytes / floor:.1f}, compiled "
-      f"{compiled_bytes / floor:.1f}, by the kernels {our_bytes / floor:.2f}")
+      f"{compiled_bytes / floor:.1f}, as sums {sum_bytes / floor:.1f}, by the kernels "
+      f"{our_bytes / floor:.2f}")
 
 # %% [markdown]
 # ## Exercises
@@ -535,10 +564,10 @@ print("right" if check(merge) else "not yet")
 #
 # Smaller blocks leave room for more programs, and what is in flight is nearly the same. It has to
 # cover the time from asking to getting, near a microsecond: at 3.35 TB/s, an H100's, some 25 KB a
-# multiprocessor. All but the largest blocks have that.
+# multiprocessor. All blocks that fit have that.
 #
 # ```python
-# for fact in facts:
+# for fact in facts["an H100"]:
 #     n = min(65536 // (fact["registers"] * 128), 228 * 1024 // (fact["shared"] + 1024))
 #     print(f"{fact['BN']:4} tokens a block: {n:2} programs, {n * fact['shared'] / 1024:.0f} KB")
 # print(f"to cover a microsecond: {3.35e12 * 1e-6 / N_PROCESSORS / 1024:.0f} KB")

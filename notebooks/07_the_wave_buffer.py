@@ -66,10 +66,12 @@ draw_buffer()
 # ## What steps ask for
 #
 # The end of the text comes token by token, as if it were generated, and the model did generate its
-# very end. When the host holds the clusters, a `WaveIndex` gets them from a `WaveBuffer`. Its
-# `fetch` sees every cluster that a step retrieves, so that is where we listen. There we also
-# compare what comes back with `gather_clusters`, which reads all rows where they lie and knows of
-# no cache. Are the bits the same?
+# very end. So most of these steps read a text, and a few write.
+#
+# When the host holds the clusters, a `WaveIndex` gets them from a `WaveBuffer`. Its `fetch` sees
+# every cluster that a step retrieves, so that is where we listen. There we also compare what comes
+# back with `gather_clusters`, which reads all rows where they lie and knows of no cache. Are the
+# bits the same?
 
 # %%
 asked, fetched = [], []
@@ -98,7 +100,7 @@ def listened(*args):
 
 # %%
 def read(n, make_store=Store):
-    """A WaveIndex behind all steps in layer n, and their outputs (N_STEPS, H*G, D)."""
+    """A WaveIndex after all steps in layer n, and their outputs (N_STEPS, H*G, D)."""
     q, k, v = text.layer(n)
     index = WaveIndex(config, capacity=T, make_store=make_store)
     index.prefill(q[:, ::G, :start], k[:, :, :start], v[:, :, :start])      # its output is not used
@@ -121,7 +123,7 @@ print(f"{len(fetched):,} fetches brought the bits that a plain gather brings")
 # block cache is made wrong.
 # %%
 def spoiled(*args):
-    """listened, and one channel of the device's keys is wrong behind each admission."""
+    """listened, and one channel of the device's keys is wrong after each admission."""
     buffer = listened(*args)
     admit = buffer.admit
 
@@ -279,10 +281,19 @@ assert lru_hits[RATIO] == hit and 0 < gap < 0.2 and lost > 0.02
 for lru, fifo, clock, belady in zip(*curves.values(), strict=True):
     assert max(fifo, clock) < lru < belady
 
+# %%
+n_first = sum(len(set().union(*blocks_of(layer, head))) for layer in range(len(LAYERS))
+              for head in range(H))                     # blocks that were asked for at all
+first = {ratio: n_first / (int(asked_for.sum()) * (1 - lru_hits[ratio])) for ratio in RATIOS}
+print("first requests among LRU's misses:", *(f"{x:.0%} at {ratio:.1%}  "
+                                              for ratio, x in first.items()))
+assert first[RATIO] < 0.5 < first[RATIOS[-1]] <= 1
+
 # %% [markdown]
-# A cache has to hold more than one step asks for. Otherwise a step drives out what it brought
-# itself. Beyond that size, slots bring less and less: the misses that are left are of blocks that
-# nobody asked for before. On this text LRU hits more than FIFO and CLOCK at every size. (The
+# A cache that is smaller than one step's blocks drives out blocks which the same step brought.
+# Beyond that size, each doubling adds less. The misses of a small cache are mostly of blocks that
+# were asked for before. Most misses of the largest cache are first requests, which no cache
+# can hit. On this text, LRU hits more than FIFO and CLOCK at every size. (The
 # library's default is 5 %, about what one step asks for at these settings: see `--cache-ratio`.)
 #
 # ## What a step waits for
@@ -290,9 +301,9 @@ for lru, fifo, clock, belady in zip(*curves.values(), strict=True):
 # We measure no speed here, because there is no GPU. **All times from here on are predictions of
 # a model**, `machine.py`: bytes over the bandwidths in NVIDIA's data sheets, first those of device
 # memory, then those of the bus. The model computes Llama-3.1-8B with 120,000 tokens. The hit ratio
-# is the one above, of a small model that reads a short text. So the share of the text that is
-# retrieved stays that of the short text: `growth=1`. (By default the share falls as a text grows,
-# and the misses fall with it.)
+# is the one above, of a small model that reads a short text. To match it, the share of the text
+# that is retrieved stays that of the short text too: `growth=1`. (By default the share falls as a
+# text grows, and the misses fall with it.)
 
 # %%
 llama, TOKENS = plan.shape("Llama-3.1-8B"), 120_000
@@ -316,8 +327,8 @@ print(f"a byte over the bus takes as long as {pace:.0f} bytes of device memory; 
 # %% [markdown]
 # So misses are few bytes and much time. Can other work hide that time? The copy of the misses needs
 # the ranking, and attention needs the copy. `fetch_overlapped` copies the misses on a second
-# stream, beside the copy of the hits. That hides the shorter of the two copies. A step that knew
-# its misses in advance could hide their copy behind all its other work. That is look-ahead. The
+# stream, while the hits are copied. That hides the shorter of the two copies. A step that knew its
+# misses in advance could copy them during all its other work. That is look-ahead. The
 # library does not do it; it is drawn as a bound.
 
 # %%
@@ -354,10 +365,10 @@ assert none - cached > 10 * (cached - beside) and beside - bound > 2 * (cached -
 assert np.isclose(bound, end)                   # the misses are hidden whole
 
 # %% [markdown]
-# Grey and black is the device, blue below it is the bus. Both are summed over the layers; in truth
-# they take turns layer by layer. The copy of the hits is so short that hardly any miss hides behind
-# it. Nearly all of the gain is the cache's. Look-ahead would add the rest, if it always guessed
-# right.
+# Grey and black bars are work of the device, blue bars are copies over the bus. Each bar sums up
+# all layers; in truth device and bus take turns in every layer. The copy of the hits is so short
+# that it hides hardly any miss. Nearly all of the gain is the cache's. Look-ahead would add the
+# rest, if it always guessed right.
 #
 # ## Three GPUs
 
@@ -405,9 +416,11 @@ _ = interact(turned, ratio=list(RATIOS))
 # The predictions are bounds: no program reaches the peaks, and launches and look-ups take time. Our
 # code was not measured on these machines. The published code was, on one of them. What does the
 # same model say of the published code? That code waits for the host. So one constant is added, a
-# time for each layer, fitted to one run of another batch. The hit ratio is that of our trace, in
-# two ways. First it is of all that was asked for. Then it is of the best clusters only: of so many
-# that a step asks for as large a share of the text as theirs does.
+# time for each layer, fitted to one run of another batch.
+#
+# The hit ratio comes from our trace. But one of our steps asks for a larger share of the text than
+# one of theirs. So we also replay the trace with fewer clusters: a step asks only for its best
+# ones, and their number is such that the share of the text is theirs.
 
 # %%
 def share_of(trace):
@@ -453,20 +466,23 @@ assert max(x / y for x, y in zip(by_both, measured.values(), strict=True)) < 1
 # Bytes alone promise too much at every size, as a bound must. With a time on the host the model
 # promises too little. Most of that error is the hit ratio: their text is longer, and their log has
 # more hits. Another error stays hidden. Where copies overlap, or a peak is not reached, the fitted
-# constant has absorbed the difference. For our code the constant is zero, because no step waits for
-# the host. So the bars of the three GPUs belong to the dotted line: what is measured will be less.
-# And one trace stands in for another: a small model that mostly read its text, where a large one
-# would write it.
+# constant has absorbed the difference.
+#
+# For our code the constant is taken to be zero, because no step waits for the host. So the bars of
+# the three GPUs were made like the dotted line, which lies above what was measured: expect less of
+# our code too. And the trace is that of a small model that mostly read its text. A large model that
+# writes may ask for other blocks.
 #
 # ## Takeaway
 #
-# - Steps ask again for what they just asked for. A cache of a tenth of the store finds most of it.
-#   LRU finds more than FIFO and CLOCK, and less than a rule that knows the future.
+# - On this text, which the model mostly reads, a step asks again for most of what the step before
+#   asked for. A cache of a tenth of the store finds most of it. LRU finds more than FIFO and CLOCK,
+#   and less than a rule that knows the future.
 # - In 1,280 fetches the cache changed no bit, and the test of that sees a wrong channel.
-# - A miss is a few bytes and much time. First make misses rare. Hiding them behind the copy of the
-#   hits brings little, because that copy is short.
-# - By the model's word the device loses a third of its speed at most, and without a cache half or
-#   more. Only a measurement will say how fast it is.
+# - A miss is a few bytes and much time. First make misses rare. To copy them at the same time as
+#   the hits brings little, because the copy of the hits is short.
+# - The model of bytes predicts that a device with the cache loses about a third of its speed at
+#   most, and without the cache half or more. Only a measurement will say how fast it is.
 
 # %%
 print(f"{RATIO:.0%} of the store hit {hit:.0%}; predicted for one sequence: at least {gain:.1f} "

@@ -17,7 +17,8 @@
 # [10](10_which_when.ipynb) compares all methods.
 #
 # **Predict first.** Keys and values lose 15 of 16 bits. A hundredth of the tokens may stay exact.
-# Which share of all damage do the best chosen ones avoid?
+# Which share of all damage do the best chosen ones avoid? (The first 4 tokens stay exact in any
+# case, and do not count.)
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -83,9 +84,9 @@ torch.testing.assert_close(agreed, torch.tensor(1.0), rtol=0, atol=1e-3)    # ti
 #
 # How much does one token matter? Replace its key and value by what the code leaves, keep all others
 # exact, and see how far the outputs of later queries move. That is the truth, and it needs one pass
-# for each token. For one token there is a short cut that is exact. Let A be its weight, w the
+# for each token. For one token there is a short cut that is exact. Let A be its weight, f the
 # factor by which exp(logit) changes, and o the output. The new output is
-# (o + A (w v' - v)) / (1 + A (w - 1)).
+# (o + A (f v' - v)) / (1 + A (f - 1)).
 
 # %%
 def outputs(q, k, v):
@@ -98,11 +99,11 @@ def outputs(q, k, v):
 def damage(q, k, v, k_code, v_code):
     """(T,): how far the outputs move, summed over queries, if that token alone is crushed."""
     o, weights = outputs(q, k, v)
-    w = (q[:, -N_Q:] @ (k_code - k).T).exp()                                # (G, N_Q, T)
+    factor = (q[:, -N_Q:] @ (k_code - k).T).exp()                           # (G, N_Q, T)
     found = []
     for part in torch.arange(T).split(32):
-        a, f = (x[..., part].movedim(-1, 0)[..., None] for x in (weights, w))   # (32, G, N_Q, 1)
-        new = o + a * (f * v_code[part][:, None, None] - v[part][:, None, None])
+        a, f = (x[..., part].movedim(-1, 0)[..., None] for x in (weights, factor))
+        new = o + a * (f * v_code[part][:, None, None] - v[part][:, None, None])  # (32, G, N_Q, D)
         new = new / (1 + a * (f - 1))
         found.append((new - o).norm(dim=-1).sum((1, 2)))
     return torch.cat(found)
@@ -123,8 +124,8 @@ print(f"the worst 1 % of the tokens do {order[T // 100]:.0%} of the damage, the 
 # ## A score that costs little
 #
 # An error e of key j changes its logit by q·e. To first order the output moves by
-# A_j (q·e) (v_j - o). An error of value j moves it by A_j e. Sizes of errors are much alike, so
-# what differs between tokens is
+# A_j (q·e) (v_j - o). An error of value j moves it by A_j e. Errors of different tokens have about
+# the same size (printed below), so the other factors tell tokens apart:
 #
 # F^K_j = sum over queries of A_j |q| |v_j - o|,    F^V_j = sum over queries of A_j.
 #
@@ -132,12 +133,12 @@ print(f"the worst 1 % of the tokens do {order[T // 100]:.0%} of the damage, the 
 # can see; the library divides by the number of those queries.
 
 # %%
-@cache
-def factors(q, k, v):
-    """F^K and F^V (T,) of a head, from all queries."""
-    x = q @ k.T
-    x = x.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    weights = x.softmax(-1)                                                 # (G, T, T)
+@cache                                          # by identity: heads() gives the same tensors again
+def factors(q, k, v, n=T):
+    """F^K and F^V (T,) of a head, from the first n queries."""
+    q = q[:, :n]
+    x = (q @ k.T).masked_fill(torch.ones(n, T, dtype=torch.bool).triu(1), -torch.inf)
+    weights = x.softmax(-1)                                                 # (G, n, T)
     far = torch.stack([torch.cdist(o, v) for o in weights @ v])             # |v_j - o|
     return (weights * far * q.norm(dim=-1)[..., None]).sum((0, 1)), weights.sum((0, 1))
 
@@ -148,14 +149,15 @@ torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-2)
 
 # %% [markdown]
 # Rivals need no attention at all: the length of the key, the length of the value, and the length of
-# the error. The control is a random score. The scores are computed from all queries. The truth is
-# that of the last 128 queries. The first 4 tokens and the latest ones stay exact in any case, so
-# they are left out from here on.
+# the error. The control is a random score. The truth is the damage to the outputs of the last 128
+# queries. The scores are computed from the queries before, so that no score knows what it will be
+# tested with. The first 4 tokens and the latest ones stay exact in any case, so they are left out
+# from here on.
 
 # %%
-n_seen = T - torch.arange(T)
+n_seen = (T - N_Q - torch.arange(T)).clamp(min=1)               # queries that saw a token
 def scores_of(q, k, v, k_code, v_code):
-    f_k, f_v = factors(q, k, v)
+    f_k, f_v = factors(q, k, v, T - N_Q)
     dice = torch.Generator().manual_seed(0)
     return {"F^V, mean": f_v / n_seen, "F^K, mean": f_k / n_seen, "F^V, sum": f_v,
             "length of v": v.norm(dim=-1), "length of k": k.norm(dim=-1),
@@ -164,7 +166,11 @@ def scores_of(q, k, v, k_code, v_code):
 past = slice(4, T - N_Q)
 own = scores_of(q, k, v, k_code, v_code)
 shown = {name: own[name][past] for name in ("F^V, mean", "F^V, sum", "length of k", "random")}
-plot_truth(truth[past], shown, "True damage of a token, against four scores (one head)")
+plot_truth(truth[past], shown, "True damage of a token against four scores, with rank correlations")
+across = {name: float(own[name][past].quantile(0.9) / own[name][past].quantile(0.1))
+          for name in ("error of k", "F^V, mean")}
+print("ninth decile over first:", *(f"{name} {x:.1f}  " for name, x in across.items()))
+assert across["error of k"] < 2 < across["F^V, mean"]
 
 # %%
 found = {}
@@ -184,17 +190,21 @@ plot_found(found, f"1 % of the tokens: {mean['F^V, mean']:.0%} of the damage by 
            f"received, {mean['random']:.0%} at random")
 assert mean["F^V, mean"] > 5 * mean["random"] and mean["the truth"] >= max(mean.values())
 assert max(mean[x] for x in ("length of v", "length of k")) < mean["F^V, mean"] / 3
+assert abs(mean["F^K, mean"] / mean["F^V, mean"] - 1) < 1 / 3
 
 # %% [markdown]
+# F^K finds about as much as F^V. It needs the values and a second product, so the library chooses
+# anchors by F^V.
+#
 # ## Codewords where they matter
 #
 # Codewords need not serve all tokens alike. *Weighted* k-means moves a codeword to the weighted
 # mean of its members: keys weigh F^K, values F^V. All tokens but the first 4 and the latest ones
 # are crushed, at 1 bit and at 3/8 bit, and we measure how far the outputs move. The control has the
-# same weights, dealt to the tokens at random.
+# same weights, given to the tokens at random.
 #
-# The codewords are made from this very text, and the weights know its queries. That flatters all
-# codewords, and the weighted ones most.
+# The codewords are made from this very text, which flatters all of them. But the weights come from
+# the queries before the last 128, and the outputs are those of the last 128.
 
 # %%
 def error(q, k, v, k_code, v_code, exact=()):
@@ -208,11 +218,12 @@ def error(q, k, v, k_code, v_code, exact=()):
 gain = {}
 for layer in LAYERS:
     for q, k, v in heads(layer):
-        f_k, f_v = factors(q, k, v)
+        f_k, f_v = factors(q, k, v, T - N_Q)
+        dice, n_heard = torch.Generator().manual_seed(0), T - N_Q
+        dealt = torch.cat([torch.randperm(n_heard, generator=dice), torch.arange(n_heard, T)])
         for bits, c_k, c_v in ((1, 8, 8), (0.375, 16, 32)):
             plain = error(q, k, v, crush(k, same, c_k), crush(v, same, c_v)).mean()
             weighted = error(q, k, v, crush(k, f_k, c_k), crush(v, f_v, c_v)).mean()
-            dealt = torch.randperm(T, generator=torch.Generator().manual_seed(0))
             control = error(q, k, v, crush(k, f_k[dealt], c_k), crush(v, f_v[dealt], c_v)).mean()
             gain.setdefault(bits, []).append((float(plain), float(weighted), float(control)))
 
@@ -220,9 +231,9 @@ for layer in LAYERS:
 for bits, rows in gain.items():
     plain, weighted, control = torch.tensor(rows).T
     print(f"{bits:g} bits: error {plain.mean():.3f} unweighted, {weighted.mean():.3f} weighted, "
-          f"{control.mean():.3f} with weights dealt at random; weighted is better than unweighted "
+          f"{control.mean():.3f} with weights at random; weighted is better than unweighted "
           f"in {int((weighted < plain).sum())} of {len(plain)} heads")
-    assert weighted.mean() < 0.8 * plain.mean() < 0.8 * control.mean()
+    assert weighted.mean() < 0.8 * min(plain.mean(), control.mean())
 
 # %% [markdown]
 # ## True bits
@@ -294,12 +305,12 @@ assert all(x[-1] < x[0] for by in kl.values() for x in by.values())
 # they win back most. Every text has 24 tokens here, so small differences are chance. The tables of
 # [docs/antkv.md](../docs/antkv.md) rest on 512 tokens a text.
 #
-# ## The ladder
+# ## From dropped to exact
 #
-# A token of the past can be dropped, be a member of a centroid, have a code, or stay exact. What
-# does each rung cost, and what is it worth? All tokens but the first 4 and the latest are put on
-# one rung. (RetroInfer mixes rungs: it retrieves some clusters exactly, estimates others, and drops
-# the rest.)
+# There are four ways to keep a token of the past: drop it, let the centroid of its cluster stand
+# for it, keep a code, or keep it exact. What does each cost, and what is it worth? Each way is
+# applied to all tokens but the first 4 and the latest. (RetroInfer mixes them: it retrieves some
+# clusters exactly, estimates others by centroids, and drops the rest.)
 
 # %%
 def centroids(k, v):
@@ -332,7 +343,7 @@ CODE = 2 * D / 8                                # bytes of a token at 1 bit
 SIZES = 0, 2 * 2 * D / 8, CODE, CODE + 0.01 * 4 * D, 4 * D      # a centroid: 16 bits, 8 tokens
 for layer in LAYERS:
     for q, k, v in heads(layer):
-        f_k, f_v = factors(q, k, v)
+        f_k, f_v = factors(q, k, v, T - N_Q)
         codes = crush(k, f_k), crush(v, f_v)
         best = (f_v / n_seen)[:T - N_Q].topk(T // 100).indices
         for name, x in (("dropped", dropped(q, k, v)),
@@ -345,22 +356,25 @@ for layer in LAYERS:
 # %%
 rungs = {name: (size, torch.cat(x)) for size, (name, x) in zip(SIZES, ladder.items(), strict=True)}
 middle = {name: float(x.median()) for name, (_, x) in rungs.items()}
-plot_ladder(rungs, f"Error: dropped {middle['dropped']:.2f}, centroid {middle['centroid']:.2f}, "
-            f"code {middle['code']:.3f}, code with anchors {middle['code, 1 % anchors']:.3f}")
+plot_ladder(rungs, f"Median error: dropped {middle['dropped']:.2f}, centroid "
+            f"{middle['centroid']:.2f}, code {middle['code']:.3f}")
 assert middle["dropped"] > middle["centroid"] > middle["code"]
-assert middle["code"] > middle["code, 1 % anchors"] > middle["exact"] == 0
+assert abs(middle["code, 1 % anchors"] / middle["code"] - 1) < 0.1 and middle["exact"] == 0
 
 # %% [markdown]
-# A code errs less than a centroid here, and takes half the bytes of a 16-bit centroid. Three things
-# are not in the picture. The codewords were made from this very text. The codebooks have bytes too,
-# and at this length more than the codes have. And a centroid of 4 bits, the library's default, has
-# a quarter of the bytes drawn here.
+# A code errs less than a centroid here, and takes half the bytes of a 16-bit centroid. One per cent
+# of anchors hardly changes the median error of an output. Their gain is seen in the KL of the next
+# token above, which falls with up to 4 % of anchors. Three things are not in the picture. The
+# codewords were made from this very text. The codebooks have bytes too, and at this length more
+# than the codes have. And a centroid of 4 bits, the library's default, has a quarter of the bytes
+# drawn here.
 #
 # ## Takeaway
 #
 # - Damage is uneven: a few tokens do much of it, and the attention that a token received tells
 #   which. The length of a key or a value does not.
-# - Codewords that are weighted by the same factors lower the error of the output.
+# - Codewords that are weighted by the same factors lower the error of the output, on the text that
+#   they were made from. On other texts they gain less: see [docs/antkv.md](../docs/antkv.md).
 # - Count all bits. In a short text the codebooks cost more than the codes.
 # - By its error, a code stands between a centroid and an exact token. Anchors are exact tokens that
 #   are well chosen.

@@ -23,7 +23,7 @@ def draw_split():
 def plot_parts(S, busy, extra, enough):
     """The share of time that processors work, and the bytes added, by parts a head."""
     ax = axes(f"{enough} parts a head keep the device {busy[enough - 1]:.0f} % busy; one more "
-              "would start a second round", "parts S of each of 8 heads", "[%]")
+              "would start a second round", "parts S of each of 8 heads", "share [%]")
     ax.plot(S, busy, color=DARK, linewidth=1.2)
     ax.plot(S, extra, color=BLUE, linestyle="--")
     label(ax, 20, 38, "work done, of what 132\nmultiprocessors could do", dx=0)
@@ -36,9 +36,9 @@ def plot_parts(S, busy, extra, enough):
 def plot_ledger(bars, floor):
     """bars {name: {part: bytes}}; the least is the last."""
     totals = {name: sum(parts.values()) / floor for name, parts in bars.items()}
-    eager, compiled, ours, _ = totals.values()
+    eager, compiled, _, ours, _ = totals.values()
     ax = axes(f"Bytes over the least: eager {eager:.0f} times, compiled {compiled:.0f} times, "
-              f"kernels {ours:.1f} times", "moved in one layer's step [MB]", "", size=(7.5, 3.1))
+              f"kernels {ours:.1f} times", "moved in one layer's step [MB]", "", size=(8, 3.5))
     most = max(totals.values()) * floor
     for y, parts in enumerate(bars.values()):
         left = 0
@@ -54,23 +54,25 @@ def plot_ledger(bars, floor):
 
 
 def plot_tiles(facts, limits):
-    """Shared memory of a program by tokens in a block, with the limits of devices in KB."""
-    BN, shared = [fact["BN"] for fact in facts], [fact["shared"] / 1024 for fact in facts]
-    widest = {name: max(n for n, kb in zip(BN, shared, strict=True) if kb <= limit)
-              for name, limit in limits.items()}
-    said = ", ".join(f"{n} on {name}" for name, n in widest.items())
-    ax = axes(f"The largest blocks that fit: {said}", "tokens in a block",
-              "shared memory of a program [KB]")
-    ax.loglog(BN, shared, "o-", color=DARK, base=2)
-    for fact, kb in zip(facts, shared, strict=True):
-        spilled = f",\n{fact['spilled']} B spilled" * bool(fact["spilled"])
-        ax.annotate(f"{fact['registers']} registers{spilled}", (fact["BN"], kb), (7, -4),
-                    textcoords="offset points", fontsize=9, va="top",
-                    bbox={"fc": "white", "ec": "none", "pad": 1})
-    for name, limit in limits.items():
-        ax.axhline(limit, color=BLUE, linestyle="--", linewidth=1)
-        label(ax, BN[0], limit, f"limit of {name}", dx=0, dy=7, color=BLUE)
-    ax.set(xlim=(13, 1024), ylim=(10, 800), xticks=BN, xticklabels=BN, yticks=(16, 64, 256),
+    """facts {device: [needs of a block]}, limits {device: KB}: the largest blocks that fit."""
+    fits = {name: max(n["BN"] for n in facts[name]
+                      if n["shared"] <= 1024 * kb and not n["spilled"])
+            for name, kb in limits.items()}
+    ax = axes("The largest blocks that fit: " + ", ".join(f"{n} on {name}"
+                                                          for name, n in fits.items()),
+              "tokens in a block", "shared memory of a program [KB]", size=(7.5, 4))
+    for (name, by_block), style, colour in zip(facts.items(), ("o-", "s--", "^:"),
+                                               (DARK, BLUE, MIDDLE), strict=True):
+        BN, shared = zip(*((n["BN"], n["shared"] / 1024) for n in by_block), strict=True)
+        ax.loglog(BN, shared, style, color=colour, base=2, markersize=5, label=f"needs on {name}")
+        for n, kb in zip(by_block, shared, strict=True):
+            if n["spilled"]:
+                ax.plot(n["BN"], kb, "x", color=colour, markersize=12)
+        ax.axhline(limits[name], color=colour, linestyle=style[1:], linewidth=1)
+        label(ax, BN[0], limits[name], f"limit of {name}", dx=0, dy=7, color=colour)
+    ax.plot([], [], "x", color=MIDDLE, markersize=9, linestyle="", label="spills registers")
+    ax.set(xlim=(13, 330), ylim=(10, 400), xticks=BN, xticklabels=BN, yticks=(16, 64, 256),
            yticklabels=(16, 64, 256))
+    ax.legend(loc="lower right", fontsize=9)
     plt.show()
-    return widest
+    return fits

@@ -33,10 +33,11 @@ def draw_buffer():
     note(ax, 11, 4.1, "all keys and values")
     box(ax, 4.2, 0.7, 3.6, 0.9, "execution buffer → attention", LIGHT)
     arrow(ax, (2.8, 3.5), (3.9, 3.5))
-    arrow(ax, (5.8, 3.2), (5.8, 1.6), "hits: fast", BLUE)
-    arrow(ax, (12.4, 3.2), (7.8, 1.3), "misses: over the bus")
-    arrow(ax, (11, 3.5), (7.7, 3.5))
-    note(ax, 8.5, 3.8, "admit, after the step", fontsize=8.5)
+    arrow(ax, (5, 3.2), (5, 1.6), "hits", BLUE)
+    arrow(ax, (12.4, 3.2), (7.8, 1.3))
+    note(ax, 8.6, 0.9, "misses,\nover the bus", fontsize=8.5)
+    arrow(ax, (7, 1.6), (7, 3.2))
+    note(ax, 7.15, 2.4, "admit,\nlater", fontsize=8.5)
     plt.show()
 
 
@@ -75,7 +76,7 @@ def plot_policies(ratios, curves, control, step_share, claim):
 def plot_steps(rows, weights_end, name):
     """rows {name: (total ms, parts {part: ms}, when the misses start)}: a step as bars."""
     none, cached, beside, _ = (total for total, *_ in rows.values())
-    ax = axes(f"The cache saves {none - cached:.0f} of {none:.0f} ms, the overlap "
+    ax = axes(f"Predicted: the cache saves {none - cached:.0f} of {none:.0f} ms, the overlap "
               f"{cached - beside:.1f} more", f"predicted time of a step, one sequence, {name} [ms]",
               "", size=(7.5, 3.8))
     shades = {"weights": LIGHT, "index, attention": MIDDLE, "hits": DARK}
@@ -99,7 +100,7 @@ def plot_steps(rows, weights_end, name):
 def plot_gpus(names, speeds, fits):
     """speeds {name: tokens/s of each GPU}: without a cache, with one, with all on the device."""
     none, cached, room = np.array(list(speeds.values()))
-    ax = axes(f"The cache keeps at least {(cached / room).min():.0%} of the speed of a device with "
+    ax = axes(f"Predicted: with the cache {(cached / room).min():.0%} or more of the speed with "
               "room for all", "", "predicted tokens/s, one sequence", size=(7.5, 3.8))
     for i, (name, color) in enumerate(zip(speeds, (LIGHT, DARK, "white"), strict=True)):
         at = np.arange(len(names)) + 0.27 * (i - 1)

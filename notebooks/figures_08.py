@@ -1,7 +1,7 @@
 """The pictures of notebook 08."""
 import matplotlib.pyplot as plt
 import torch
-from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, band, canvas, label, note, panels
+from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, canvas, label, note, panels
 
 
 def draw_idea():
@@ -21,7 +21,7 @@ def draw_idea():
     for point in wanted.tolist():
         ax.plot(*point, "o", color=BLUE, markersize=8)
         arrow(ax, (12.1, 2.6), point, color=BLUE)
-    note(ax, 9.6, 4.2, "its best keys need not be\nnear to one another", ha="center", color=BLUE)
+    note(ax, 9.6, 4.2, "its best keys: those that\nlie furthest its way", ha="center", color=BLUE)
     plt.show()
 
 
@@ -44,8 +44,9 @@ def plot_plane(k, asked, held_out, claim):
 def plot_distances(queries, keys):
     """Mahalanobis distances of every head: of its queries against those of keys left out."""
     ax = axes(f"In {sum(q > k for q, k in zip(queries, keys, strict=True))} of {len(keys)} heads "
-              "queries are further from the keys than keys are", "keys left out: distance",
-              "queries: distance")
+              "queries are further from the keys than keys are",
+              "keys left out: distance [widths of the cloud]",
+              "queries: distance\n[widths of the cloud]")
     ax.plot(keys, queries, "o", color=BLUE, markersize=4)
     top = max(*queries, *keys) * 1.05
     ax.plot([0, max(keys) * 1.2], [0, max(keys) * 1.2], color=LIGHT, zorder=0)
@@ -99,7 +100,8 @@ def plot_stages(found, claim):
             y, percent = row + 0.26 * (n - 1), 100 * torch.tensor(recalls)
             ax.barh(y, percent.mean(), 0.24, color=colours[who], alpha=0.85,
                     label=who if not row else None)
-            ax.plot(percent, [y] * len(percent), "|", color=MIDDLE, markersize=6)
+            ax.plot(percent, [y] * len(percent), "o", color="white", markeredgecolor=DARK,
+                    markersize=3.5, markeredgewidth=0.7)
     ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - 0.5, -0.5),
            xlim=(0, 101))
     ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, fontsize=9)
@@ -108,11 +110,16 @@ def plot_stages(found, claim):
 
 
 def plot_tail(sizes, errors, claim):
-    """errors {name: (heads and queries, sizes)}: the median, over a band with 8 of 10."""
+    """errors {name: (heads and queries, sizes)}: the median, and what 9 of 10 stay below."""
     ax = axes(claim, "keys attended to, of a head", "output error, relative")
     for (name, values), colour in zip(errors.items(), (DARK, BLUE), strict=True):
-        middle = band(ax, sizes, values, colour)
-        label(ax, sizes[-1], float(middle[-1]), name, color=colour)
+        for part, style in ((0.5, "o-"), (0.9, "o--")):
+            line = values.quantile(part, 0)
+            ax.plot(sizes, line, style, color=colour, markersize=4)
+            if part == 0.5:
+                label(ax, sizes[-1], float(line[-1]), name, color=colour)
+    ax.text(0.02, 0.05, "solid: median; dashed: 9 of 10 queries are below", fontsize=9,
+            transform=ax.transAxes)
     ax.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
     ax.minorticks_off()
     plt.show()

@@ -25,8 +25,12 @@ def draw_codes():
 
 def plot_truth(truth, scores, claim):
     """truth (n,), scores {name: (n,)} of tokens of one head: a panel for each score."""
-    every = panels(claim, list(scores), "score, share of the largest", "true damage, same",
-                   size=(9.5, 3.0))
+    def ranks(x):
+        return x.argsort().argsort().double()
+    names = [f"{name}: {torch.corrcoef(torch.stack([ranks(truth), ranks(score)]))[0, 1]:.2f}"
+             for name, score in scores.items()]
+    every = panels(claim, names, "score, share of the largest",
+                   "true damage,\nshare of the largest", size=(9.5, 3.0))
     for ax, score in zip(every, scores.values(), strict=True):
         x, y = ((a / a.max()).clamp(min=1e-6) for a in (score, truth))
         ax.plot(x, y, ".", color=DARK, markersize=3)
@@ -75,9 +79,10 @@ def plot_ladder(ladder, claim):
         low, middle, high = (float(errors.quantile(p)) for p in (0.1, 0.5, 0.9))
         ax.plot([size, size], [low, high], color=MIDDLE, linewidth=1)
         ax.plot(size, middle, "o", color=BLUE)
-        is_left = name == "code"
-        label(ax, size, middle, name, dx=-8 if is_left else 8, dy=6,
-              ha="right" if is_left else "left")
+        is_code = name.startswith("code")
+        at = high if name.endswith("anchors") else middle       # else it crosses the centroid's
+        label(ax, size, at, name, dx=-8 if is_code else 8, dy=-6 if name == "code" else 6,
+              ha="right" if is_code else "left")
     ax.set(xscale="symlog", ylim=(-0.05, None))
     ax.set_xlim(-1, 900)
     plt.show()

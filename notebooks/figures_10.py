@@ -7,7 +7,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, box, canvas, label, no
 
 def draw_harness():
     """One seam, every method, and what is measured of it."""
-    ax = canvas("Every method is a cache behind the same three calls", 15, 4.8)
+    ax = canvas("Every method is a cache with the same three calls", 15, 4.8)
     box(ax, 0.2, 1.7, 3, 1.4, "dense attention\nreads a text once")
     box(ax, 5.4, 1.7, 3.4, 1.4, "a cache:\nprefill, update, decode", BLUE)
     box(ax, 11.2, 1.7, 3.5, 1.4, "the model's\nnext tokens")
@@ -33,7 +33,7 @@ def plot_map(found, claim):
             colour = BLUE if name.startswith("wave") else DARK
             ax.plot([x, x], [low, high], color=LIGHT, linewidth=3, zorder=0)
             ax.plot(x, mean, "o", color=colour, markersize=5)
-            is_left = name == "window, 1/4" or (which == 1 and name.startswith("wave"))
+            is_left = name in ("window, 1/4", "wave, paper's") or (which == 1 and name == "wave")
             label(ax, x, mean, name, dx=-5 if is_left else 5, dy=4, color=colour, fontsize=8,
                   ha="right" if is_left else "left")
         ax.set(yscale="log", xscale="log", xlim=(8, 400), xticks=(10, 20, 50, 100),
@@ -43,15 +43,15 @@ def plot_map(found, claim):
 
 
 def plot_failures(found, claim):
-    """found {method: {case: error}} as a table of greys."""
+    """found {method: {case: error}} as a table of greys; NaN is a dash."""
     names, cases = list(found), list(next(iter(found.values())))
     errors = torch.tensor([[by[case] for case in cases] for by in found.values()])
     _, ax = plt.subplots(figsize=(8.5, 0.42 * len(names) + 1.1))
     shades = LinearSegmentedColormap.from_list("errors", ["white", DARK])
-    ax.imshow(errors.clamp(max=4).sqrt(), cmap=shades, vmin=0, vmax=2.2, aspect="auto")
+    ax.imshow(errors.nan_to_num().clamp(max=4).sqrt(), cmap=shades, vmin=0, vmax=2.2, aspect="auto")
     for (row, column), x in zip(((r, c) for r in range(len(names)) for c in range(len(cases))),
                                 errors.flatten().tolist(), strict=True):
-        ax.text(column, row, f"{x:.2f}", ha="center", va="center", fontsize=9,
+        ax.text(column, row, f"{x:.2f}" if x == x else "-", ha="center", va="center", fontsize=9,
                 color="white" if x > 1 else DARK)
     ax.set(xticks=range(len(cases)), xticklabels=cases, yticks=range(len(names)),
            yticklabels=names)
@@ -72,8 +72,8 @@ def plot_roofline(points, bandwidth, claim):
     most = max(row[0] for rows in points.values() for row in rows)
     x = [most / 1e6 * n for n in (1e-2, 1)]
     ax.plot(x, [n * 1e6 / bandwidth * 1e3 for n in x], color=LIGHT, zorder=0)
-    label(ax, x[1], x[1] * 1e6 / bandwidth * 1e3, "memory alone", color=MIDDLE, dy=-16,
-          dx=-4, ha="right")
+    label(ax, x[1], x[1] * 1e6 / bandwidth * 1e3, "memory alone", color=MIDDLE, dy=-34,
+          dx=0, ha="right")
     ax.set(xscale="log", yscale="log")
     ax.legend(loc="upper left", fontsize=9)
     plt.show()
