@@ -24,9 +24,11 @@ print(versions())
 # ## A decode step
 #
 # A language model writes one token at a time. To write the next one, the latest token goes through
-# all layers. In each layer it asks a question of all tokens before it. The question is a *query* q.
-# Each earlier token has a *key* k, which says what it can be found by, and a *value* v, which says
-# what it has to tell. The layer's answer is a mean of the values, weighted by softmax(q·k).
+# all layers. A layer has several *heads*, and each head computes an attention of its own. The
+# latest token gives the head a *query* q. Each token before it has a *key* k and a *value* v. The
+# output of the head is a mean of the values, weighted by softmax(q·k). Here and below, q is divided
+# by √D already, where D is the number of channels of a key. Several query heads may share the keys
+# and values of one *kv head*.
 #
 # Keys and values of earlier tokens do not change. So they are kept, in the *KV cache*.
 
@@ -36,11 +38,11 @@ figures.model_step()
 # %% [markdown]
 # ## Why it is slow
 #
-# A step does little arithmetic, but reads the whole cache. Behind 131,072 tokens, Llama-3-8B reads
-# 16 GiB for every token that it writes. Most of it is read in vain: of a typical head, a few per
-# cent of the tokens hold nearly all of the weight (notebook 01). *Which* tokens, depends on the
-# query. To find them without reading every key is a search problem. So the cache becomes a vector
-# store with an index.
+# A step does little arithmetic, but reads the whole cache. After 131,072 tokens, the cache of
+# Llama-3-8B has 16 GiB (at 16 bits per number), and each new token reads all of them. Most of that
+# is read in vain: in a typical head, a few per cent of the tokens have nine tenths of the weight
+# (notebook 01). The query decides *which* tokens these are. To find them without reading every key
+# is a search problem. So the cache becomes a vector store with an index.
 
 # %%
 figures.dense_and_retro()
@@ -53,17 +55,19 @@ figures.dense_and_retro()
 #
 # 1. It compares the query with the centroids only, and ranks the clusters.
 # 2. It reads the keys and values of the best R clusters: the *retrieval zone*.
-# 3. It lets the centroid of each of the next E clusters stand for its tokens: the *estimation
-#    zone*. A cluster of s tokens counts as s equal tokens, and that is log(s) added to its logit.
-# 4. It takes one softmax over these and the *steady zone*, the first and the latest tokens, which
-#    are always exact.
+# 3. It does not read the tokens of the next E clusters: the *estimation zone*. The centroid of such
+#    a cluster stands for its tokens. A cluster of s tokens counts as s tokens with equal keys. To
+#    count s times, log(s) is added to the logit q·c of its centroid c.
+# 4. It takes one softmax over the retrieved tokens, the estimated clusters and the *steady zone*.
+#    The steady zone holds the first and the latest tokens, which are always exact.
 
 # %%
 figures.paper()
 
 # %% [markdown]
-# In symbols, with X the tokens of the steady and the retrieval zone, Y the estimated clusters, and
-# for cluster *j* its size $s_j$, its centroid $c_j$ and its mean value $m_j$:
+# In symbols, X are the tokens of the steady and the retrieval zone, and Y are the estimated
+# clusters. Cluster *j* has the size $s_j$, the centroid $c_j$ and the mean value $m_j$. The query q
+# is divided by √D already. The output is
 #
 # $$o = \frac{\sum_{i \in X} e^{q k_i} v_i + \sum_{j \in Y} s_j e^{q c_j} m_j}
 #            {\sum_{i \in X} e^{q k_i} + \sum_{j \in Y} s_j e^{q c_j}}$$
@@ -77,8 +81,9 @@ figures.tensors()
 # %% [markdown]
 # ## The life of the index
 #
-# The index is built of the prompt, segment by segment. Generated tokens stay exact in the steady
-# zone. When 256 of them are older than the local window, `update` clusters them together.
+# The index is built from the prompt, segment by segment. Generated tokens stay exact in the steady
+# zone at first. When 256 of them are older than the latest 32 tokens (the *local window*), `update`
+# clusters the 256 together.
 
 # %%
 figures.life()
@@ -91,28 +96,29 @@ figures.life()
 # | B | batch: texts that run together | | C | clusters of a kv head |
 # | H | kv heads of a layer | | P | most tokens in a cluster; larger ones are cut |
 # | G | query heads that share a kv head | | R, E | clusters retrieved, estimated |
-# | T | tokens of a text | | N | rows for the tokens that a step retrieves |
+# | T | tokens of a text | | N | rows with room for the tokens that a step retrieves |
 # | D | numbers in a key, a query or a value | | W | rows of the steady zone |
 #
 # | word | is |
 # |---|---|
 # | prefill, decode | reading a prompt at once; writing one token |
 # | kv head | one key and one value a token; G query heads share it |
-# | logit | q·k/√D, before the softmax |
+# | logit | q·k, before the softmax; q is divided by √D already |
 # | RoPE | turns keys and queries by an angle that grows with their position |
-# | sink | the first tokens; a head that looks for nothing attends to them |
+# | sink | the first tokens: many heads give them much attention, whatever the text says |
 # | steady zone | the first and the latest tokens, and tokens not in a cluster yet: always exact |
 # | segment | tokens that are clustered together |
 # | store | keys and values of all tokens, in the order of their clusters |
 # | wave index | centroids, mean values and sizes: what a step ranks |
 # | wave buffer | the store on the host, and a cache of clusters on the GPU (notebook 07) |
 # | dense attention | the exact result, from all tokens: what we compare with |
-# | KL | how far a model's next-token probabilities are from those of dense attention, in nats |
+# | KL | Kullback-Leibler divergence of next-token probabilities from dense attention's; 0: equal |
 #
 # ## Map
 #
 # Each notebook asks one question, builds the answer by hand with real keys, and compares it with
-# the library. 01 to 04 are the method, in order. The others stand alone.
+# the library. 01 to 04 are the method: read them in order. After them, read what you like: the top
+# of each notebook says which others it needs.
 #
 # | | question |
 # |---|---|
@@ -132,7 +138,8 @@ figures.life()
 #
 # `make setup` makes a virtual environment and fetches the default model. Then, in this folder,
 # `jupyter lab`, with the kernel of that environment. The first run of a notebook lets the model
-# read a text, which takes a minute or two and is kept in `.cache`. `make notebooks` runs them all.
+# read a text. This takes a minute or two, and the result is kept in `.cache`. `make notebooks` runs
+# all notebooks.
 #
 # Each exercise has a `check` that shows your result beside the expected one. Answers are folded.
 #

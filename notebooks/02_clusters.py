@@ -17,12 +17,11 @@
 # [03 three zones](03_three_zones.ipynb)
 #
 # **Predict first.** A text is cut into groups of about 8 tokens. A query may open one group in
-# seventeen, 6 % of them. How many of the 100 tokens that it attends to most are in there, if the
-# groups are drawn by chance? And if they are clusters of keys?
+# seventeen, 6 % of them. Of the 100 tokens that it attends to most, how many are in these groups,
+# if tokens are put into groups by chance? And how many, if the groups are clusters of keys?
 
 # %%
 import sys; sys.path[:0] = [".."]
-import time
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +39,9 @@ G = texts[0].q.shape[1] // H
 print(versions())
 
 # %% [markdown]
-# We index as many keys of each of two texts. The queries are those of the answers: they look for
-# something in the text. With the factor 1/√D, a query's product with a key is the logit of
-# attention. We look at every fourth layer.
+# We index equally many keys of each of two texts. The queries are those of the answer, because they
+# look for something in the text. Queries are divided by √D, so the product of a query and a key is
+# a logit of attention. We look at every fourth layer.
 
 # %%
 n_keys = (texts[0].n_prompt - config.sink - config.local) // config.cluster * config.cluster
@@ -64,8 +63,8 @@ figures.idea()
 # %% [markdown]
 # ## Keys share a direction
 #
-# Keys of one head are not spread evenly: they have a common mean. It adds the same number to
-# every logit of a query, and softmax does not see that. So we take the mean away.
+# Keys of one head are not spread evenly around zero: their mean is far from zero. The mean adds the
+# same number to every logit of a query, and this changes no softmax. So we take the mean away.
 
 # %%
 def mean_cosine(x):
@@ -87,21 +86,23 @@ torch.testing.assert_close(logits.softmax(-1), shifted.softmax(-1))
 # %% [markdown]
 # ## What a query wants lies together
 #
-# Draw the keys of a head in the two directions in which they differ most. Blue are the 100 keys
-# that one query attends to most.
+# Draw the keys of one head in the two directions in which they differ most. Blue are the 100 keys
+# that one query attends to most: the query that has to say the first digit of the answer.
 
 # %%
 HEAD = 1
 torch.manual_seed(0)                                            # pca_lowrank draws
 x = centred(keys)[HEAD]                                         # (n_keys, D)
 flat = x @ torch.pca_lowrank(x, 2, center=False)[2]             # (n_keys, 2)
-figures.keys_in_a_plane(flat, (queries[HEAD, 0, -8] @ keys[HEAD].mT).topk(100).indices)
+answer = texts[0].pieces[texts[0].n_prompt:]
+ask = next(t for t, piece in enumerate(answer) if piece.isdigit()) - 1
+figures.keys_in_a_plane(flat, (queries[HEAD, 0, ask] @ keys[HEAD].mT).topk(100).indices)
 
 # %% [markdown]
-# Is that a fact about attention, or about any direction? The keys with the largest products with
-# *any* vector are on one side. So the control is the best 100 keys of random vectors. They are
-# more alike than two keys by chance. Those of real queries are more alike still in the lower half
-# of the layers, and about as much as the control in the upper half.
+# That is one query. And is it a fact about attention, or about any direction? For *any* vector, the
+# keys with the largest products lie on one side. So the control is the best 100 keys of random
+# vectors. They are more alike than two keys by chance. The best keys of real queries are more alike
+# still in the lower half of the layers. In the upper half they are about as alike as the control.
 
 # %%
 def alike(q, keys):
@@ -110,12 +111,13 @@ def alike(q, keys):
     return torch.stack([x[h][best[h]].mean(1).square().sum(-1) for h in range(H)]).mean()
 
 torch.manual_seed(0)
-cosines = torch.tensor([[alike(q.flatten(1, 2), k), alike(torch.randn(H, 45, D), k),
+cosines = torch.tensor([[alike(q.flatten(1, 2), k), alike(torch.randn_like(q.flatten(1, 2)), k),
                          mean_cosine(centred(k)).mean()] for k, q in (layer(*c) for c in cases)])
 own, random, any_two = cosines.view(2, len(layers), 3).mean(0).T         # mean of the texts
 figures.together(layers, {"queries": own, "random vectors": random, "any two keys": any_two})
-lower = slice(0, len(layers) // 2)
-assert own[lower].mean() > 1.4 * random[lower].mean() and (random > any_two + 0.1).all()
+lower, upper = ((own / random)[half].mean() for half in (slice(0, 4), slice(4, 8)))
+print(f"queries over random vectors: {lower:.1f} in the lower half, {upper:.1f} in the upper half")
+assert lower > 1.4 > upper > 0.8 and (random > any_two + 0.1).all()
 
 # %% [markdown]
 # ## Spherical k-means in ten lines
@@ -155,9 +157,10 @@ print(f"{same:.2%} of the keys are in the same cluster")
 # %% [markdown]
 # ## Sizes
 #
-# Cluster sizes vary: a repeated topic makes a large cluster. A table with room for *P* tokens a
-# cluster would lose the tokens above. The library cuts a large cluster into even pieces instead
-# (`cluster_segment`). To see that no token is lost, we give it positions in place of values.
+# Cluster sizes vary: a repeated topic makes a large cluster. A table with room for *P* tokens per
+# cluster, twice the mean, would lose the tokens beyond P. The library cuts a large cluster into
+# pieces of even size instead (`cluster_segment`). Is every token still there? We give
+# `cluster_segment` positions in place of values, and look for each position in the result.
 
 # %%
 place = torch.arange(n_keys).float().view(1, 1, -1, 1).expand(1, H, -1, 2)
@@ -176,7 +179,7 @@ assert (in_order[0, :, :, 0].sort().values == torch.arange(n_keys)).all() and (h
 #
 # A query ranks the clusters by their centroids alone, and opens the best. We count how many of its
 # 100 best tokens are inside, and how many tokens it has read. The query heads of a group open
-# clusters together: each says how likely each centroid is, and the likelihoods add up.
+# clusters together: each head takes a softmax over the centroids, and the sum of these ranks them.
 
 # %%
 def centroids_of(keys, ids):
@@ -198,8 +201,9 @@ def search(queries, keys, ids, n_open=R, top=100):
     return torch.stack([found.mean(), is_read.mean()]) * 100
 
 # %% [markdown]
-# Two controls read as many tokens. *Runs of text* are eight tokens in a row: their means are
-# centroids too, so they show what clustering adds. *Chance* finds what it reads.
+# Two controls read as many tokens. *Runs of text* are groups of eight tokens in a row. Their means
+# are centroids too, so this control shows what clustering adds. *Chance* reads tokens at random: it
+# finds the same share of the best tokens as of all tokens.
 
 # %%
 ours, runs = [], (torch.arange(n_keys) // config.cluster).expand(H, -1)
@@ -216,8 +220,9 @@ assert (ours[..., 0] > 5 * ours[..., 1]).all() and (ours[..., 0] > by_text[..., 
 assert ours[..., 0].mean() > by_text[..., 0].mean() + 10
 
 # %% [markdown]
-# What was your number? Two steps of the recipe can be left out, to see what each is worth: taking
-# the mean away, and moving the centroids (one pass assigns keys to seeds and stops).
+# What was your number? Two steps of the recipe can be left out, to see what each is worth. The
+# first step takes the mean away. The second moves the centroids: without it, each key goes to the
+# nearest seed, and that is all.
 
 # %%
 def without_mean(keys):
@@ -233,57 +238,67 @@ for name, change in (("with the mean", without_mean), ("seeds alone", lambda k: 
     gain = gain_over(change)
     print(f"{name:14} {gain.mean():+.1f} points, from {gain.min():+.1f} to {gain.max():+.1f}")
     assert gain.mean() < -0.5
+    assert (ours[..., 0].flatten() + gain > 3 * ours[..., 1].flatten()).all(), "3 times chance"
 
 # %% [markdown]
-# Both matter a little. Most of the work is done by comparing directions at all.
+# Both steps matter a little. Without either, clusters still find far more than chance.
 #
 # ## What queries look at
 #
-# k-means treats all channels alike. A query does not: where it is nearly zero, keys may differ as
-# they like. So the library multiplies the channels of the keys by the mean square of the queries
-# there, to a power, and clusters these. If the channels of the queries were uncorrelated, the power
-# ½ would make distances between keys those between their logits. They are correlated, and the best
-# power is found by trying. The queries of the first segment give the weights. The control uses the
-# same weights in another order.
+# k-means treats all channels alike. A query does not: in a channel where queries are nearly zero,
+# keys may differ without changing a logit. So the library multiplies each channel of the keys by a
+# weight, and clusters the products. The weight is the mean square of the queries in this channel,
+# to a power. The library's power was found by trial, so the plot shows other powers too.
+#
+# The queries of the first segment give the weights; those of the answer test them. Two controls:
+# the same weights, but each for another channel; and weights from the keys' own mean squares.
 
 # %%
-def weights(text, n, power):
-    """Weights (H, 1, D) of a layer's channels, by the queries of the first segment."""
+def of_queries(text, n):
+    """Sums of squares (H, D) of the queries of the first segment, by channel."""
     q = text.layer(n)[0][0].unflatten(0, (H, G))[:, :, :config.sink + config.segment]
-    return weigh_channels(q.double().square().sum((1, 2)), RetroConfig(channel_power=power))[0]
+    return q.double().square().sum((1, 2))
 
-dice = torch.Generator().manual_seed(0)
-mixed = torch.randperm(D // 2, generator=dice)
-mixed = torch.cat([mixed, mixed + D // 2])                      # RoPE's pairs stay together
+def of_keys(text, n):
+    """Sums of squares (H, D) of the keys, by channel."""
+    return centred(layer(text, n)[0]).double().square().sum(1)
 
-def weighted(power, order=slice(None)):
+def weighted(power, squares=of_queries, order=slice(None)):
     """Points found more than without weights (cases,)."""
-    found = [search(queries, keys, cluster(keys * weights(*case, power)[..., order]))[0]
-             for case in cases for keys, queries in [layer(*case)]]
+    found = []
+    for case in cases:
+        keys, queries = layer(*case)
+        w = weigh_channels(squares(*case), RetroConfig(channel_power=power))[0]     # (H, 1, D)
+        found.append(search(queries, keys, cluster(keys * w[..., order]))[0])
     return torch.stack(found) - ours[..., 0].flatten()
 
 # %%
-powers = [0.0, 0.2, config.channel_power, 0.5, 1.0]
+mixed = torch.randperm(D // 2, generator=torch.Generator().manual_seed(0))
+mixed = torch.cat([mixed, mixed + D // 2])                      # RoPE's pairs stay together
+powers, chosen = [0.0, 0.2, config.channel_power, 0.5, 1.0], config.channel_power
 gain = torch.stack([torch.zeros(len(cases)), *map(weighted, powers[1:])])   # (powers, cases)
-control = weighted(config.channel_power, mixed)
-figures.gains(powers, gain, control, config.channel_power)
-chosen = gain[powers.index(config.channel_power)]
-print(f"power {config.channel_power}: {chosen.mean():+.1f} points, better in "
-      f"{int((chosen > 0).sum())} of {len(cases)} cases; control {control.mean():+.1f}")
-assert chosen.mean() > 0.5 and (chosen > 0).float().mean() > 0.7 and control.mean() < -1
-assert gain[-1].mean() < 0
+controls = {"other channels' weights": weighted(chosen, order=mixed),
+            "weights from the keys": weighted(chosen, squares=of_keys)}
+figures.gains(powers, gain, controls, chosen)
+best = gain[powers.index(chosen)]
+print(f"power {chosen}: {best.mean():+.1f} points, better in {int((best > 0).sum())} of "
+      f"{len(cases)} cases; controls", *(f"{x.mean():+.1f}" for x in controls.values()))
+assert best.mean() > 0.5 and (best > 0).float().mean() > 0.7 and gain[-1].mean() < 0
+assert all(x.mean() < 0 for x in controls.values())
 
 # %% [markdown]
-# One token more of a hundred is not much. It matters where a single head copies a single digit.
-# Over whole models, [docs/defaults.md](../docs/defaults.md) measures what the weights are worth.
+# The powers 0.2 to 0.5 can hardly be told apart here. Their gain is a few tokens of a hundred. It
+# matters where a single head copies a single digit. Over whole models,
+# [docs/defaults.md](../docs/defaults.md) measures what the weights are worth.
 #
 # Runs of text are no bad index either. Why?
 #
 # ## RoPE gives every key a place
 #
-# RoPE turns a key by an angle that grows with its position. Two tokens of one kind that stand far
-# apart therefore have different keys, and a cluster holds similar tokens *of one place*. Turn the
-# keys back, and cluster them again.
+# RoPE turns a key by an angle that grows with its position. So two similar tokens that stand far
+# apart in the text have different keys. A cluster then holds similar tokens *of one place*. To
+# check this, we turn the keys back and cluster them again. The measure is how far a token stands
+# from the middle of its cluster. The control keeps the sizes and draws the tokens by chance.
 
 # %%
 def turned_back(text, n):
@@ -298,23 +313,29 @@ def middles(ids):
     return centroids_of(place, ids)[0][..., 0].gather(1, ids)
 
 # %%
-place, kinds = torch.arange(n_keys), ("with RoPE", "turned back")
-found = [dict(zip(kinds, (middles(cluster(layer(*case)[0])), middles(cluster(turned_back(*case)))),
-                  strict=True)) for case in cases[::2]]
-apart = {kind: torch.stack([(x[kind] - place).abs().mean() for x in found]) for kind in kinds}
-figures.places(place, {kind: found[1][kind][HEAD] for kind in kinds},
+def by_kind(case):
+    """{kind of keys: the middle of each token's cluster (H, n_keys)}."""
+    ids = cluster(layer(*case)[0])
+    return {"with RoPE": middles(ids), "turned back": middles(cluster(turned_back(*case))),
+            "by chance": middles(ids[:, torch.randperm(n_keys)])}
+
+torch.manual_seed(0)
+place, found = torch.arange(n_keys), [by_kind(case) for case in cases[::2]]
+apart = {kind: torch.stack([(x[kind] - place).abs().mean() for x in found]) for kind in found[0]}
+figures.places(place, {kind: x[HEAD] for kind, x in found[1].items()},
                {kind: x.mean() for kind, x in apart.items()})
 ratio = apart["turned back"] / apart["with RoPE"]
-print(f"turned back, {ratio.min():.1f} to {ratio.max():.1f} times as far apart in 8 cases")
+print(f"turned back, {ratio.min():.1f} to {ratio.max():.1f} times as far in {len(ratio)} cases")
 assert ratio.min() > 1 and ratio.median() > 2
+assert apart["with RoPE"].max() < 0.5 * apart["by chance"].min()
 
 # %% [markdown]
 # ## Segments
 #
 # If clusters are local, a text need not be clustered as a whole. Cut it into segments and cluster
-# each alone. A key is then compared with the centroids of its segment only, so the work falls in
-# proportion. A segment can be indexed as soon as it has been read. What does it cost? All keys
-# count; the last segment may be shorter.
+# each segment alone. A key is then compared with the centroids of its segment only, so there are
+# fewer comparisons. And a segment can be indexed as soon as it has been read. What does an index of
+# segments find less? All keys are in it; the last segment may be shorter.
 
 # %%
 def cluster_segments(keys, L):
@@ -326,26 +347,29 @@ def cluster_segments(keys, L):
         n_before += n
     return torch.cat(parts, 1)
 
-lengths, loss, took = [280, 560, 1136, 2048], [], []
-for L in lengths:
-    start = time.perf_counter()
-    loss.append(-gain_over(lambda keys, L=L: cluster_segments(keys, L)))
-    took.append(time.perf_counter() - start)
-loss = torch.stack(loss)                                        # (lengths, cases)
+def comparisons(L):
+    """Comparisons of a key with a centroid in one pass, in per cent of those without segments."""
+    parts = [len(part) for part in torch.arange(n_keys).split(L)]
+    return 100 * sum(n * (n // config.cluster) for n in parts) / (n_keys * C)
+
+lengths = [280, 560, 1136, 2048]
+loss = torch.stack([-gain_over(lambda keys, L=L: cluster_segments(keys, L)) for L in lengths])
+work = [comparisons(L) for L in lengths]                        # loss: (lengths, cases)
 
 # %%
-figures.segments(lengths, loss, took)
+figures.segments(lengths, loss, work)
+print(f"lost with the shortest segments: {loss[0].min():.1f} to {loss[0].max():.1f} points by case")
 assert abs(loss[3].mean()) < 1, "segments of 2,048, the library's default"
-assert loss[0].mean() < 5 and loss[0].max() < 15
+assert loss[3].mean() < loss[0].mean() < 5 and work == sorted(work)
 
 # %% [markdown]
 # ## Takeaway
 #
-# - Keys can be indexed. Take their mean away, cluster them by direction, and a query finds most of
-#   what it wants by looking at the centroids.
+# - Keys can be indexed. Cluster them by direction, and a query that looks at the centroids alone
+#   finds most of the tokens that it attends to.
 # - RoPE makes clusters local. So they can be built segment by segment, while the text is read.
-# - It pays to weigh channels by the queries, with a power near a third.
-# - It is not a perfect index. In the worst layer about half of the best tokens are not found.
+# - To weigh channels by the queries helps a little.
+# - It is not a perfect index. In the worst layer a large part of the best tokens is not found.
 #   Notebook 03 says what is done about the clusters that are not opened.
 
 # %%
@@ -357,7 +381,7 @@ assert (worst < 70).all() and ours[..., 0].mean() > 60
 # ## Exercises
 #
 # **1.** Write `pieces(sizes, largest)`: into how many pieces clusters of these sizes are cut, when
-# no piece may be larger than `largest`, and no more cuts are made than that needs.
+# no piece may be larger than `largest`, and there are no more pieces than needed.
 
 # %%
 def pieces(sizes, largest):
@@ -388,9 +412,9 @@ print("right" if check(pieces) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# After one pass centroids are unit vectors. But a seed that lost all its members in that pass is
-# still as long as a key, several times longer, and wins far too many keys in the next pass. The
-# control starts from unit vectors.
+# After one pass, centroids are unit vectors. But a seed that has no members after this pass is
+# still as long as a key: several times longer than a unit vector. It wins far too many keys in the
+# next pass. The control starts from unit vectors.
 #
 # ```python
 # x = centred(layer(texts[0], 8)[0])[HEAD]
@@ -411,8 +435,8 @@ print("right" if check(pieces) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# Smaller clusters find more with as many tokens, but the index grows: a step reads and ranks a
-# centroid for each.
+# Smaller clusters find more with as many tokens. But the index grows, because a step reads and
+# ranks the centroid of each cluster.
 #
 # ```python
 # by_size = {}

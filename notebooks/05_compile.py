@@ -7,7 +7,7 @@
 #
 # **You need.** PyTorch, and attention as softmax(q·k)·v. A C++ compiler, which Inductor calls.
 #
-# **Time.** About half a minute; most of it is the C++ compiler.
+# **Time.** About half a minute to run, most of it for the C++ compiler; half an hour to read.
 #
 # **Paper.** RetroInfer, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922): a decode step, of
 # which the paper writes the parts as CUDA kernels. Here the step is PyTorch, compiled.
@@ -47,8 +47,8 @@ draw_compiler()
 #
 # `torch.compile` runs the function once with stand-ins for the tensors. A stand-in has a shape and
 # no numbers. The compiler writes down every operation as a *graph* and hands the graph to a
-# *backend*, which makes code of it. Our backend makes nothing and only counts: it keeps the graph
-# and runs its operations one by one.
+# *backend*, which makes code of it. Our backend makes no code. It keeps the graph, so that we can
+# count graphs, and runs its operations one by one. (Below, `getattr` is the `.mT` of `k.mT`.)
 
 # %%
 class Spy:
@@ -86,15 +86,16 @@ print(f"{len(spy.graphs)} graph:", *names(spy.graphs[0]))
 # %% [markdown]
 # ## A graph break
 #
-# Suppose a head is sure of one token: the token has nearly all of the weight. Then its value alone
-# is a good output. The function below asks with an `if` whether that is so. An `if` needs the value
-# of a tensor, and a stand-in has none. So the compiler ends the graph there. Python decides, and a
-# new graph begins in the branch that Python took.
+# Suppose that one token has nearly all of the weight of a head. Then its value alone is a good
+# output. The function below asks with an `if` whether that is so. An `if` needs the value of a
+# tensor, and a stand-in has none. So the compiler ends the graph there. Python decides, and a new
+# graph begins in the branch that Python took. The compiler calls this reason a *generic jump*: the
+# next step of the program depends on a tensor.
 
 # %%
 def attend_or_copy(q, k, v):
     weights = (q @ k.mT * D**-0.5).softmax(-1)
-    if weights.max() > 0.99:                                    # a question to the data
+    if weights.max() > 0.99:                                    # needs the value of a tensor
         return v.gather(2, weights.argmax(-1)[..., None].expand(-1, -1, -1, D))
     return weights @ v
 
@@ -106,10 +107,10 @@ print(f"{broken} graphs. The compiler says:", why[0].reason.splitlines()[0])
 assert broken > 1
 
 # %% [markdown]
-# On a GPU the break costs more than a second graph: Python waits for the value, and the device has
-# nothing to do meanwhile. The remedy is to compute both outputs, and to choose between them with
+# On a GPU the break costs more than a second graph: Python waits for the value, and meanwhile the
+# device gets no work. The remedy is to compute both outputs, and to choose between them with
 # `torch.where`. The option `fullgraph=True` makes every break an error. So a break cannot come back
-# unnoticed.
+# unnoticed. Below, queries that are 1,000 times as large put all weight on one token.
 
 # %%
 def attend_or_copy_mended(q, k, v):
@@ -118,12 +119,12 @@ def attend_or_copy_mended(q, k, v):
     return torch.where(weights.amax() > 0.99, best, weights @ v)
 
 compiled, spy = compile_with(attend_or_copy_mended, fullgraph=True)
-for loud in (1, 1000):                          # long queries are sure of one token: both branches
-    now = q_now * loud
+for factor in (1, 1000):                                        # both branches
+    now = q_now * factor
     torch.testing.assert_close(compiled(now, k, v), attend_or_copy(now, k, v))
-is_sure = [(q_now * n @ k.mT * D**-0.5).softmax(-1).max() > 0.99 for n in (1, 1000)]
-print(f"{len(spy.graphs)} graph; a head was sure: {bool(is_sure[0])}, then {bool(is_sure[1])}")
-assert len(spy.graphs) == 1 and is_sure[1] and not is_sure[0]
+has_one = [(q_now * n @ k.mT * D**-0.5).softmax(-1).max() > 0.99 for n in (1, 1000)]
+print(f"{len(spy.graphs)} graph; one token has all weight: {bool(has_one[0])}, {bool(has_one[1])}")
+assert len(spy.graphs) == 1 and has_one[1] and not has_one[0]
 
 # %%
 try:
@@ -177,14 +178,31 @@ print(f"{static[-1]} compilations in {STEPS} steps. The log says:", log.reasons[
 assert static[-1] == STEPS
 
 # %% [markdown]
-# Without `dynamic=False` the compiler guesses: after the second shape it makes that dimension a
+# Without `dynamic=False` the compiler guesses: when a second shape comes, it makes that dimension a
 # symbol. That takes two compilations, and the code is then for any length. But a CUDA graph, which
 # replays a step without Python, cannot replay code whose shapes change.
 #
 # The library does something else. A cache has one shape and is allocated once. Slots that hold no
-# token yet are masked. The number of tokens is a tensor, so no guard is on its value. (The tensor
-# has one element *and a dimension*. A tensor without dimensions, used as an index, would be read as
-# a number: an `.item()` that nobody wrote.)
+# token yet are masked. The number of tokens is a tensor, so no guard is on its value. This tensor
+# needs a dimension. A tensor without dimensions, used as an index, is read as a number: an
+# `.item()` that nobody wrote.
+
+# %%
+def row(x, n):
+    """Row n of x (B, H, T, D)."""
+    return x[:, :, n]
+
+graphs = {}
+for name, shape in (("no dimension", ()), ("one dimension", (1,))):
+    compiled, spy = compile_with(row, fullgraph=True, dynamic=False)
+    for n in range(4):
+        compiled(k, torch.full(shape, n))
+    graphs[name] = len(spy.graphs)
+print("graphs for four values of an index:", graphs)
+assert graphs == {"no dimension": 4, "one dimension": 1}
+
+# %% [markdown]
+# So here is a step of a cache that has room.
 
 # %%
 def attend_masked(q, k_all, v_all, k_new, v_new, n_tokens):
@@ -196,12 +214,12 @@ def attend_masked(q, k_all, v_all, k_new, v_new, n_tokens):
     return logits.softmax(-1) @ v_all
 
 # %% [markdown]
-# Is the write needed, and is the mask? The slots that wait for a token hold random numbers here. So
-# a step that forgets to write, or forgets to mask, gives a wrong output.
+# Does the test see it if a step forgets to write, or forgets to mask? Free slots hold random
+# numbers here, so the output should then be wrong. Both faults are tried.
 
 # %%
 def with_room(x):
-    """x (B, H, T, D) up to START; the slots behind it hold random numbers."""
+    """x (B, H, T, D) up to START; the slots after it hold random numbers."""
     return torch.cat([x[:, :, :START], 9 * torch.randn_like(x[:, :, START:])], 2)
 
 def steps_with_room(step, spy):
@@ -220,16 +238,22 @@ masked, off = steps_with_room(*compile_with(attend_masked, fullgraph=True, dynam
 assert masked[-1] == 1 and off < 1e-4
 
 # %%
-def forgetful(q, k_all, v_all, k_new, v_new, n_tokens):
-    """attend_masked without the write: the control."""
-    logits = (q @ k_all.mT * D**-0.5).masked_fill(
-        torch.arange(k_all.shape[2]) > n_tokens, -torch.inf)
+def no_write(q, k_all, v_all, k_new, v_new, n_tokens):
+    """attend_masked without the write."""
+    slot = torch.arange(k_all.shape[2])
+    logits = (q @ k_all.mT * D**-0.5).masked_fill(slot > n_tokens, -torch.inf)
     n_tokens.add_(1)
     return logits.softmax(-1) @ v_all
 
-_, off_without = steps_with_room(*compile_with(forgetful))
-print(f"largest error: below 0.0001 with the write, {off_without:.1f} without it")
-assert off_without > 0.1
+def no_mask(q, k_all, v_all, k_new, v_new, n_tokens):
+    """attend_masked without the mask."""
+    k_all[:, :, n_tokens], v_all[:, :, n_tokens] = k_new, v_new
+    n_tokens.add_(1)
+    return attend(q, k_all, v_all)
+
+off_by = {f.__name__: steps_with_room(*compile_with(f))[1] for f in (no_write, no_mask)}
+print("largest error: below 0.0001;", *(f"{name} {x:.1f} " for name, x in off_by.items()))
+assert min(off_by.values()) > 0.1
 
 # %%
 automatic = grow(compile_with(attend))
@@ -241,7 +265,8 @@ assert automatic[-1] == 2
 #
 # A step of the wave index does more: it writes a token, ranks clusters, gathers their tokens and
 # attends over three zones. Still it is one graph, and the graph stays the same while the index
-# grows. Budgets are shapes. Clusters beyond a sequence's share are masked. Counters are tensors.
+# grows. The number of ranked clusters is a shape, fixed by the capacity of the cache. Clusters that
+# a shorter text does not ask for are masked. Counters are tensors.
 
 # %%
 def generate(cache, step, start, stop):
@@ -270,9 +295,10 @@ assert len(spy.graphs) == 1 and n_updates > 1
 # %% [markdown]
 # ## What a real backend makes of it
 #
-# Inductor, the default backend, writes one loop for many operations. A number that the next
-# operation uses at once then never goes through memory. We ask for the code that Inductor made of
-# our masked softmax. (This is the slow cell: a C++ compiler runs.)
+# Inductor, the default backend, writes one *kernel* for many operations. On a CPU, a kernel is a
+# function in C++, made of loops. If the next operation uses a number at once, the number never goes
+# through memory. We ask for the code that Inductor made of our masked softmax, and look at the
+# lines that read a logit, compare, and mask. (This is the slow cell: a C++ compiler runs.)
 
 # %%
 def masked_softmax(logits, n_tokens):
@@ -296,62 +322,77 @@ def code_of(function, *args):
 logits, filled = q_now @ k.mT, torch.tensor(T - 100)
 n_ops, code = code_of(masked_softmax, logits, filled)
 n_kernels = len(re.findall(r"= async_compile\.cpp", code))
-print(f"{n_ops} operations became {n_kernels} loop:")
 body = code[code.index('extern "C"'):].split("''')")[0]
-print("\n".join(body.splitlines()[:24]), "\n...")
-assert n_kernels < n_ops / 2
+n_loops = len(re.findall(r"for\(int64_t x0=", body))             # x0 counts rows, x1 slots
+print(f"{n_ops} operations became {n_kernels} kernel with {n_loops} loops over the rows:\n")
+lines = body.splitlines()
+until = next(n for n, line in enumerate(lines) if "maximum(tmp_acc0_vec" in line)
+for line in (line for line in lines[:until + 1] if re.search("x[01]=|tmp", line)):
+    print(line[8:150])
+assert n_kernels == 1 and n_loops < n_ops / 2 and not re.search(r"extern_kernels\.\w+\(", code)
 
 # %% [markdown]
-# Read it from the outside in: a loop over the rows, and in it loops over the slots, several numbers
-# at a time (`at::vec`). The mask is a comparison with the loop's counter, so no tensor of booleans
-# is ever made. How many tensors are made at all?
+# Read it from the outside in. There is a loop over the rows (`x0`). In it is a loop over the slots
+# (`x1`), several numbers at a time (`at::vec`). The mask is a comparison of the loop's counter with
+# `in_ptr0`, the number of tokens. So no tensor of booleans is ever made. The kernel needs one loop
+# to find the largest logit, one to add up the exponentials, and one to divide. How many tensors are
+# made at all?
 
 # %%
-n_tensors = len(re.findall(r"= empty_strided_cpu\(", code))
-print(f"{n_tensors} tensors are allocated; one operation at a time makes {n_ops}")
-assert n_tensors < n_ops
+made = re.findall(r"= empty_strided_cpu\(.*", code)
+print(f"{len(made)} tensors are allocated; one operation at a time makes {n_ops}")
+assert len(made) < n_ops and "bool" not in "".join(made)
 
 # %% [markdown]
 # ## What does it not fuse?
 #
-# One example shows little. Here are five functions: the softmax, a gather with work on both sides,
-# and, as control, three that hold an operation for which Inductor calls a library: a matrix
-# product, a sort and a top-k. A loop cannot go on through such a call, because the call needs all
-# of its input, in memory.
+# One example shows little. Here are five functions. Each does elementwise work before and after one
+# operation: a softmax, a gather, a matrix product, a sort and a top-k. For the last three, Inductor
+# calls a function of a library. A kernel cannot go on through such a call, because the call needs
+# all of its input in memory.
 
 # %%
-rows = torch.arange(0, T, 7)
-FUNCTIONS = {
-    "softmax": (lambda x: masked_softmax(x, filled), logits),
-    "gather": (lambda x: (2 * x.exp())[..., rows].sigmoid() + 1, logits / 100),
-    "product": (lambda x: ((x.sigmoid() + 1) @ v).exp().clamp(max=1), logits),
-    "sort": (lambda x: (x.sigmoid() + 1).sort(-1).values.exp() - 1, logits),
-    "top-k": (lambda x: (x.sigmoid() + 1).topk(100).values.exp() - 1, logits)}
-counts = {}
-for name, (function, x) in FUNCTIONS.items():
-    n, code = code_of(function, x)
+rows, counts = torch.arange(0, T, 7), {}
+OPERATIONS = {"softmax": lambda x: masked_softmax(x, filled),
+              "gather": lambda x: x[..., rows],
+              "product": lambda x: x @ v,
+              "sort": lambda x: x.sort(-1).values,
+              "top-k": lambda x: x.topk(100).values}
+
+def between(operation):
+    """The function that does elementwise work, the operation, and elementwise work."""
+    return lambda x: operation(x.sigmoid() + 1).exp() - 1
+
+for name, operation in OPERATIONS.items():
+    n, code = code_of(between(operation), logits / 100)
     calls = re.findall(r"extern_kernels\.\w+\(|= torch\.ops\.aten\.\w+\.\w+\(", code)
     counts[name] = n, len(re.findall(r"= async_compile\.cpp", code)), len(calls)
 
 # %%
 plot_kernels(counts)
-for name, (n, n_loops, n_calls) in counts.items():
-    print(f"{name:8} {n:2} operations: {n_loops} loops, {n_calls} calls of a library")
+for name, (n, n_kernels, n_calls) in counts.items():
+    print(f"{name:8} {n:2} operations: kernels {n_kernels}, calls of a library {n_calls}")
 assert all(counts[name][1:] == (1, 0) for name in ("softmax", "gather"))
-assert all(n_loops > 1 and n_calls for name in ("product", "sort", "top-k")
-           for _, n_loops, n_calls in [counts[name]])
+assert all(n_kernels > 1 and n_calls for name in ("product", "sort", "top-k")
+           for _, n_kernels, n_calls in [counts[name]])
 
 # %% [markdown]
 # A step of the wave index has products, and a top-k between the ranking and the gather. There its
-# one graph falls into several loops. [Notebook 06](06_kernels.ipynb) counts what that costs.
+# one graph becomes several kernels. [Notebook 06](06_kernels.ipynb) counts what that costs.
 #
 # ## Takeaway
 #
-# - Ask the data nothing: `if`, `.item()` and `int()` on a tensor break a graph, and a GPU waits.
-# - Change no shape: allocate once, mask free slots, count in tensors. (On a CPU, which need not
-#   wait, the library reads some sizes within the graph where masks would waste much.)
-# - `fullgraph=True` and a backend that counts make tests of both rules.
-# - Loops fuse through a softmax and through a gather. They end at products, sorts and top-k.
+# - Do not ask for the value of a tensor: `if`, `.item()` and `int()` break a graph, and on a GPU
+#   Python waits for the device.
+# - Do not change a shape: allocate once, mask free slots, count in tensors.
+# - `fullgraph=True` and a backend that counts graphs turn both rules into tests.
+# - One kernel can hold a softmax or a gather, with the work before and after it. It ends at matrix
+#   products, sorts and top-k. (This is Inductor on a CPU, in the release printed at the top.)
+#
+# There is an exception to the first rule. On a CPU nothing waits, and masks can waste much work.
+# There the library reads some sizes from tensors inside the graph (`numbers` in
+# [generate.py](../generate.py)). To the compiler such a size is a symbol, without a guard on its
+# value. So there is still one graph.
 
 # %%
 print(f"graphs: {broken} with an if on the data, 1 without; "
@@ -404,7 +445,7 @@ print("right" if check(fixed) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# A number is part of the code. Each number has a guard of its own, so each step is compiled.
+# With `dynamic=False`, a number is part of the code and has a guard. So each step is compiled.
 #
 # ```python
 # def attend_first(q, k_all, v_all, n):
@@ -423,8 +464,8 @@ print("right" if check(fixed) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# A tensor this small stays in the processor's cache, where passing it on costs little. Most of the
-# time that is saved is that of starting operations. Try a hundred times the slots.
+# A tensor this small stays in the processor's cache, so writing and reading it costs little. Most
+# of what is saved is the time to start an operation. Try a hundred times as many slots.
 #
 # ```python
 # import time

@@ -47,36 +47,44 @@ def dense_and_retro():
 
 def paper():
     """The paper in one picture."""
-    ax = canvas("RetroInfer in one picture", 16, 10.4)
-    box(ax, 0.3, 9, 2.6, 0.9, "query q of token t", BLUE)
-    note(ax, 3.2, 9.45, "one kv head; its G query heads ask together")
-    sizes, colours = (3, 5, 2, 4, 3, 6, 4), (BLUE, MIDDLE, LIGHT, BLUE, MIDDLE, LIGHT, LIGHT)
-    x, places = 1.5, []
-    for n, (size, colour) in enumerate(zip(sizes, colours, strict=True)):
-        strip(ax, x, 3.7, [colour] * size, width=0.36, height=0.5)
-        box(ax, x, 6.4, 0.36 * size, 0.6, f"c{n}", colour)
-        places.append(x + 0.18 * size)
-        arrow(ax, (places[-1], 6.4), (places[-1], 4.2), color=LIGHT)
-        x += 0.36 * size + 0.45
-    note(ax, 1.5, 7.45, "1. rank the centroids, the mean key of each cluster, by q·c")
-    note(ax, 1.5, 5.9, "the index: C centroids, mean values, sizes")
-    strip(ax, 0.1, 3.7, [DARK] * 2, width=0.36, height=0.5)
-    strip(ax, 14.2, 3.7, [DARK] * 4, width=0.36, height=0.5)
-    note(ax, 1.5, 3.25, "the store: keys and values of all tokens, cluster by cluster")
-    note(ax, 0.1, 4.6, "first\ntokens", fontsize=8)
-    note(ax, 14.2, 4.6, "latest\ntokens", fontsize=8)
-    arrow(ax, (1.6, 9), (1.6, 7.8), color=BLUE)
-    for x, width, colour, text in ((0.3, 3.4, DARK, "steady zone\nk, v as they are"),
-                                   (4, 3.4, BLUE, "2. best R clusters:\nmembers' k, v"),
-                                   (7.7, 3.4, MIDDLE, "3. next E: centroid,\nlogit + log(size)")):
-        box(ax, x, 1.2, width, 1.1, text, colour)
-    box(ax, 11.9, 1.2, 3.8, 1.1, "4. one softmax over all,\na weighted mean of values")
-    for x, colour in ((1.5, DARK), (5.7, BLUE), (9.4, MIDDLE)):
-        arrow(ax, (x, 3.05), (x, 2.3), color=colour)
-    arrow(ax, (11.1, 1.75), (11.9, 1.75))
-    note(ax, 0.3, 0.55, "The other clusters (light) are dropped: the keys and values of their "
-         "tokens are not read.", fontsize=8.5)
+    ax = canvas("RetroInfer in one picture", 18, 9, scale=0.56)
+    box(ax, 5.2, 7.9, 2.8, 0.8, "query q of token t", BLUE)
+    note(ax, 8.3, 8.3, "one kv head; its G query heads ask together")
+    note(ax, 6.3, 7.15, "1. compare q with every centroid c: q·c ranks the clusters")
+    arrow(ax, (6, 7.9), (6, 6.4), color=BLUE)
+    note(ax, 0, 6.1, "index: the centroid, mean value\nand size of each of C clusters")
+    note(ax, 0, 4.2, "steady zone:\nfirst, latest")
+    note(ax, 5.2, 4.75, "store: keys and values of all tokens, cluster by cluster")
+    strip(ax, 2.3, 3.95, [DARK] * 2, width=0.36, height=0.5)
+    strip(ax, 3.3, 3.95, [DARK] * 4, width=0.36, height=0.5)
+    draw_clusters(ax)
+    for x, width, colour, text in (
+            (2.1, 2.8, DARK, "keys and values\nas they are"),
+            (5.2, 4.5, BLUE, "2. best R clusters:\nkeys and values of their tokens"),
+            (10.1, 6.2, MIDDLE, "3. next E clusters: centroid, mean value,\n"
+             "log(size) added to the logit")):
+        box(ax, x, 1.9, width, 1.1, text, colour)
+        arrow(ax, (x + width / 2, 1.9), (x + width / 2, 1.3), color=colour)
+    arrow(ax, (3.5, 3.9), (3.5, 3), color=DARK)
+    box(ax, 2.1, 0.6, 14.2, 0.7, "4. one softmax over all entries; the weighted mean of values")
+    note(ax, 2.1, 0.15, "The other clusters (light) are dropped: nothing of their tokens is read.",
+         fontsize=8.5)
     plt.show()
+
+
+def draw_clusters(ax):
+    """Clusters in index and store; what is read of them goes down."""
+    sizes, colours = (3, 5, 2, 4, 3, 6, 4), (BLUE, LIGHT, BLUE, MIDDLE, LIGHT, MIDDLE, LIGHT)
+    x = 5.2
+    for n, (size, colour) in enumerate(zip(sizes, colours, strict=True)):
+        end = x + 0.36 * size
+        strip(ax, x, 3.95, [colour] * size, width=0.36, height=0.5)
+        box(ax, x, 5.8, end - x, 0.6, f"c{n}", colour)
+        if colour == BLUE:                      # its tokens are read
+            arrow(ax, ((x + end) / 2, 3.9), ((x + end) / 2, 3), color=BLUE)
+        if colour == MIDDLE:                    # its centroid is enough
+            arrow(ax, (end - 0.05, 5.8), (end + 0.3, 3), color=MIDDLE)
+        x = end + 0.45
 
 
 def life():

@@ -14,6 +14,7 @@ from plots import (
     heatmap,
     label,
     note,
+    panels,
     strip,
 )
 
@@ -55,8 +56,8 @@ def bytes_by_length(lengths, reads, weights, cross):
 def roofline(bandwidth, compute, points):
     """points: {name: (flop/byte, flop/s)}."""
     ridge = compute / bandwidth
-    ax = axes("Decoding (3 queries a key) lies left of the ridge, where reading is the limit",
-              "operations a byte read [flop/byte]", "speed [Gflop/s]")
+    ax = axes("Decoding (3 queries per key) lies left of the ridge, where reading is the limit",
+              "operations per byte read [flop/byte]", "speed [Gflop/s]")
     x = torch.logspace(-0.5, 4, 200)
     ax.loglog(x, (x * bandwidth).clamp(max=compute) / 1e9, color=MIDDLE)
     label(ax, 1, bandwidth / 1e9, "limit: reading", dx=-8, dy=6, ha="right")
@@ -91,7 +92,7 @@ def tokens_needed(shares, control):
 
 def needed_by_layer(share):
     """share (layers, heads), in per cent."""
-    ax = axes("The first layer looks everywhere, most later heads at little",
+    ax = axes("Most heads of the first layer need many tokens, most later heads few",
               "layer", "query head", size=(7.5, 3))
     heatmap(ax, share.T.clamp(max=50), "tokens for 90 %, to 50 and above [%]", vmin=0, vmax=50)
     ax.set_yticks(range(0, share.shape[1], 2))
@@ -102,12 +103,13 @@ def errors_of_choice(errors, kept):
     """errors: {how tokens were chosen: (layers, heads) output errors}."""
     names, x = list(errors), [e.flatten() * 100 for e in errors.values()]
     middle = [float(e.median()) for e in x]
-    ax = axes(f"The best {kept} tokens give the output up to {middle[0]:.0f} %; "
-              "as many others do not", "", "output error of a head [%]", size=(7.5, 3.2))
+    ax = axes(f"Median error: {middle[0]:.0f} % from the best {kept} tokens, "
+              f"{min(middle[1:]):.0f} % or more from as many others", "",
+              "output error of a head [%]", size=(7.5, 3.2))
     ax.boxplot(x, whis=(10, 90), showfliers=False, widths=0.5, medianprops={"color": BLUE})
     ax.set_xticks(range(1, len(x) + 1), names)
     for n, m in enumerate(middle):
-        label(ax, n + 1, m, f"{m:.0f} %", dx=46, color=BLUE)
+        label(ax, n + 1.26, m, f"{m:.0f} %", dx=4, color=BLUE)
     ax.set_ylim(bottom=0)
     plt.show()
 
@@ -116,11 +118,12 @@ def zones_by_layer(zones):
     """zones: {zone: (texts and tokens, layers) share of the attention, in per cent}."""
     upper = {name: float(x[:, x.shape[1] // 2:].mean()) for name, x in zones.items()}
     names = list(zones)
-    ax = axes(f"In the upper half the {names[0]} take {upper[names[0]]:.0f} %, the {names[1]} "
-              f"{upper[names[1]]:.0f} %", "layer", "attention, mean of the heads [%]")
-    for (name, x), colour in zip(zones.items(), (BLUE, DARK, MIDDLE), strict=True):
-        y = band(ax, range(x.shape[1]), x, colour)
-        label(ax, x.shape[1] - 1, y[-1], name)
+    all_axes = panels(f"In the upper half the {names[0]} take {upper[names[0]]:.0f} %, the "
+                      f"{names[1]} {upper[names[1]]:.0f} %", names, "layer",
+                      "attention [%], mean of the heads", size=(7.5, 3))
+    for ax, x in zip(all_axes, zones.values(), strict=True):
+        band(ax, range(x.shape[1]), x)
+    note(ax, 29, 96, "band: 8 of 10 tokens", fontsize=8.5, ha="right")
     ax.set(ylim=(0, 100), xlim=(0, x.shape[1] - 1))
     plt.show()
 

@@ -38,7 +38,7 @@ def shared_direction(raw, centred):
 
 def keys_in_a_plane(flat, best):
     """flat (n, 2) keys; best: those that a query attends to most."""
-    ax = axes("Most of the 100 best keys of one query lie side by side",
+    ax = axes("For one query, most of the 100 best keys lie side by side",
               "first principal direction of the keys", "second principal direction", (6, 3.9))
     shade = ax.scatter(*flat.T, c=torch.arange(len(flat)), s=5, cmap=SHADES)
     ax.scatter(*flat[best].T, s=14, color=BLUE)
@@ -60,7 +60,7 @@ def together(layers, cosines):
 
 def sizes(before, after, largest, lost):
     """Tokens in a cluster before and after large ones are cut."""
-    ax = axes(f"A table with room for {largest} tokens a cluster would lose {lost:.1f} % of the "
+    ax = axes(f"A table with room for {largest} tokens per cluster would lose {lost:.1f} % of the "
               "keys", "tokens in a cluster", "clusters", size=(7.5, 2.8))
     bins = torch.arange(0, int(before.max()) + 3) - 0.5
     ax.stairs(torch.histogram(before.float(), bins).hist, bins, fill=True, color=LIGHT)
@@ -87,16 +87,17 @@ def found(layers, results, read):
     plt.show()
 
 
-def gains(powers, gain, control, ours):
-    """gain (powers, cases): points gained over power 0; control: with weights of other channels."""
-    ax = axes("Weighing channels by their queries finds more; by other channels' weights, less",
+def gains(powers, gain, controls, ours):
+    """gain (powers, cases): points gained over power 0; controls: {name: (cases,) the same}."""
+    ax = axes("Weights from the queries find more; other weights find less",
               "power of the queries' mean square",
               "best 100 tokens found,\ngain over power 0 [points]", size=(7.5, 3))
     ax.axhline(0, color=MIDDLE, linewidth=1)
     middle, spread = gain.mean(1), gain.std(1)
     ax.errorbar(powers, middle, spread, fmt="o-", color=DARK, capsize=3)
-    ax.errorbar([ours + 0.015], [control.mean()], [control.std()], fmt="s", color=BLUE, capsize=3)
-    label(ax, ours + 0.015, control.mean(), "control", dx=9, color=BLUE)
+    for (name, x), place in zip(controls.items(), (ours + 0.015, ours + 0.03), strict=True):
+        ax.errorbar([place], [x.mean()], [x.std()], fmt="s", color=BLUE, capsize=3)
+        label(ax, place, x.mean(), f"control: {name}", dx=9, color=BLUE)
     n = powers.index(ours)
     label(ax, ours, middle[n] + spread[n], f"the library: {ours}", dx=0, dy=8, ha="center")
     note(ax, 0, ax.get_ylim()[0] * 0.85, "bars: standard deviation over layers and texts",
@@ -106,23 +107,28 @@ def gains(powers, gain, control, ours):
 
 
 def places(place, centres, apart):
-    """centres: {name: (n,) middle of each token's cluster}; apart: their mean distance."""
-    for ax, (name, x) in zip(panels("RoPE ties a cluster to a place", centres,
+    """centres: {name: (n,) middle of each token's cluster}; apart: mean distance, all cases."""
+    for ax, (name, x) in zip(panels("RoPE ties a cluster to a place: mean distance from "
+                                    "its middle", centres,
                                     "token's place [tokens]", "middle of its cluster [tokens]"),
                              centres.items(), strict=True):
         ax.plot(place, x, ".", color=DARK, markersize=1.5)
-        ax.set_title(f"{name}: {apart[name]:.0f} tokens apart", fontsize=10, fontweight="normal")
+        ax.set_title(f"{name}: {apart[name]:.0f} tokens", fontsize=10, fontweight="normal")
     plt.show()
 
 
-def segments(lengths, loss, took):
-    """loss (lengths, cases): points lost against one segment; took: seconds."""
-    ax = axes(f"Cut into segments, the index finds at most {loss.mean(1).max():.1f} of 100 less",
+def segments(lengths, loss, work):
+    """loss (lengths, cases): points lost against one segment; work: comparisons, in per cent."""
+    ax = axes(f"Segments of {lengths[-1]:,} tokens lose {loss[-1].mean():.1f} of 100 on average, "
+              f"of {lengths[0]} tokens {loss[0].mean():.1f}",
               "tokens clustered together", "best 100 tokens found,\nloss [points]", (7.5, 3))
     ax.axhline(0, color=MIDDLE, linewidth=1)
     ax.errorbar(lengths, loss.mean(1), loss.std(1), fmt="o-", color=DARK, capsize=3)
-    for length, y, s in zip(lengths, loss.mean(1), took, strict=True):
-        label(ax, length, y, f"{s:.1f} s", dx=5, dy=-12)
+    for length, y, share in zip(lengths, loss.mean(1), work, strict=True):
+        label(ax, length, y, f"{share:.0f} %", dx=5, dy=12)
+    note(ax, 0.98, 0.93, "bars: standard deviation over layers and texts\nbeside the points: "
+         "comparisons, of those without segments", transform=ax.transAxes, fontsize=8.5, ha="right",
+         va="top")
     ax.set(xscale="log", xticks=lengths, xticklabels=[f"{x:,}" for x in lengths])
     ax.minorticks_off()
     plt.show()

@@ -1,9 +1,23 @@
 """The figures of notebook 03."""
 import matplotlib.pyplot as plt
 import torch
-from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, band, box, canvas, label, note, strip
+from plots import (
+    BLUE,
+    DARK,
+    LIGHT,
+    MIDDLE,
+    arrow,
+    axes,
+    band,
+    box,
+    canvas,
+    label,
+    note,
+    panels,
+    strip,
+)
 
-STYLES = {"retrieved": (LIGHT, "-"), "as many bytes": (MIDDLE, "-"),
+STYLES = {"retrieved": (DARK, "-"), "as many bytes": (BLUE, "--"),
           "and estimated": (DARK, "-"), "oracle": (BLUE, "--")}
 
 
@@ -43,26 +57,29 @@ def estimates(true, estimate, share):
 
 def by_layer(layers, errors, gain, more):
     """errors: {name: (cases, layers)} of outputs, in per cent."""
-    ax = axes(f"Estimates take {gain:.0f} % of the error away; as many bytes of tokens "
-              f"{more:.0f} %", "layer", "error, mean of the heads [%]", (7.5, 4))
+    all_axes = panels(f"Estimates take {gain:.0f} % of the error away; as many bytes of tokens "
+                      f"{more:.0f} %", ("reading alone", "estimates, and the oracle"), "layer",
+                      "error, mean of the heads [%]", (7.5, 3.8))
     for name, x in errors.items():
+        ax = all_axes[0 if name in ("retrieved", "as many bytes") else 1]
         colour, dash = STYLES[name]
-        y = band(ax, layers, x, colour, linestyle=dash)
-        label(ax, layers[-1], y[-1], f"{name}: {x.mean():.1f} %",
-              dy={"retrieved": 30, "as many bytes": 17, "and estimated": 4, "oracle": -5}[name])
-    note(ax, 0.4, 0.95, "lines: median of queries and texts; bands: 8 of 10", fontsize=8.5,
-         transform=ax.transAxes)
-    ax.set(ylim=0, xlim=layers[0], xticks=layers)
+        band(ax, layers, x, colour, name=f"{name}: mean {x.mean():.1f} %", linestyle=dash)
+        ax.legend(loc="upper right", fontsize=9)
+    note(all_axes[0], 0.03, 0.04, "lines: median of queries and texts; bands: 8 of 10",
+         fontsize=8.5, transform=all_axes[0].transAxes)
+    ax.set(ylim=0, xlim=(layers[0], layers[-1]), xticks=layers[::2])
     plt.show()
 
 
-def against_oracle(needed, ratio, is_wide, wins, others):
+def against_oracle(needed, ratio, is_first, first, others):
     """For each head: tokens it needs, and our error over the oracle's."""
-    ax = axes(f"Of the tenth of the heads that look widest {wins * 100:.0f} % beat the oracle, "
-              f"of the rest {others * 100:.0f} %", "tokens that hold 90 % of the attention",
+    ax = axes(f"In the first layer {first:.0f} % of the heads beat the oracle, in the others "
+              f"{others:.0f} %", "tokens that hold 90 % of the attention",
               "our error / oracle's", (7.5, 3.4))
-    ax.loglog(needed[~is_wide], ratio[~is_wide], ".", color=MIDDLE)
-    ax.loglog(needed[is_wide], ratio[is_wide], "o", color=DARK, markersize=5)
+    ax.loglog(needed[~is_first], ratio[~is_first], ".", color=MIDDLE, label="other layers")
+    ax.loglog(needed[is_first], ratio[is_first], "o", color=DARK, markersize=5,
+              label="the first layer")
+    ax.legend(loc="upper right")
     ax.axhline(1, color=BLUE, linestyle="--", linewidth=1)
     label(ax, float(needed.min()), 1, "equal", dx=0, dy=-8, color=BLUE)
     plt.show()
@@ -99,11 +116,10 @@ def shortfall(variance, short):
 
 def with_spread(layers, errors, fall):
     """errors: {how: (cases, layers)} of outputs, in per cent."""
-    ax = axes(f"Counting size and spread takes away another {fall:.0f} % of the error", "layer",
-              "error, mean of the heads [%]")
-    for (name, x), colour in zip(errors.items(), (MIDDLE, DARK, BLUE), strict=True):
-        y = band(ax, layers, x, colour)
-        label(ax, layers[-1], y[-1], f"{name}: {x.mean():.1f} %",
-              dy={MIDDLE: 24, DARK: -5, BLUE: 11}[colour])
-    ax.set(ylim=0, xlim=layers[0], xticks=layers)
+    names = [f"{name}: {x.mean():.1f} %" for name, x in errors.items()]
+    all_axes = panels(f"Counting a spread takes away another {fall:.0f} % of the error", names,
+                      "layer", "error, mean of the heads [%]", (7.5, 3.2))
+    for ax, x in zip(all_axes, errors.values(), strict=True):
+        band(ax, layers, x)
+    ax.set(ylim=0, xlim=(layers[0], layers[-1]), xticks=layers[::3])
     plt.show()

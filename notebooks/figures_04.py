@@ -55,18 +55,14 @@ def grown_and_fresh(tokens, grown, fresh, updates):
     a, b = grown[:, -n:].mean(), fresh.mean()
     ax = axes(f"In the last {n} steps the grown index errs by {a:.1f} %, a fresh one by {b:.1f} %",
               "tokens read or generated", "error to dense attention [%]\nmean of 32 steps")
-    width = 32
     for x, colour, name in ((grown, DARK, "grown"), (fresh, BLUE, "fresh")):
-        smooth = x.unfold(1, width, 1).mean(-1)                         # (layers, steps - 31)
-        where = tokens[-smooth.shape[1]:]
-        for row in smooth:
-            ax.plot(where, row, color=colour, linewidth=0.6, alpha=0.5)
-        ax.plot(where, smooth.mean(0), color=colour)
-        label(ax, where[-1], smooth[:, -1].mean(), name, color=colour,
-              dy=7 if name == "grown" else -7)
+        smooth = x.mean(0).unfold(0, 32, 1).mean(-1)                    # (steps - 31,)
+        ax.plot(tokens[-len(smooth):], smooth, color=colour, linestyle="--" if x is fresh else "-")
+        label(ax, tokens[-1], smooth[-1], name, color=colour, dy=7 if name == "grown" else -7)
     for t in updates:
         ax.axvline(t, color=MIDDLE, linewidth=0.8, linestyle=":")
-    note(ax, 0.01, 0.95, "thin: one layer; dotted: updates", transform=ax.transAxes, fontsize=8.5)
+    note(ax, 0.01, 0.05, "mean of five layers; dotted: updates", transform=ax.transAxes,
+         fontsize=8.5)
     ax.set(ylim=0, xlim=(tokens[0], tokens[-1]))
     plt.show()
 
@@ -76,7 +72,7 @@ def ranks(above, found, chance):
     counts = " and ".join(str(n) for n in found)
     n_layers = len(next(iter(above.values())))
     ax = axes(f"{counts} of {n_layers} layers read the sentence more than 95 % of other passages; "
-              f"chance: {chance:.1f}", "layer", "passages read less [%]", (7.5, 3))
+              f"chance: {chance:.1f}", "layer", "passages of which it\nreads less [%]", (7.5, 3))
     for (name, y), colour, sign in zip(above.items(), (DARK, BLUE), "os", strict=True):
         ax.plot(range(n_layers), y, sign, color=colour, markersize=5, label=name, alpha=0.7)
     ax.axhline(95, color=MIDDLE, linestyle="--", linewidth=1)
@@ -87,7 +83,7 @@ def ranks(above, found, chance):
 
 def any_token(counts, ours):
     """In how many layers some token of a passage is read: all passages, and the sentence."""
-    ax = axes(f"Some token of the sentence is read in {ours} layers; of any passage, in "
+    ax = axes(f"Some token of the sentence is read in {ours} layers; of the median passage, in "
               f"{counts.float().median():.0f}", "layers that read a token of a passage",
               "passages [%]", (7.5, 2.6))
     height = counts.bincount(minlength=31) / len(counts) * 100

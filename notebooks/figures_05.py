@@ -15,7 +15,7 @@ def draw_compiler():
     note(ax, 9.7, 4.45, "one set holds: fast", ha="center")
     box(ax, 4.4, 0.7, 3, 1.2, "trace: run once with\nstand-ins for tensors")
     box(ax, 8.6, 0.7, 2.4, 1.2, "graph of\noperations", LIGHT)
-    box(ax, 12, 0.7, 2.6, 1.2, "backend: loops,\nmachine code")
+    box(ax, 12, 0.7, 2.6, 1.2, "backend: kernels,\nmachine code")
     arrow(ax, (5.9, 3.5), (5.9, 1.9), "none holds: recompile")
     arrow(ax, (7.4, 1.3), (8.6, 1.3))
     arrow(ax, (11, 1.3), (12, 1.3))
@@ -42,14 +42,14 @@ def plot_compilations(static, automatic, masked):
 
 def plot_kernels(counts):
     """counts {name: (operations, kernels of the compiler, calls of a library)}."""
-    ax = axes("Loops are fused across a softmax and a gather; products, sorts and top-k stay apart",
+    ax = axes("One kernel holds a softmax or a gather; products, sorts and top-k split it",
               "how many", "", size=(7.5, 2.9))
-    for row, (n_ops, n_loops, n_calls) in enumerate(counts.values()):
+    for row, (n_ops, n_kernels, n_calls) in enumerate(counts.values()):
         ax.barh(row - 0.2, n_ops, 0.36, color=LIGHT)
-        ax.barh(row + 0.2, n_loops, 0.36, color=BLUE)
-        ax.barh(row + 0.2, n_calls, 0.36, left=n_loops, color=DARK)
+        ax.barh(row + 0.2, n_kernels, 0.36, color=BLUE)
+        ax.barh(row + 0.2, n_calls, 0.36, left=n_kernels, color=DARK)
     for name, colour in (("operations of the graph", LIGHT),
-                         ("loops that the compiler wrote", BLUE),
+                         ("kernels that the compiler wrote", BLUE),
                          ("calls of a library's function", DARK)):
         ax.barh(0, 0, color=colour, label=name)
     ax.set(yticks=range(len(counts)), yticklabels=counts, ylim=(len(counts) - 0.4, -0.6))
