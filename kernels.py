@@ -1,46 +1,47 @@
 """Triton twins of the hot functions of retroinfer.py: a decode step, and building the index.
 And of buffer.copy_rows, which brings tokens from the host.
 
-A step over one layer is kernels around torch.topk. No token is gathered: the work list that `pack`
-writes holds row numbers, and `look` and `attend` read K and V where they lie in the store. Where
-all values are read, attend reads keys too, and the four kernels behind pack are left out.
+A step over one layer is six kernels, or four where all values are read: then attend reads keys too.
+No token is gathered: the work list that `choose` writes holds row numbers, and `look` and `attend`
+read K and V where they lie in the store.
 
     rank      q, steady, centroids  -> logs of mass, possible mass (B, H, C, G); stats of each split
-    weigh     possible mass, stats  -> share of each cluster, summed over G
-    topk      share                 -> order (B, H, R+E)                               (PyTorch)
-    pack      order, sizes, offsets -> rows (B, H, N) of the retrieved tokens, how many they are
-    look      steady | rows | order -> logits (B, H, W, G) and (B, H, N, G); max and sum likewise
-    weigh     logits, max and sum   -> share of each token, summed over G
-    topk      share                 -> places (B, H, M) in rows, of whose tokens values are read
-    mark      places                -> share -1: nothing is left of them to their clusters' means
+    choose    possible mass, stats  -> weights: the shares of each cluster, summed over G
+              weights, sizes        -> order (B, H, K), rows (B, H, N) of the retrieved tokens
+    look      steady | rows | order -> logits (B, H, W, G) and (B, H, N, G), max and sum of a split
+    share     logits, max and sum   -> weights of tokens, and above which of these values are read
     attend    steady | rows | order -> max, sum and weighted values of each split
     combine   of all splits         -> o (B, H, G, D)
 
     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady-zone slots
     C clusters a head   R, E clusters retrieved, estimated   N exact tokens   S splits of a head
     M exact tokens whose values are read   L tokens in a segment   K clusters ranked: R+E
-    BG, BD, BN, BC, BL: a tile's size along those
+    BG, BD, BN, BC, BL: a tile's size along those, BX and BR: of weights and of R
 
 What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;
 centroids and means in 4 bits):
 
-    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e + 4*S*D read, 8*G*(C + S) written
-    weigh     4*G*(C + 2*S) read, 4*C written
-    pack      20*R + 8 read, 4*N + 8 written
-    attend    (W + N)*(2*D*e + 4) + E*(D//2 + 14 + 4*G) + S*(G*D*e + 16) read, 4*S*G*(D + 2) written
+    rank      C*(D//2 + 8) + W*(D*e + 4) + 2*S*G*D*e + 4*S*D read, 8*G*(C + S) + 8 written
+    choose    4*G*(C + 2*S) + 8*C + 16*R + 16 read, 4*(C + R + E + N) + 16 written
+    attend    (W + N)*(2*D*e + 4) + E*(D//2 + 6 + 4*G) + S*(G*D*e + 12) read, 4*S*G*(D + 2) written
     combine   4*S*G*(D + 3) read, G*D*e written
 
-and in place of these, where M < N tokens give values, and the means of R clusters stand for others:
+and in place of these, where M < N tokens give values, and cluster means stand for the others:
 
-    weigh     4*G*(C + N + 4*S) + 4 read, 4*(C + N) written
-    pack      20*R + 8 read, 4*(N + R) + 8 written
-    look      (W + N)*(D*e + 4) + E*(4*G + 8) + S*(G*D*e + 16) read, 4*G*(W + N + 2*S) written
-    mark      8*M + 4 read, 4*M written
-    attend    W*(D*e + 4*G + 4) + M*(D*e + 12) + N*(4*G + 4) + R*(D//2 + 22)
-              + E*(D//2 + 14 + 4*G) + 16*S read, 4*S*G*(D + 2) written
+    choose    4*G*(C + 2*S) + 8*C + 16*R + 16 read, 4*(C + R + E + 2*N) + 16 written
+    look      (W + N)*(D*e + 4) + E*(4*G + 4) + S*(G*D*e + 12) read, 4*G*(W + N + 2*S) written
+    share     4*G*(N + 2*S) + 4*N + 4 read, 4*N + 12 written
+    attend    W*(D*e + 4*G + 4) + N*(4*G + 4) + M*(D*e + 4) + (N - M)*(D//2 + 6)
+              + E*(D//2 + 6 + 4*G) + 20*S read, 4*S*G*(D + 2) written
 
-(weigh reads its 8*S*G once for 256 rows or fewer; where centroids alone rank, as in the paper, rank
-reads no W). A test finds these in what interpreted kernels move.
+(choose and share read their 8*S*G once for 1,024 rows or fewer; of more than 8,192 weights they
+read those behind again for each halving of `thresholds`, about 20 times, from a cache; where
+centroids alone rank, as in the paper, rank reads no W). A test finds these in what interpreted
+kernels move.
+
+A selection is exact, and the same in every run: of equal weights the first count. torch.topk would
+take longer than all kernels: 79 us for 512 of 8,192 numbers in 8 rows, 101 us of 65,536 (measured
+in sglang's pull request 33237).
 
 Every grid is fixed by shapes; what a head has of its own (live slots, retrieved tokens, budget)
 is read on the device, and a program without work ends. So a step can be captured in a CUDA graph.
@@ -51,9 +52,9 @@ thread of stack); 99 KB of shared memory hold them too, but float32 queries of m
 elements a group, as 40 of 256 dims, take 101 KB (107 under Triton 3.6), which an A100 has.
 
 Does not include: the permutation of K and V into cluster order (index_select moves those bytes as
-they are), a selection of our own in place of torch.topk, and the column sums of causal attention
-by which AnTKV finds its anchors. Those belong to the building of an index, as one kernel more: a
-program owns a tile of keys and walks over the later queries, whose max and sum prefill must leave.
+they are), and the column sums of causal attention by which AnTKV finds its anchors. Those belong to
+the building of an index, as one kernel more: a program owns a tile of keys and walks over the later
+queries, whose max and sum prefill must leave.
 """
 import functools
 import importlib
@@ -173,10 +174,12 @@ def meet(queries, keys, row, is_live, D: tl.constexpr, BD: tl.constexpr):
 # beside 4*D bytes of the centre.
 @triton.jit
 def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, centre, masses, ranks, stats,
-                H, W, C, n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr, PACKED: tl.constexpr,
-                G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-                BC: tl.constexpr):
+                counters, H, W, C, n_tiles, bias_b, bias_h, BY_MASS: tl.constexpr,
+                PACKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
+                BD: tl.constexpr, BC: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    tl.store(counters + head * 2, 0, split == 0)
+    tl.store(counters + head * 2 + 1, 0, split == 0)
     g, d, h = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BD // 2)
     q += (head * G + g[:, None]) * D
     queries = tl.load(q + d, (g[:, None] < G) & (d < D), 0.0)                           # (BG, BD)
@@ -226,14 +229,13 @@ def rank_kernel(q, k_steady, bias, centroids, sizes, spreads, scales, centre, ma
     tl.store(stats + G, s, g < G)
 
 
-# Grid (C/BC, B*H). A program owns BC clusters, or tokens: it reads 4*G bytes of logarithms each and
-# all S pairs of max and sum of the head, and writes 4 bytes each. A free slot weighs -1, below
-# every other; so does what is behind the tokens that `fits` counts, of which it reads nothing.
 @triton.jit
-def weigh_kernel(ranks, stats, fits, weights, C, S, G: tl.constexpr, BG: tl.constexpr,
-                 BC: tl.constexpr, STEP: tl.constexpr):
-    head, g = tl.program_id(1).to(tl.int64), tl.arange(0, BG)
-    n = C if fits is None else tl.load(fits + head * 2 + 1)
+def weigh(logits, stats, weights, counter, head, C, n, S, G: tl.constexpr, BG: tl.constexpr,
+          BC: tl.constexpr, STEP: tl.constexpr):
+    """Write the weights of BC of C rows: shares, summed over G, that exp of the logits of the first
+    n have in all of stats. -1, below every share, where a row is free. True in the last program of
+    a head: the others' weights are written then."""
+    g = tl.arange(0, BG)
     m, total = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
     for start in range(0, S, STEP):
         s = start + tl.arange(0, STEP)[:, None]
@@ -247,73 +249,164 @@ def weigh_kernel(ranks, stats, fits, weights, C, S, G: tl.constexpr, BG: tl.cons
     top = tl.where(m == float("-inf"), 0.0, m)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     is_one = (c[:, None] < n) & (g < G)                                                 # (BC, BG)
-    x = tl.load(ranks + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
-    p = tl.exp(x - top) / tl.where(total > 0, total, 1.0)
-    is_live = tl.max(x, 1) > float("-inf")
-    tl.store(weights + head * C + c, tl.where(is_live, tl.sum(p, 1), -1.0), c < C)
+    x = tl.load(logits + (head * C + c[:, None]) * G + g, is_one, float("-inf"))
+    share = tl.sum(tl.exp(x - top) / tl.where(total > 0, total, 1.0), 1)                # (BC,)
+    share = tl.where(share >= 0, share, 0.0)                                            # no NaN
+    tl.store(weights + head * C + c, tl.where(tl.max(x, 1) > float("-inf"), share, -1.0), c < C)
+    tl.debug_barrier()          # all threads have written before the counter says so
+    is_last = tl.atomic_add(counter, 1) == tl.num_programs(0) - 1
+    tl.store(counter, 0, is_last)
+    return is_last
 
 
-def weigh(x, stats, fits=None):
-    """Shares (B, H, C), fp32 and summed over G, that exp(x) (B, H, C, G) has in all of stats: of
-    clusters, or of the tokens that fit (B, H, 2)."""
-    (B, H, C, G), S = x.shape, stats.shape[2]
-    weights, BG = x.new_empty(B, H, C), triton.next_power_of_2(G)
-    BC = min(256, 4096 // BG)
-    launch(weigh_kernel, (triton.cdiv(C, BC), B * H), x, stats, fits, weights, C, S, G=G, BG=BG,
-           BC=BC, STEP=16, num_warps=4)
-    return weights
+@triton.jit
+def bits(weights, i, n):
+    """Weights i of n, as whole numbers in the same order. Below 0: free, or none."""
+    return tl.load(weights + i, i < n, -1.0).to(tl.int32, bitcast=True)
 
 
-def rank_clusters(q, k_steady, bias, index, n, by_mass):
-    """Logarithms of masses (B, H, C, G), fp32, and the n best clusters (B, H, n)."""
-    (B, H, G, D), C, W = q.shape, index.sizes.shape[2], k_steady.shape[2]
-    tile = tile_sizes(G, D, q.element_size())
-    BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
-    n_tiles = triton.cdiv(C, BC)
-    n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
-    S = triton.cdiv(C, BC * n_tiles)
-    masses, ranks = index.sizes.new_empty(2, B, H, C, G)
-    stats = index.sizes.new_empty(B, H, S, 2, G)
-    launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
-           index.scales, index.centre, masses, ranks, stats, H, W, C, n_tiles, bias.stride(0),
-           bias.stride(1), BY_MASS=by_mass, PACKED=index.centroids.dtype == torch.uint8, BC=BC,
-           **tile, num_stages=3)
-    return masses, weigh(ranks, stats).topk(n, sorted=True).indices
+@triton.jit
+def count(x, weights, low_a, low_b, n, BX: tl.constexpr):
+    """How many of n weights, of which x are the first, are at least low_a, and low_b."""
+    a, b = (x >= low_a).to(tl.int32), (x >= low_b).to(tl.int32)
+    for start in range(BX, n, BX):
+        more = bits(weights, start + tl.arange(0, BX), n)
+        a, b = a + (more >= low_a).to(tl.int32), b + (more >= low_b).to(tl.int32)
+    return tl.sum(a, 0), tl.sum(b, 0)
+
+
+@triton.jit
+def narrow(low, high, found, above, middle, n_middle, n):
+    """The half of [low, high) that holds the n-th largest weight; how many are at least its low,
+    and at least its high."""
+    is_up = n_middle >= n
+    low, high = tl.where(is_up, middle, low), tl.where(is_up, high, middle)
+    return low, high, tl.where(is_up, n_middle, found), tl.where(is_up, above, n_middle)
+
+
+@triton.jit
+def first_equals(weights, low, found, above, n_top, n, BX: tl.constexpr):
+    """Where to stop, of n, for n_top weights: those above low, and the first that equal it."""
+    end, seen = n, above
+    for start in range(0, tl.where(found > n_top, n, 0), BX):       # hardly ever
+        i = start + tl.arange(0, BX)
+        is_equal = (bits(weights, i, n) == low).to(tl.int32)
+        is_last = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) == n_top)
+        end = tl.minimum(end, tl.min(tl.where(is_last, i + 1, n), 0))
+        seen += tl.sum(is_equal, 0)
+    return end
+
+
+@triton.jit
+def thresholds(weights, n, n_a, n_b, BX: tl.constexpr):
+    """low and end for `is_top`, and how many there are, of the n_a and of the n_b largest of n
+    weights. Intervals are halved until they hold no more weights than are asked for."""
+    x = bits(weights, tl.arange(0, BX), n)
+    found_a, found_b = count(x, weights, 0, 0, n, BX)
+    low_a, high_a, above_a = found_a * 0, found_a * 0 + 2147483647, found_a * 0
+    low_b, high_b, above_b = low_a, high_a, above_a
+    while ((found_a > n_a) & (low_a + 1 < high_a)) | ((found_b > n_b) & (low_b + 1 < high_b)):
+        a, b = low_a + (high_a - low_a) // 2, low_b + (high_b - low_b) // 2
+        more_a, more_b = count(x, weights, a, b, n, BX)
+        low_a, high_a, found_a, above_a = narrow(low_a, high_a, found_a, above_a, a, more_a, n_a)
+        low_b, high_b, found_b, above_b = narrow(low_b, high_b, found_b, above_b, b, more_b, n_b)
+    end_a = first_equals(weights, low_a, found_a, above_a, n_a, n, BX)
+    end_b = first_equals(weights, low_b, found_b, above_b, n_b, n, BX)
+    return low_a, end_a, tl.minimum(found_a, n_a), low_b, end_b, tl.minimum(found_b, n_b)
+
+
+@triton.jit
+def is_top(x, i, low, end):
+    """Which of weights i are among the largest, of equals the first: x are their bits."""
+    return (x > low) | ((x == low) & (i < end))
+
+
+# Grid (C/BC, B*H). A program owns BC clusters: it reads 4*G bytes of ranks each and all S pairs of
+# max and sum of the head, and writes 4 bytes each, their weights. The last program of a head picks
+# the clusters: it reads the weights, writes 4 bytes of order for each that is ranked, those that
+# are retrieved first, then reads 4 of order, 4 of size and 8 of offset of each of these and writes
+# 4 bytes a token, its row, with `owners` 4 more, its cluster. In the end it writes how many
+# clusters and tokens are retrieved, and how many clusters are ranked.
+@triton.jit
+def choose_kernel(ranks, stats, sizes, offsets, n_retrieve, n_ranked, weights, counters, order,
+                  rows, owners, fits, C, S, R, K, N, heads, G: tl.constexpr, BG: tl.constexpr,
+                  BC: tl.constexpr, STEP: tl.constexpr, BX: tl.constexpr, BR: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    if weigh(ranks, stats, weights, counters + head * 2, head, C, C, S, G, BG, BC, STEP):
+        weights += head * C
+        order += head * K
+        n_a = tl.minimum(tl.load(n_retrieve + head // heads), R).to(tl.int32)
+        n_b = tl.minimum(tl.load(n_ranked + head // heads), K).to(tl.int32)
+        low_a, end_a, n_read, low_b, end_b, n_means = thresholds(weights, C, n_a,
+                                                                 tl.maximum(n_a, n_b), BX)
+        n, at_read, at_mean = n_read, n_read * 0, n_read
+        for start in range(0, C, BR):
+            c = start + tl.arange(0, BR)
+            x = bits(weights, c, C)
+            is_read, is_ranked = is_top(x, c, low_a, end_a), is_top(x, c, low_b, end_b)
+            is_mean = is_ranked & (is_read == 0)
+            at = tl.where(is_read, at_read + tl.cumsum(is_read.to(tl.int32), 0),
+                          at_mean + tl.cumsum(is_mean.to(tl.int32), 0)) - 1
+            tl.store(order + at, c, is_ranked)
+            at_read += tl.sum(is_read.to(tl.int32), 0)
+            at_mean += tl.sum(is_mean.to(tl.int32), 0)
+        tl.debug_barrier()      # all threads have written before others read order
+        end = n * 0
+        for start in range(0, n, BR):
+            r = start + tl.arange(0, BR)
+            c = tl.load(order + r, r < n, 0)                                            # (BR,)
+            size = tl.load(sizes + head * C + c, r < n, 0.0).to(tl.int32)
+            ends = end + tl.cumsum(size, 0)
+            is_in = (r < n) & (ends <= N)       # of a sound index all: no row lies outside
+            first = tl.load(offsets + head * C + c, is_in, 0).to(tl.int32)
+            for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
+                at = head * N + ends - size + i
+                tl.store(rows + at, first + i, is_in & (i < size))
+                if owners is not None:
+                    tl.store(owners + at, c, is_in & (i < size))
+            end += tl.sum(size, 0)
+        tl.store(fits + head * 3, n)
+        tl.store(fits + head * 3 + 1, tl.minimum(end, N))
+        tl.store(fits + head * 3 + 2, n_means)
+
+
+@triton.jit
+def few(n, values):
+    """retroinfer.few: of n tokens `values` in 1,000 have their values read."""
+    return (n * values + 999) // 1000
+
+
+# Grid (N/BC, B*H). choose_kernel for retrieved tokens, of which it reads the logits and writes the
+# weights. The last program of a head writes the threshold of those whose values are read, 8 bytes.
+@triton.jit
+def share_kernel(x_tokens, stats, fits, weights, counters, cuts, values, N, S, G: tl.constexpr,
+                 BG: tl.constexpr, BC: tl.constexpr, STEP: tl.constexpr, BX: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    n = tl.load(fits + head * 3 + 1)
+    if weigh(x_tokens, stats, weights, counters + head * 2 + 1, head, N, n, S, G, BG, BC, STEP):
+        M = few(n, values)
+        low, end, _, _, _, _ = thresholds(weights + head * N, n, M, M, BX)
+        tl.store(cuts + head * 2, low)
+        tl.store(cuts + head * 2 + 1, end)
+
+
+def select(kernel, n, logits, stats, *args, **tile):
+    """Launch a kernel that weighs n rows of each head, and selects from them."""
+    B, H, _, G = logits.shape
+    BG = triton.next_power_of_2(G)
+    BC, BX = min(1024, 16384 // BG), min(triton.next_power_of_2(n), 8192)   # registers hold them
+    launch(kernel, (triton.cdiv(n, BC), B * H), logits, stats, *args, G=G, BG=BG, BC=BC, STEP=16,
+           BX=BX, num_warps=16, **tile)
 
 
 # ---------------------------------------------------------------- attention
-
-# Grid (B*H,). A program owns the work list of one head: in order of rank it reads 8 bytes of order,
-# 4 of size and 8 of offset of each retrieved cluster, and writes 4 bytes a token; then how many
-# clusters and tokens these are. With `known`, also where in the list each cluster ends, 4 bytes.
-@triton.jit
-def pack_kernel(order, sizes, offsets, n_retrieve, rows, fits, known, C, K, R, N,
-                BR: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)
-    n = tl.minimum(tl.load(n_retrieve + head), R)
-    end = 0
-    for start in range(0, n, BR):
-        r = start + tl.arange(0, BR)
-        ids = head * C + tl.load(order + head * K + r, r < n, 0)                        # (BR,)
-        size = tl.load(sizes + ids, r < n, 0.0).to(tl.int32)
-        ends = end + tl.cumsum(size, 0)
-        is_in = (r < n) & (ends <= N)           # of a sound index all: no row lies outside
-        first = tl.load(offsets + ids, is_in & (size > 0), 0).to(tl.int32)
-        for i in range(0, tl.max(tl.where(is_in, size, 0), 0)):
-            tl.store(rows + head * N + ends - size + i, first + i, is_in & (i < size))
-        if known is not None:
-            tl.store(known + head * R + r, ends, is_in)
-        end += tl.sum(size, 0)
-    tl.store(fits + head * 2, n)
-    tl.store(fits + head * 2 + 1, tl.minimum(end, N))
-
 
 # Grid (S, B*H). A program owns every S-th tile of the entries of one head, as in attend_kernel: of
 # steady slots and retrieved tokens it reads D*e + 4 bytes each and writes 4*G, their logits (-inf
 # of a free slot), of estimated clusters it reads 8 + 4*G. In the end it writes max and sum, 8*G.
 @triton.jit
-def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N,
-                C, K, bias_b, bias_h, x_steady, x_tokens, G: tl.constexpr, D: tl.constexpr,
+def look_kernel(q, k_steady, bias, k_store, rows, fits, order, masses, stats, H, W, T, N, C, K,
+                bias_b, bias_h, x_steady, x_tokens, G: tl.constexpr, D: tl.constexpr,
                 BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     g, d, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BN)
@@ -327,7 +420,7 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
         x = meet(queries, k_steady, head * W + w, b > float("-inf"), D, BD) + b         # (BG, BN)
         tl.store(x_steady + (head * W + w) * G + g[:, None], x, (w < W) & is_g)
         m, s = grow(x, m, s)
-    n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
+    n_clusters, n_tokens = tl.load(fits + head * 3), tl.load(fits + head * 3 + 1)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
     for t in range(first, tl.cdiv(n_tokens, BN), S):
@@ -337,7 +430,7 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
         x = meet(queries, k_store, row, is_live, D, BD)
         tl.store(x_tokens + (head * N + slot) * G + g[:, None], x, is_live & is_g)
         m, s = grow(x, m, s)
-    n_estimate = (tl.minimum(tl.load(n_ranked + head), K) - n_clusters).to(tl.int32)
+    n_estimate = tl.load(fits + head * 3 + 2) - n_clusters
     for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
         r = t * BN + n
         ids = head * C + tl.load(order + head * K + n_clusters + r, r < n_estimate, 0)
@@ -346,23 +439,6 @@ def look_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses,
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
-
-
-@triton.jit
-def few(n, values):
-    """retroinfer.few: of n tokens `values` in 1,000 have their values read."""
-    return (n * values + 999) // 1000
-
-
-# Grid (M/BM, B*H). A program owns BM of the best tokens: it reads 8 bytes of place of those whose
-# values are read, and writes 4, the -1 that a free place has.
-@triton.jit
-def mark_kernel(places, fits, values, weights, M, N, BM: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    is_read = i < few(tl.load(fits + head * 2 + 1), values)
-    place = tl.load(places + head * M + i, is_read, 0)
-    tl.store(weights + head * N + place, -1.0, is_read)
 
 
 @triton.jit
@@ -379,39 +455,39 @@ def absorb(x, low, high, scale, m, s, o_low, o_high):
 
 
 @triton.jit
-def leave(m, s, weights, x_tokens, end, size, g, G: tl.constexpr):
-    """Logarithms m + log(s) (BG, BN), with what clusters of `size` tokens, up to `end` in the work
-    list, are left with: their tokens whose values are not read, 4*G bytes each, and 4 of all."""
-    for i in range(0, tl.max(size, 0)):
-        at = end - size + i
-        is_left = tl.load(weights + at, i < size, -1.0) >= 0                            # (BN,)
-        x = tl.load(x_tokens + at * G + g[:, None], is_left & (g[:, None] < G), float("-inf"))
-        top = tl.maximum(m, x)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        m, s = top, s * tl.exp(m - shift) + tl.exp(x - shift)
-    return m + tl.log(tl.maximum(s, 1.0))       # less than the largest only where all are -inf
+def load_halves(rows, ids, is_live, h, D: tl.constexpr, PACKED: tl.constexpr):
+    """The halves (BN, BD/2) of rows ids; PACKED, of means: a byte holds a number of each."""
+    half: tl.constexpr = (D + 1) // 2
+    is_low, is_high = is_live[:, None] & (h < half), is_live[:, None] & (half + h < D)
+    if PACKED:
+        codes = tl.load(rows + ids[:, None] * half + h, is_low, 136)        # 0 in both halves
+        low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
+    else:
+        low = tl.load(rows + ids[:, None] * D + h, is_low, 0.0)
+        high = tl.load(rows + ids[:, None] * D + half + h, is_high, 0.0)
+    return low, high
 
 
 # Grid (S, B*H). A program owns every S-th tile of the live entries of one head, BN entries a tile:
 # steady slots, then retrieved tokens by the work list, then the estimated clusters, whose masses
-# rank_kernel left. It reads 2*D*e + 4 bytes a token, and of a cluster its mean, 4*G + 14 bytes and
-# in the end writes 4*G*(D + 2). Values come in two halves of the columns: PACKED, a byte of a mean
-# holds a number of each. Where look_kernel has left logits, it reads these, 4*G bytes, in place of
-# keys; then of retrieved tokens those at `places` only, 8 bytes more each, and of what is left of
-# retrieved clusters the means too.
+# rank_kernel left. It reads 2*D*e + 4 bytes a token, and of a cluster its mean, 4*G + 6 bytes and
+# in the end writes 4*G*(D + 2). Where look_kernel has left logits, it reads these, 4*G bytes, in
+# place of keys, and of a token its weight, 4 bytes; then the row and its value if share_kernel
+# selected it, else the number of its cluster, 4 bytes, and this cluster's mean and scale.
 @triton.jit
-def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T,
-                  N, C, K, bias_b, bias_h, v_steady, v_store, means, scales, parts, sizes, ends,
-                  values, x_steady, x_tokens, weights, places, R, M, PACKED: tl.constexpr,
-                  G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-                  BN: tl.constexpr):
+def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, masses, stats, H, W, T, N, C, K,
+                  bias_b, bias_h, v_steady, v_store, means, scales, parts, owners, x_steady,
+                  x_tokens, weights, cuts, PACKED: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                  BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     split, head, S = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     g, d, h, n = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BD // 2), tl.arange(0, BN)
     half: tl.constexpr = (D + 1) // 2
-    is_low, is_high = h < half, half + h < D                                            # (BD/2,)
+    kind = v_store.dtype.element_ty
     is_g = g[:, None] < G
-    if places is None:
+    if cuts is None:
         queries = tl.load(q + (head * G + g[:, None]) * D + d, is_g & (d < D), 0.0)     # (BG, BD)
+    else:
+        cut, end = tl.load(cuts + head * 2), tl.load(cuts + head * 2 + 1)
     m, s = tl.full([BG], float("-inf"), tl.float32), tl.zeros([BG], tl.float32)
     o_low, o_high = tl.zeros([BG, BD // 2], tl.float32), tl.zeros([BG, BD // 2], tl.float32)
     n_tiles = tl.cdiv(W, BN)
@@ -419,60 +495,48 @@ def attend_kernel(q, k_steady, bias, k_store, rows, fits, order, n_ranked, masse
         w = t * BN + n
         b = tl.load(bias + head // H * bias_b + head % H * bias_h + w, w < W, float("-inf"))
         row, is_live = head * W + w, b > float("-inf")                                  # (BN,)
-        low = tl.load(v_steady + row[:, None] * D + h, is_live[:, None] & is_low, 0.0)
-        high = tl.load(v_steady + row[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
-        if places is None:
+        low, high = load_halves(v_steady, row, is_live, h, D, False)
+        if cuts is None:
             x = meet(queries, k_steady, row, is_live, D, BD) + b                        # (BG, BN)
         else:
             x = tl.load(x_steady + row * G + g[:, None], (w < W) & is_g, float("-inf"))
         m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
-    n_clusters, n_tokens = tl.load(fits + head * 2), tl.load(fits + head * 2 + 1)
-    if places is not None:
-        n_tokens = few(n_tokens, values)
+    n_clusters, n_tokens = tl.load(fits + head * 3), tl.load(fits + head * 3 + 1)
     first = (split + S - n_tiles % S) % S           # where the zone before left off
     n_tiles += tl.cdiv(n_tokens, BN)
     for t in range(first, tl.cdiv(n_tokens, BN), S):
         slot = t * BN + n
-        is_live = slot < n_tokens
-        if places is not None:
-            slot = tl.load(places + head * M + slot, is_live, 0)
-        row = head * T + tl.load(rows + head * N + slot, is_live, 0)
-        low = tl.load(v_store + row[:, None] * D + h, is_live[:, None] & is_low, 0.0)
-        high = tl.load(v_store + row[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
-        if places is None:
-            x = meet(queries, k_store, row, is_live, D, BD)
+        at, is_read = head * N + slot, slot < n_tokens
+        if cuts is not None:
+            is_read = is_read & is_top(bits(weights + head * N, slot, n_tokens), slot, cut, end)
+        row = head * T + tl.load(rows + at, is_read, 0)
+        low, high = load_halves(v_store, row, is_read, h, D, False)
+        scale = 1.0
+        if cuts is None:
+            x = meet(queries, k_store, row, is_read, D, BD)
         else:
-            x = tl.load(x_tokens + (head * N + slot) * G + g[:, None], is_live & is_g,
-                        float("-inf"))
-        m, s, o_low, o_high = absorb(x, low, high, 1.0, m, s, o_low, o_high)
-    skip = n_clusters if places is None else 0
-    n_means = tl.minimum(tl.load(n_ranked + head), K).to(tl.int32)
-    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_means - skip, BN), S):
-        r = skip + t * BN + n
-        ids = head * C + tl.load(order + head * K + r, r < n_means, 0)
-        is_live = tl.load(masses + ids * G, r < n_means, float("-inf")) > float("-inf")
+            is_mean = (slot < n_tokens) & (is_read == 0)
+            x = tl.load(x_tokens + at * G + g[:, None], (slot < n_tokens) & is_g, float("-inf"))
+            ids = head * C + tl.load(owners + at, is_mean, 0)
+            scale = tl.load(scales + ids * 2 + 1, is_mean, 1.0).to(tl.float32)
+            low_mean, high_mean = load_halves(means, ids, is_mean, h, D, PACKED)
+            low = (low.to(tl.float32) + low_mean).to(kind)          # one of both is 0
+            high = (high.to(tl.float32) + high_mean).to(kind)
+        m, s, o_low, o_high = absorb(x, low, high, scale, m, s, o_low, o_high)
+    n_estimate = tl.load(fits + head * 3 + 2) - n_clusters
+    for t in range((split + S - n_tiles % S) % S, tl.cdiv(n_estimate, BN), S):
+        is_live = t * BN + n < n_estimate
+        ids = head * C + tl.load(order + head * K + n_clusters + t * BN + n, is_live, 0)
+        x = tl.load(masses + ids * G + g[:, None], is_live & is_g, float("-inf"))
         scale = tl.load(scales + ids * 2 + 1, is_live, 0.0).to(tl.float32)
-        x = tl.load(masses + ids * G + g[:, None], is_live & (r >= n_clusters) & is_g,
-                    float("-inf"))
-        if places is not None:
-            is_read = is_live & (r < n_clusters)
-            size = tl.load(sizes + ids, is_read, 0.0).to(tl.int32)
-            end = head * N + tl.load(ends + head * R + r, is_read, 0)
-            x = leave(x, tl.full([BG, BN], 1.0, tl.float32), weights, x_tokens, end, size, g, G)
-        if PACKED:
-            codes = tl.load(means + ids[:, None] * half + h, is_live[:, None] & is_low, 8)
-            low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
-        else:
-            low = tl.load(means + ids[:, None] * D + h, is_live[:, None] & is_low, 0.0)
-            high = tl.load(means + ids[:, None] * D + half + h, is_live[:, None] & is_high, 0.0)
-        kind = v_store.dtype.element_ty
+        low, high = load_halves(means, ids, is_live, h, D, PACKED)
         m, s, o_low, o_high = absorb(x, low.to(kind), high.to(kind), scale, m, s, o_low, o_high)
     stats += (head * S + split) * 2 * G + g
     tl.store(stats, m, g < G)
     tl.store(stats + G, s, g < G)
     parts += ((head * S + split) * G + g[:, None]) * D + h                              # (BG, BD/2)
-    tl.store(parts, o_low, is_g & is_low)
-    tl.store(parts + half, o_high, is_g & is_high)
+    tl.store(parts, o_low, is_g & (h < half))
+    tl.store(parts + half, o_high, is_g & (half + h < D))
 
 
 # Grid (G, B*H). A program owns one output row: it reads S partial rows, 4*(D + 2) bytes each. Where
@@ -500,34 +564,17 @@ def combine_kernel(stats, parts, out, S, G: tl.constexpr, D: tl.constexpr, BD: t
 def attend(q, steady, index, stores, budget, method):
     """retroinfer.attend, with clusters read from the stores in place.
 
-    Every tensor is on one GPU, q, k and v are of one dtype: ValueError otherwise. Runs under
-    torch.compile and in a CUDA graph.
+    Every tensor is on one GPU, q, k and v are of one dtype: ValueError otherwise. Of equal clusters
+    or tokens those of the lower number are best. Runs under torch.compile and in a CUDA graph.
     """
     kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
     from retroinfer import rank_by_centroid, rank_by_mass
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
-    limits = [x.expand(q.shape[:2]).contiguous() for x in (budget.retrieve, budget.ranked)]
     numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values)]
-    return attend_op(q, list(steady), list(index), list(stores), limits, numbers,
+    return attend_op(q, list(steady), list(index), list(stores), list(budget[:2]), numbers,
                      method.rank is rank_by_mass)
-
-
-def look(shared, values, M, tile):
-    """What attend_kernel takes in place of keys, for what it shares with look_kernel.
-
-    Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), shares of the latter
-    (B, H, N), -1 of none and of those whose values are read, and places of these (B, H, M).
-    """
-    (B, H, G, _), stats, W, N = shared[0].shape, shared[9], shared[11], shared[13]
-    x_steady, x_tokens = stats.new_empty(B, H, W, G), stats.new_empty(B, H, N, G)
-    launch(look_kernel, (stats.shape[2], B * H), *shared, x_steady, x_tokens, **tile, num_stages=3)
-    weights = weigh(x_tokens, stats, shared[5])
-    places = weights.topk(M, sorted=True).indices
-    launch(mark_kernel, (triton.cdiv(M, 256), B * H), places, shared[5], values, weights, M, N,
-           BM=256, num_warps=4)
-    return values, x_steady, x_tokens, weights, places
 
 
 @torch.library.custom_op("retroinfer::attend", mutates_args=())
@@ -539,30 +586,74 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     index = index._replace(sizes=index.sizes.float())
     k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (n_retrieve, n_ranked), (N, R, K, values) = limits, numbers
-    M = (N * values + 999) // 1000
-    (B, H, G, D), W, T, C = q.shape, k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
-    masses, order = rank_clusters(q, k_steady, bias, index, K, by_mass)
-    rows, fits, ends = (torch.empty(B, H, n, dtype=torch.int32, device=q.device) for n in (N, 2, R))
-    ends = ends if M < N else None
-    launch(pack_kernel, (B * H,), order, index.sizes, index.offsets, n_retrieve, rows, fits,
-           ends, C, K, R, N, BR=128, num_warps=4)
+    (N, _, K, values), (B, H, G, D) = numbers, q.shape
+    W, T, C = k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
+    counters = torch.empty(B, H, 2, dtype=torch.int32, device=q.device)
+    masses, ranks, stats = rank(q, k_steady, bias, index, counters, by_mass)
+    order, rows, owners, fits = choose(ranks, stats, index, limits, counters, numbers)
     tile = tile_sizes(G, D, q.element_size())
     tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
     stats, parts, o = (q.new_empty(B, H, *shape, dtype=dtype) for *shape, dtype in (
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
-    shared = (q, k_steady, bias, k_store, rows, fits, order, n_ranked, masses, stats, H, W, T, N, C,
-              K, bias.stride(0), bias.stride(1))
-    looked = look(shared, values, M, tile) if M < N else [None] * 5
+    shared = (q, k_steady, bias, k_store, rows, fits, order, masses, stats, H, W, T, N, C, K,
+              bias.stride(0), bias.stride(1))
+    looked = [None] * 4 if owners is None else look(shared, counters, values, tile)
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
     launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales, parts,
-           index.sizes, ends, *looked, R, M, PACKED=index.means.dtype == torch.uint8, **tile,
-           num_stages=3)
+           owners, *looked, PACKED=index.means.dtype == torch.uint8, **tile, num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
     return o
+
+
+def rank(q, k_steady, bias, index, counters, by_mass):
+    """Logarithms of masses, and what clusters are ranked by, (B, H, C, G) each; max and sum of the
+    latter (B, H, S, 2, G). fp32. The counters (B, H, 2) are set to 0."""
+    (B, H, G, D), C, W = q.shape, index.sizes.shape[2], k_steady.shape[2]
+    tile = tile_sizes(G, D, q.element_size())
+    BC = tile_rows(tile["BG"], tile["BD"], q.element_size())
+    n_tiles = triton.cdiv(C, BC)
+    n_tiles = triton.cdiv(n_tiles, splits(q.device, B * H, n_tiles))    # of one program
+    S = triton.cdiv(C, BC * n_tiles)
+    masses, ranks = index.sizes.new_empty(2, B, H, C, G)
+    stats = index.sizes.new_empty(B, H, S, 2, G)
+    launch(rank_kernel, (S, B * H), q, k_steady, bias, index.centroids, index.sizes, index.spreads,
+           index.scales, index.centre, masses, ranks, stats, counters, H, W, C, n_tiles,
+           bias.stride(0), bias.stride(1), BY_MASS=by_mass,
+           PACKED=index.centroids.dtype == torch.uint8, BC=BC, **tile, num_stages=3)
+    return masses, ranks, stats
+
+
+def choose(ranks, stats, index, limits, counters, numbers):
+    """The ranked clusters (B, H, K), those that are retrieved first; of the tokens of the latter
+    the rows and, where some values are not read, the clusters (B, H, N); how many clusters and
+    tokens are retrieved, and clusters ranked (B, H, 3)."""
+    (B, H, C, _), (N, R, K, values) = ranks.shape, numbers
+    limits = [x.expand(B, -1).contiguous() for x in limits]             # (B, H), or (B, 1)
+    order, rows, owners, fits = (counters.new_empty(B, H, n) for n in (K, N, N, 3))
+    owners = owners if values < 1000 else None
+    select(choose_kernel, C, ranks, stats, index.sizes, index.offsets, *limits,
+           index.sizes.new_empty(B, H, C), counters, order, rows, owners, fits, C, stats.shape[2],
+           R, K, N, H // limits[0].shape[1], BR=512)
+    return order, rows, owners, fits
+
+
+def look(shared, counters, values, tile):
+    """What attend_kernel takes in place of keys, for what it shares with look_kernel.
+
+    Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), weights of the latter
+    (B, H, N), and the thresholds (B, H, 2) of those whose values are read.
+    """
+    (B, H, G, _), stats, W, N = shared[0].shape, shared[8], shared[10], shared[12]
+    x_steady, x_tokens, weights, cuts = (
+        like.new_empty(B, H, *shape) for like, *shape in (
+            (stats, W, G), (stats, N, G), (stats, N), (counters, 2)))
+    launch(look_kernel, (stats.shape[2], B * H), *shared, x_steady, x_tokens, **tile, num_stages=3)
+    select(share_kernel, N, x_tokens, stats, shared[5], weights, counters, cuts, values, N,
+           stats.shape[2])
+    return x_steady, x_tokens, weights, cuts
 
 
 @attend_op.register_fake

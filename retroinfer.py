@@ -420,11 +420,20 @@ class WaveIndex(LayerCache):
         R, K = limits_of(self.config, torch.tensor(self.capacity), self.method)
         R, K = min(int(R), C), min(round_up(int(K)), C)
         self.most = R, K, round_up(min(R * self.config.largest, self.capacity))
+        self.limits = [like.new_zeros(B, 1, dtype=torch.int64) for _ in "RK"]
 
     def attend(self, q, steady):
         attend = self.store.attend or self.hot.attend
         stores = self.store.k, self.store.v
-        return attend(q, steady, self.index, stores, self.budget(), self.method)
+        budget = Budget(*self.limits, self.config.values, *self.most)
+        return attend(q, steady, self.index, stores, budget, self.method)
+
+    def update(self):
+        """LayerCache.update. What a step may read changes here alone."""
+        room = super().update()
+        for kept, now in zip(self.limits, self.budget(), strict=False):
+            kept.copy_(now)
+        return room
 
     def budget(self):
         """The Budget of a step."""

@@ -54,6 +54,7 @@ def spread(cache, batch):
     cache.index = Index(*(share(x, batch) for x in cache.index))
     for name in ("n_tokens", "n_indexed", "n_clusters", "q_energy", "k_steady", "v_steady"):
         setattr(cache, name, repeat(getattr(cache, name), batch))
+    cache.limits = [repeat(x, batch) for x in cache.limits]
     cache.is_in_store = cache.is_in_store * batch
 
 

@@ -233,18 +233,18 @@ class Cell:
         q, steady, index, _, budget, _ = self.args
         (B, H, G, D), e, C = q.shape, q.element_size(), index.sizes.numel()
         live, n_steady = int((index.sizes > 0).sum()), int((steady[2] > -math.inf).sum())
-        fits, N = launches["pack"][1]["fits"], B * H * budget.N
-        clusters, tokens = fits.sum((0, 1)).tolist()            # retrieved, in all heads together
-        given = int(few(budget, fits[..., 1]).sum())        # tokens with values
-        guessed = int(budget.ranked.expand(B, H).sum()) - clusters   # clusters estimated
+        fits = launches["choose"][1]["fits"]
+        clusters, tokens, ranked = fits.sum((0, 1)).tolist()    # in all heads together
+        given = int(few(budget, fits[..., 1]).sum())            # tokens with values
+        guessed = ranked - clusters                             # clusters estimated
         parts = 4 * B * H * G * (D + 2) * launches["attend"][1]["stats"].shape[2]
         return {"rank": live * (D // 2 + 4) + C * (4 + 8 * G) + n_steady * (D * e + 4),
-                "weigh": C * (4 * G + 4) + 4 * (tokens * G + N),
-                "pack": 24 * clusters + 4 * tokens,
-                "look": (n_steady + tokens) * (D * e + 4 + 4 * G) + guessed * (4 * G + 8),
-                "mark": 12 * given,
-                "attend": n_steady * (D * e + 4 * G + 4) + given * (D * e + 12) + parts
-                + tokens * (4 * G + 4) + clusters * (D // 2 + 22) + guessed * (D // 2 + 14 + 4 * G),
+                "choose": C * (4 * G + 12) + 16 * clusters + 4 * ranked + 8 * tokens,
+                "look": (n_steady + tokens) * (D * e + 4 + 4 * G) + guessed * (4 * G + 4),
+                "share": tokens * (4 * G + 8),
+                "attend": n_steady * (D * e + 4 * G + 4) + tokens * (4 * G + 4) + parts
+                + given * (D * e + 4) + (tokens - given) * (D // 2 + 6)
+                + guessed * (D // 2 + 6 + 4 * G),
                 "combine": parts + q.numel() * e}
 
 

@@ -9,10 +9,13 @@ Bytes are those of the ledger in kernels.py's docstring, with every head at its 
 tokens, and of the model's weights. Dense attention reads K and V once.
 
     captured     bytes / bandwidth: one CUDA graph, whose kernels follow one another at once
-    gaps         the same, and 2 us for each kernel of kernels.py (topk included): a graph has gaps
+    gaps         the same, 2 us for each kernel of kernels.py (a graph has gaps), and the halvings
     launched     the larger of launches x 2 us and bytes / bandwidth: the host runs ahead
 
-Bandwidths are what a copy gets: 3.0 TB/s on an H100, 4.3 on an H200.
+Bandwidths are what a copy gets: 3.0 TB/s on an H100, 4.3 on an H200. A selection halves intervals
+about 20 times. One multiprocessor a head compares all weights each time, at 1.7 GHz: 128 bytes of
+them a cycle while they fit its first cache, else 64, and 0.25 us to add up and go on. This is a
+model of ours, as nothing of it was measured.
 """
 import functools
 import re
@@ -32,6 +35,8 @@ from retroinfer import PLAIN, RetroConfig, limits_of
 MACHINES = {"H100": (3.0e12, 80), "H200": (4.3e12, 140)}        # bytes a second, GB of memory
 PROGRAMS = 4 * 132                                              # of both, as kernels.programs
 LAUNCH = 2e-6                                                   # seconds
+HALVINGS, ROUND, CLOCK = 20, 0.25e-6, 1.7e9                     # seconds a halving, cycles a second
+NEAR = 200e3                                                    # bytes of a first cache
 CELLS = [(tokens, batch) for tokens in (8192, 32768, 131072, 524288, 1048576) for batch in (1, 8)]
 MODEL, TOKENS = "Llama-3.1-8B", 122880
 
@@ -58,14 +63,24 @@ def layer_bytes(config, tokens, batch, retro):
     sizes["M"] = -(-sizes["N"] * round(1000 * retro.values) // 1000)
     tile = kernels.tile_sizes(sizes["G"], D, e)
     BN = kernels.tile_rows(tile["BG"], tile["BD"], e)
-    n_tiles = {"rank": -(-sizes["C"] // BN)}
+    n_tiles = dict.fromkeys(("rank", "choose"), -(-sizes["C"] // BN))
     n_look = sum(-(-n // BN) for n in (sizes["W"], sizes["N"], ranked))
     moved = {}
     for name, formulas in ledger().items():
         sizes["S"] = max(min(-(-PROGRAMS // (batch * H)), n_tiles.get(name, n_look), 128), 1)
         moved[name] = batch * H * sum(int(eval(f"({x})", {}, sizes)) for x in formulas)
-    return moved | {"topk": 4 * batch * H * (sizes["C"] + sizes["N"]) + 8 * batch * H * (
-        ranked + sizes["M"])}
+    return moved
+
+
+def halving_seconds(config, tokens, batch, retro):
+    """Of the two selections of a layer: of clusters, and of tokens that give values."""
+    retrieve, _ = limits_of(retro, torch.tensor(tokens))
+    rounds = -(-batch * config.num_key_value_heads * 4 // PROGRAMS)     # of multiprocessors
+    seconds = 0
+    for n in (tokens // retro.cluster, int(retrieve) * retro.cluster):
+        rate = (128 if 4 * n < NEAR else 64) * CLOCK
+        seconds += HALVINGS * (ROUND + 4 * n / rate)
+    return rounds * seconds
 
 
 def dense_bytes(config, tokens, batch):
@@ -106,12 +121,12 @@ def plan_step(model, cache, run):
 
 # ---------------------------------------------------------------- time
 
-def times(moved, n_kernels, n_launches):
+def times(moved, n_kernels, n_launches, serial=0):
     """Milliseconds {machine: {captured, gaps, launched}} of so many bytes."""
     found = {}
     for name, (rate, _) in MACHINES.items():
         best = moved / rate
-        ways = {"captured": best, "gaps": best + n_kernels * LAUNCH,
+        ways = {"captured": best, "gaps": best + n_kernels * LAUNCH + serial,
                 "launched": max(best, n_launches * LAUNCH)}
         found[name] = {way: 1e3 * seconds for way, seconds in ways.items()}
     return found
@@ -122,10 +137,10 @@ def layer_facts(config, retro, n_launches):
     facts = []
     for tokens, batch in CELLS:
         ours = layer_bytes(config, tokens, batch, retro)
-        n_kernels = len(ours) + 2               # weigh and topk run twice
+        serial = halving_seconds(config, tokens, batch, retro)
         facts.append({"tokens": tokens, "batch": batch, "bytes": sum(ours.values()),
                       "dense_bytes": dense_bytes(config, tokens, batch), "parts": ours,
-                      "ms": times(sum(ours.values()), n_kernels, n_launches),
+                      "ms": times(sum(ours.values()), len(ours), n_launches, serial),
                       "dense_ms": times(dense_bytes(config, tokens, batch), 1, 1)})
     return facts
 
@@ -145,9 +160,10 @@ def model_facts(config, retro, n_launches):
             parts = layer_bytes(config, TOKENS, batch, retro)
             moved = {"ours": weights + layers * sum(parts.values()),
                      "dense": weights + layers * dense_bytes(config, TOKENS, batch)}
-            n_kernels = layers * (len(parts) + 2)
+            n_kernels = layers * len(parts)
+            serial = layers * halving_seconds(config, TOKENS, batch, retro)
             facts.append({"machine": machine, "batch": batch, "bytes": moved, "ms": {
-                "ours": times(moved["ours"], n_kernels, n_launches)[machine],
+                "ours": times(moved["ours"], n_kernels, n_launches, serial)[machine],
                 "dense": times(moved["dense"], layers, n_launches)[machine]}})
     return facts
 

@@ -31,7 +31,7 @@ def test_the_benchmark_runs_dry(tmp_path):
     assert [cell["model"] for cell in facts["cells"]] == ["Llama-3-8B", "Qwen2.5-7B"]
     for cell in facts["cells"]:
         assert {"kernels", "SDPA, grouped", "SDPA, flash"} <= set(cell["ms"])
-        assert set(cell["kernels"]) == {"rank", "weigh", "pack", "look", "mark", "attend",
+        assert set(cell["kernels"]) == {"rank", "choose", "look", "share", "attend",
                                         "combine"}
     decode, (prefill,) = facts["decode"], facts["prefill"]
     assert set(decode["steps"]) == set(gpu.kinds(gpu.TINY))

@@ -194,6 +194,93 @@ def test_inductor_compiles_the_step_as_one_graph(monkeypatch):
     assert torch.equal(kernel(case), expected)
 
 
+# ---------------------------------------------------------------- selections
+
+def shares(kind, n):
+    """Weights (1, 2, n), fp32, of two heads, and where rows are free."""
+    g = torch.Generator().manual_seed(n)
+    ranks = torch.rand(1, 2, n, generator=g).argsort(-1)
+    x = {"distinct": (ranks + 1) / n,
+         "few of them": torch.randint(1, 4, (1, 2, n), generator=g) / 8,
+         "all equal": torch.full((1, 2, n), 0.25),
+         "hardly any left": (ranks / n).masked_fill(ranks < 0.9 * n, 0),
+         }[kind]
+    return x, torch.rand(1, 2, n, generator=g) < 0.2
+
+
+def logits_of(x, is_free):
+    """Logits (1, 2, n, 1) of such weights, and stats (1, 2, 1, 2, 1) that leave them as they are:
+    exp(-200) is 0."""
+    stats = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2)[..., None].contiguous()
+    return [y.to(DEVICE) for y in (
+        x.log().clamp(min=-200).masked_fill(is_free, -math.inf)[..., None], stats)]
+
+
+def best(weights, is_free, n):
+    """Whether a row is one of the n largest, of equals the first, in their order: (1, 2, rows)."""
+    order = weights.masked_fill(is_free, -1).sort(dim=-1, descending=True, stable=True).indices
+    return (order.argsort(-1) < n) & ~is_free
+
+
+KINDS = ["distinct", "few of them", "all equal", "hardly any left"]
+SIZES = [1, 90, pytest.param(9000, marks=pytest.mark.slow)]     # more than registers hold
+
+
+@pytest.mark.parametrize("n_tokens", [0, *SIZES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_selected_exactly_and_of_equals_the_first(kind, n_tokens):
+    """Behind those that fit lies room: NaN."""
+    N, counters = max(n_tokens, 1) + 80, torch.zeros(1, 2, 2, dtype=torch.int32, device=DEVICE)
+    x, _ = shares(kind, N)
+    is_free = (torch.arange(N) >= n_tokens).expand(1, 2, N)
+    logits, stats = logits_of(x, is_free)
+    logits = logits.masked_fill(is_free[..., None].to(DEVICE), math.nan)
+    fits = torch.tensor([[[5, n_tokens, 9]] * 2], dtype=torch.int32, device=DEVICE)
+    weights, cuts = torch.empty_like(logits[..., 0]), torch.empty_like(counters)
+    for values in (1000, 300, 0):
+        kernels.select(kernels.share_kernel, N, logits, stats, fits, weights, counters, cuts,
+                       values, N, 1)
+        bits = weights.cpu().view(torch.int32)
+        low, end = (y[..., None] for y in cuts.cpu().unbind(-1))
+        mine = (bits > low) | ((bits == low) & (torch.arange(N) < end))
+        want = best(weights.cpu(), is_free, -(-n_tokens * values // 1000))
+        assert torch.equal(mine & ~is_free, want) and not counters.any()
+    torch.testing.assert_close(weights.cpu(), x.masked_fill(is_free, -1))
+
+
+@pytest.mark.parametrize("C", [1, 90, pytest.param(1100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_clusters_are_chosen_exactly_and_their_tokens_listed(kind, C):
+    """Retrieved ones first, then the estimated ones, both as they are numbered."""
+    (x, is_free), g = shares(kind, C), torch.Generator().manual_seed(C)
+    sizes = torch.randint(1, 5, (1, 2, C), generator=g) * ~is_free
+    offsets = torch.randint(0, 10**6, (1, 2, C), generator=g)
+    R, K = max(C // 5, 1), max(C // 2, 1)
+    limits = [torch.tensor([[n, max(n - 3, 0)]]).to(DEVICE) for n in (R, K)]
+    counters = torch.zeros(1, 2, 2, dtype=torch.int32, device=DEVICE)
+    index = kernels_index(sizes.float(), offsets)
+    for values in (1000, 200):
+        found = kernels.choose(*logits_of(x, is_free), index, limits, counters,
+                               [4 * R, R, K, values])
+        order, rows, owners, fits = (y if y is None else y.cpu() for y in found)
+        for h in (0, 1):
+            read, ranked = (best(x, is_free, int(n[0, h]))[0, h].nonzero()[:, 0] for n in limits)
+            guessed = ranked[~torch.isin(ranked, read)]
+            n = sizes[0, h, read]
+            want = torch.cat([torch.arange(o, o + m) for o, m in zip(
+                offsets[0, h, read].tolist(), n.tolist(), strict=True)] or [read])
+            assert fits[0, h].tolist() == [len(read), int(n.sum()), len(ranked)]
+            assert order[0, h, :len(ranked)].tolist() == [*read.tolist(), *guessed.tolist()]
+            assert rows[0, h, :len(want)].tolist() == want.tolist()
+            if values < 1000:
+                assert owners[0, h, :len(want)].tolist() == read.repeat_interleave(n).tolist()
+
+
+def kernels_index(sizes, offsets):
+    """An Index of which nothing else is read."""
+    return retroinfer.Index(None, None, sizes.to(DEVICE), offsets.to(DEVICE), None, None, None)
+
+
 # ---------------------------------------------------------------- building the index
 
 def test_inductor_compiles_the_building_of_an_index_as_one_graph():
