@@ -441,7 +441,7 @@ assert llama["eager"] > llama["dense"] > llama["compiled"] > 5 * llama["least"]
 # %%
 x, f = torch.empty(1, dtype=torch.float16), torch.empty(1, dtype=torch.float32)
 tiles = [{"G": G_l, "D": D_l, "BG": 16, "BN": BN, "num_warps": 4, "num_stages": 3}
-         for BN in (16, 32, 64, 128, 256)]
+         for BN in (32, 64, 128, 256)]
 LIMITS = {"an H100": (90, 227), "an RTX 4090": (89, 99), "a T4": (75, 64)}      # capability, KB
 facts = {name: needs(split, (x, x, x, f, f, T_l), tiles, capability, helpers=[absorb, walk])
          for name, (capability, _) in LIMITS.items()}
@@ -462,20 +462,18 @@ assert held["a T4"] > fits["a T4"] and held["an H100"] == fits["an H100"]
 #
 # The library chooses its tiles by shape (`tile_rows`) so that 99 KB hold them, which leaves out a
 # T4. A test compiles every kernel for every shape and reads the same numbers. `python -m
-# bench.footprint 80 90 100` prints them all. Here is a step of Llama's shape, for an A100 (80) and
-# an H100 (90). A kernel is compiled in several variants, for instance with all values and with a
-# fifth of them. The table has the largest need of all variants.
+# bench.footprint 80 90 100` prints them all. Here is a step of Llama's shape, for an H100. A kernel
+# is compiled in several variants, for instance with all values and with a fifth of them. The table
+# has the largest need of all variants.
 
 # %%
-step_facts = elsewhere(80, 90, "--step", "bf16", G_l, D_l)
+step_facts = elsewhere(90, "--step", "bf16", G_l, D_l)
 print(f"{'':16}{'variants':>9}{'registers':>12}{'shared, KB':>14}{'spilled, B':>12}")
-print(f"{'':16}{'':9}" + "     80    90" * 3)
 for name in dict.fromkeys(fact["kernel"] for fact in step_facts):
-    own = {n: [f for f in step_facts if (f["kernel"], f["capability"]) == (name, n)]
-           for n in (80, 90)}
-    cells = [max(f[what] for f in own[n]) / unit for what, unit in (
-        ("registers", 1), ("shared", 1024), ("spilled", 1)) for n in (80, 90)]
-    print(f"{name:16}{len(own[80]):9}" + "".join(f"{x:6.0f}" for x in cells))
+    own = [fact for fact in step_facts if fact["kernel"] == name]
+    registers, shared, spilled = (max(fact[what] for fact in own)
+                                  for what in ("registers", "shared", "spilled"))
+    print(f"{name:16}{len(own):9}{registers:12}{shared / 1024:14.0f}{spilled:12}")
 assert all(fact["shared"] <= 99 * 1024 and not fact["spilled"] for fact in step_facts)
 
 # %% [markdown]
