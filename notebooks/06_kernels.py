@@ -32,6 +32,7 @@
 # %%
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import sys; sys.path[:0] = [".."]
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -443,8 +444,11 @@ x, f = torch.empty(1, dtype=torch.float16), torch.empty(1, dtype=torch.float32)
 tiles = [{"G": G_l, "D": D_l, "BG": 16, "BN": BN, "num_warps": 4, "num_stages": 3}
          for BN in (32, 64, 128, 256)]
 LIMITS = {"an H100": (90, 227), "an RTX 4090": (89, 99), "a T4": (75, 64)}      # capability, KB
-facts = {name: needs(split, (x, x, x, f, f, T_l), tiles, capability, helpers=[absorb, walk])
-         for name, (capability, _) in LIMITS.items()}
+def compile_for(name):
+    return needs(split, (x, x, x, f, f, T_l), tiles, LIMITS[name][0], helpers=[absorb, walk])
+
+with ThreadPoolExecutor() as pool:              # each compiler is a process
+    facts = dict(zip(LIMITS, pool.map(compile_for, LIMITS), strict=True))
 for name, by_block in facts.items():
     print(f"{name:12}", *(f"{n['BN']} tokens: {n['registers']} registers" + ", spilled" * bool(
         n["spilled"]) for n in by_block), sep="  ")
