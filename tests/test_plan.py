@@ -14,7 +14,7 @@ from model import Llama
 from retroinfer import RetroConfig, Store, WaveIndex
 
 LLAMA = Run(shape("Llama-3.1-8B"), capacity=131072, chunk=2048)
-COUNTERS = {"n_tokens", "n_indexed", "n_clusters", "q_energy", "limits"}      # too few bytes to plan
+COUNTERS = {"n_tokens", "n_indexed", "n_clusters", "q_energy", "limits"}   # too few bytes to plan
 
 
 def most_alive(work):
