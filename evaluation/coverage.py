@@ -339,7 +339,7 @@ def main():
     add("part", nargs="?", default="promises", choices=PARTS)
     add("--model", default=DEFAULT_NAME)
     add("--length", type=int, default=4096, help="tokens before the steps")
-    add("--texts", nargs="+", default=list(texts.KINDS), choices=texts.KINDS)
+    add("--texts", nargs="+", default=list(texts.FOUR), choices=texts.KINDS)
     add("--queries", type=int, default=QUERIES, help="steps of each text")
     add("--keep", metavar="DIR", help="keep there what dense attention makes of a text")
     add("--draws", type=int, default=DRAWS, help="of a kv head in a step")
