@@ -13,8 +13,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 from adapters.hf import adopt  # noqa: E402
 from antkv import AnchorConfig  # noqa: E402
+from generate import eager_step, hot_functions, prefill  # noqa: E402
+from model import load  # noqa: E402
 from retrieval_attention import GraphConfig  # noqa: E402
-from retroinfer import InputError, RetroConfig  # noqa: E402
+from retroinfer import InputError, RetroConfig, WaveIndex  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 ALL = RetroConfig(segment=64, update=16, local=8, retrieve=1.0, values=1.0)
@@ -97,6 +99,28 @@ def test_a_streamer_hears_every_token():
             heard.append("end")
     said = say(model, adopt(model, ALL, 200), ids, mask, streamer=Streamer())
     assert heard == [*said[0].tolist(), "end"]
+
+
+def test_logits_are_those_of_our_own_model(checkpoint):
+    """Where a step reads a part of the text: so the KL to dense attention is the same."""
+    config = RetroConfig(segment=64, update=16, local=8, retrieve=0.1, min_retrieve=2)
+    path = checkpoint("llama", max_position_embeddings=512)
+    ours, _ = load(path, torch.float32, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    ids = texts(290)[0]
+    caches = [WaveIndex(config, 300, hot=hot_functions(torch.device("cpu"))) for _ in ours.layers]
+    logits, cache = [prefill(ours, caches, [ids[0, :250]])], adopt(theirs, config, 300)
+    for token in ids[:, 250:].T:
+        for each in caches:
+            each.update()
+        logits.append(eager_step(ours, caches, token))
+    with torch.no_grad():
+        found = [theirs(ids[:, :250], past_key_values=cache).logits[:, -1]]
+        found += [theirs(token[:, None], past_key_values=cache).logits[:, -1]
+                  for token in ids[:, 250:].T]
+        whole = dense(theirs, lambda model, _: model(ids).logits[0, 249:])
+    torch.testing.assert_close(torch.cat(found), torch.cat(logits), rtol=5e-3, atol=5e-3)
+    assert (torch.cat(found) - whole).abs().max() > 0.1         # dense attention says other things
 
 
 def test_a_graph_that_retrieves_all_continues_as_dynamic_cache():
