@@ -11,6 +11,8 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from tiny import bpe  # noqa: E402
+
 from adapters.hf import adopt  # noqa: E402
 from antkv import AnchorConfig  # noqa: E402
 from generate import eager_step, hot_functions, prefill  # noqa: E402
@@ -101,13 +103,15 @@ def test_a_streamer_hears_every_token():
     assert heard == [*said[0].tolist(), "end"]
 
 
-def test_logits_are_those_of_our_own_model(checkpoint):
+def test_logits_are_those_of_our_own_model(tmp_path):
     """Where a step reads a part of the text: so the KL to dense attention is the same."""
     config = RetroConfig(segment=64, update=16, local=8, retrieve=0.1, min_retrieve=2)
-    path = checkpoint("llama", max_position_embeddings=512)
-    ours, _ = load(path, torch.float32, "cpu")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
-    ids = texts(290)[0]
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **SIZES | {"vocab_size": 320, "eos_token_id": 2})).eval()
+    theirs.save_pretrained(tmp_path)
+    bpe().save(str(tmp_path / "tokenizer.json"))
+    (ours, _), ids = load(tmp_path, torch.float32, "cpu"), texts(290)[0]
     caches = [WaveIndex(config, 300, hot=hot_functions(torch.device("cpu"))) for _ in ours.layers]
     logits, cache = [prefill(ours, caches, [ids[0, :250]])], adopt(theirs, config, 300)
     for token in ids[:, 250:].T:
