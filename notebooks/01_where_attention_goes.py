@@ -216,8 +216,8 @@ for name in texts:
     assert by_token.max() < 0.1 and shares[name].median() < other / 3
 
 # %% [markdown]
-# What was your number? Heads differ. Here is each head of each layer, for one token. Heads of the
-# first layer need the most. But in other layers, too, some heads look at many tokens.
+# What was your number? Heads differ. Here is each head of each layer, for one token. Most heads of
+# the first layer need many. But in other layers, too, some heads look at many tokens.
 
 # %%
 share = 100 * shares["lighthouse"][-1]                          # (layers, H*G)

@@ -225,9 +225,9 @@ for text in range(2):                                   # in each text, and in m
 
 # %% [markdown]
 # What were your numbers? In the first layer the oracle loses. There attention is spread over so
-# many tokens that the best few are not enough, and a rough idea of all tokens is worth more. Is
-# width the reason, in other layers too? For every head, count the tokens that it needs for 90 % of
-# its attention to the text. Then compare wide heads of the other layers with the rest of them.
+# many tokens that the best few are not enough, and a rough idea of many more tokens is worth more.
+# Is width the reason, in other layers too? For every head, count the tokens that it needs for 90 %
+# of its attention to the text. Then compare wide heads of the other layers with the rest of them.
 
 # %%
 def tokens_needed(a):
@@ -254,8 +254,9 @@ assert needed[is_first].median() > 2 * needed[is_wide].median()
 # %% [markdown]
 # ## Turn the knob
 #
-# Width alone does not decide it. The first layer is wider still than the widest heads elsewhere. In
-# the other layers the oracle mostly wins, and wide heads gain no more than the rest.
+# Width alone does not decide it. The typical head of the first layer is wider still than the widest
+# tenth elsewhere. In the other layers the oracle mostly wins. There wide heads lose to it by less
+# than narrow ones, but beat it no more often than the rest.
 #
 # Here is one query. Each bar is a cluster, ranked by its centroid. The height of the bar is the
 # weight of its tokens. In a running notebook, move the slider to retrieve more or fewer clusters.

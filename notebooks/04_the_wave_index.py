@@ -15,9 +15,9 @@
 # **Before and after.** [03 three zones](03_three_zones.ipynb) ·
 # [05 compile](05_compile.ipynb)
 #
-# **Predict first.** The fact that answers the question is one sentence of the log book. Each layer
-# retrieves about a fifteenth of the text. In how many of the model's thirty layers is some token of
-# that sentence retrieved? And of any other sentence of its length?
+# **Predict first.** The fact that answers the question is one sentence of the log book. Each kv
+# head retrieves about a fifteenth of the text, and a layer has three. In how many of the model's
+# thirty layers is some token of that sentence retrieved? And of any other sentence of its length?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -39,8 +39,9 @@ print(f"{text.n_prompt:,} tokens of prompt, {T - text.n_prompt} of answer")
 # %% [markdown]
 # ## The three calls
 #
-# `prefill` reads a text and attends to it exactly. `update` builds the index, or extends it, and
-# returns how many steps may follow. `decode` is a step: one token in, attended over three zones.
+# `prefill` reads a text, attends to it exactly, and clusters each segment that is full. `update`
+# clusters the rest, or later the tokens that wait, and returns how many steps may follow. `decode`
+# is a step: one token in, attended over three zones.
 
 # %%
 figures.idea()
@@ -227,7 +228,8 @@ for name, x in counts.items():
 #
 # For each layer, count the tokens of the sentence that its heads read. Count the same for every
 # other passage. What share of the passages has a smaller count than the sentence? If the sentence
-# were a passage like all others, this share would be above 95 % in at most one layer of twenty.
+# were a passage like all others, this share would be above 95 % in one layer of twenty on average,
+# or in fewer.
 
 # %%
 above, found = {}, {}

@@ -274,10 +274,11 @@ assert busy_at[0] < 10 and busy_at[enough - 1] > 90 > 60 > busy_at[enough] and e
 # retrieved tokens, which are gathered (read and written) before they are read again.
 #
 # That is no fair rival for kernels, because nobody runs the step so. A fair one is the compiled
-# step of [notebook 05](05_compile.ipynb). Where the library compiles a step for a GPU
-# (`--backend compile`), it compiles this same function, `attend`. For a CPU it compiles a twin,
-# which writes each product of a matrix and a few queries as a sum, because Inductor fuses through
-# sums. The price on a GPU would be its matrix units: they multiply, and do not sum. We count both.
+# step of [notebook 05](05_compile.ipynb). Where the library compiles a step for a GPU (`--backend
+# compile`), it compiles this same function, `attend`. For a CPU it compiles a twin, which writes
+# each product of a matrix and a few queries as a sum, because Inductor fuses through sums. The
+# price on a GPU would be its matrix units: they compute matrix products, and code written as sums
+# cannot use them. We count both.
 #
 # So there are three ways to count. For eager PyTorch, a *mode* sees every operation with the
 # tensors that it reads and writes (`Ledger`). For a compiled step, Inductor plans which loops it

@@ -465,7 +465,8 @@ assert at_100["a sample"] < at_100["the best keys"]
 # - Queries are far from the keys. A graph that links keys by inner product serves keys, and finds
 #   little for a query. Clusters and a graph by distance find more, but compare many vectors.
 # - Queries know what queries want. A graph that is linked by the prompt's queries finds more keys
-#   with fewer comparisons. Lists of the best keys of earlier queries find about as many.
+#   with fewer comparisons. Lists of the best keys of earlier queries find about as many, but
+#   compare more.
 # - Test an index with other queries than those that built it, and on a changed topic too.
 # - The best keys are not all. A sample of the same size speaks for the keys that it leaves out.
 

@@ -187,8 +187,8 @@ assert found["Quest"][0] > found["window, 1/8"][0] and loss["Quest"] > loss["win
 # %% [markdown]
 # Three things to read from it.
 #
-# - Methods that choose (wave, Quest, qcIVF) read little and keep everything. They need memory
-#   somewhere, if only on the host.
+# - Methods that choose (wave, Quest, qcIVF) keep everything. The wave index and Quest read a fifth
+#   or less; qcIVF reads more than the codes. They need memory somewhere, if only on the host.
 # - The interval of the wave index, with the default settings, lies below those of both windows.
 #   On average, Quest loses more than a window that reads less.
 # - Codes keep a third and read a third. Most of that third are codebooks, which do not grow with
@@ -384,7 +384,8 @@ assert ratio["wave, eager"][-1] > 2 * ratio["dense attention"][-1]
 # ## Takeaway
 #
 # - Ask of a method: what does it read, what does it keep, what is lost, and on which texts.
-# - Choosing tokens saves reading and no memory. Windows and codes save memory, and lose more.
+# - Choosing tokens saves reading and no memory. Windows and codes save memory, and lose more than
+#   the wave index. (Quest, which also chooses, loses most of all here.)
 # - What a step does not read should be estimated ([03](03_three_zones.ipynb)). The wave index reads
 #   more tokens than the oracle and estimates others, and it need not look at all keys.
 # - No method is good at everything. A made-up head for each failure is cheap: keep some.

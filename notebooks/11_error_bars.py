@@ -18,7 +18,7 @@
 # **Before and after.** [10](10_which_when.ipynb) compared all methods;
 # [00](00_one_step.ipynb) is the map of all.
 #
-# **Predict first.** A step leaves out about 3,760 of 4,096 tokens, and 64 of them are drawn. How
+# **Predict first.** A step leaves out about 3,780 of 4,096 tokens, and 64 of them are drawn. How
 # many times as wide as the true error is a bar that should hold in 95 of 100 cases? Does it hold in
 # 95 of 100 cases in *every* head?
 
@@ -617,8 +617,9 @@ assert other > 0.05
 #   chances limits what a wrong belief costs.
 # - Knowledge that is in the chances cannot be used again as a control variate. What is not in them
 #   can, here the mean values of clusters.
-# - A bar is about three times as wide as the true error, and holds as promised over all heads. In
-#   heads where ten tokens have nearly all of what was missed, it fails much too often.
+# - A bar of 95 % is about three times as wide as the true error, and over all heads it holds about
+#   as often as promised. In heads where ten tokens make nearly all of the variance of the draws, it
+#   fails much too often.
 # - A token that the index hides is invisible to any few draws.
 #
 # ## Exercises
