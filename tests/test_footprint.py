@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import triton
 
 import kernels
 from app.command import run_command
@@ -29,7 +30,8 @@ def check(facts):
     assert facts["shared"] <= (107 if is_huge else 99) * 1024, facts        # sm_86 has the latter
     assert facts["registers"] <= 255, facts
     is_hot = facts["kernel"] == "attend_kernel" and facts["dtype"] != "fp32" and facts["D"] == 128
-    assert facts["spilled"] <= (8 if is_hot else 16), facts
+    few = 8 * (facts["capability"] == 100 or triton.__version__.startswith("3.6."))
+    assert facts["spilled"] <= (few if is_hot else 16), facts
 
 
 @pytest.mark.slow
