@@ -335,10 +335,12 @@ def choose_kernel(ranks, stats, sizes, offsets, n_retrieve, n_ranked, weights, c
     if weigh(ranks, stats, weights, counters + head * 2, head, C, C, S, G, BG, BC, STEP):
         weights += head * C
         order += head * K
+        # The best n_a clusters are retrieved, the best n_b are ranked: these, and the estimated.
         n_a = tl.minimum(tl.load(n_retrieve + head // heads), R).to(tl.int32)
         n_b = tl.minimum(tl.load(n_ranked + head // heads), K).to(tl.int32)
         low_a, end_a, n_read, low_b, end_b, n_means = thresholds(weights, C, n_a,
                                                                  tl.maximum(n_a, n_b), BX)
+        # Retrieved clusters come first in order, in the index's order, and then the estimated ones.
         n, at_read, at_mean = n_read, n_read * 0, n_read
         for start in range(0, C, BR):
             c = start + tl.arange(0, BR)
@@ -351,6 +353,7 @@ def choose_kernel(ranks, stats, sizes, offsets, n_retrieve, n_ranked, weights, c
             at_read += tl.sum(is_read.to(tl.int32), 0)
             at_mean += tl.sum(is_mean.to(tl.int32), 0)
         tl.debug_barrier()      # all threads have written before others read order
+        # The rows of the retrieved tokens, packed: cluster r has the places before ends[r].
         end = n * 0
         for start in range(0, n, BR):
             r = start + tl.arange(0, BR)
@@ -627,9 +630,12 @@ def rank(q, k_steady, bias, index, counters, by_mass):
 
 
 def choose(ranks, stats, index, limits, counters, numbers):
-    """The ranked clusters (B, H, K), those that are retrieved first; of the tokens of the latter
-    the rows and, where some values are not read, the clusters (B, H, N); how many clusters and
-    tokens are retrieved, and clusters ranked (B, H, 3)."""
+    """order (B, H, K), rows and owners (B, H, N), fits (B, H, 3).
+
+    order has the ranked clusters, and of these the retrieved ones first. rows are those of the
+    retrieved tokens, and owners their clusters: None if all values are read. fits counts what is
+    retrieved, clusters and tokens, and the clusters that are ranked.
+    """
     (B, H, C, _), (N, R, K, values) = ranks.shape, numbers
     limits = [x.expand(B, -1).contiguous() for x in limits]             # (B, H), or (B, 1)
     order, rows, owners, fits = (counters.new_empty(B, H, n) for n in (K, N, N, 3))

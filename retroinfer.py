@@ -425,20 +425,19 @@ class WaveIndex(LayerCache):
     def attend(self, q, steady):
         attend = self.store.attend or self.hot.attend
         stores = self.store.k, self.store.v
-        budget = Budget(*self.limits, self.config.values, *self.most)
-        return attend(q, steady, self.index, stores, budget, self.method)
+        return attend(q, steady, self.index, stores, self.budget(), self.method)
 
     def update(self):
         """LayerCache.update. What a step may read changes here alone."""
         room = super().update()
-        for kept, now in zip(self.limits, self.budget(), strict=False):
-            kept.copy_(now)
+        now = limits_of(self.config, self.n_indexed[:, None], self.method)
+        for kept, limit in zip(self.limits, now, strict=True):
+            kept.copy_(limit)
         return room
 
     def budget(self):
-        """The Budget of a step."""
-        limits = limits_of(self.config, self.n_indexed[:, None], self.method)
-        return Budget(*limits, self.config.values, *self.most)
+        """The Budget of a step, as update() left it."""
+        return Budget(*self.limits, self.config.values, *self.most)
 
     def absorb(self, row, k, v):
         """Cluster the next tokens k, v (1, H, L, D), and put them in

@@ -39,10 +39,10 @@ figures.model_step()
 # ## Why it is slow
 #
 # A step does little arithmetic, but reads the whole cache. After 131,072 tokens, the cache of
-# Llama-3-8B has 16 GiB (at 16 bits per number), and each new token reads all of them. Most of that
-# is read in vain: in a typical head, a few per cent of the tokens have nine tenths of the weight
-# (notebook 01). The query decides *which* tokens these are. To find them without reading every key
-# is a search problem. So the cache becomes a vector store with an index.
+# Llama-3.1-8B has 16 GiB (at 16 bits per number), and each new token reads all of them. Most of
+# that is read in vain: in a typical head, a few per cent of the tokens have nine tenths of the
+# weight (notebook 01). The query decides *which* tokens these are. To find them without reading
+# every key is a search problem. So the cache becomes a vector store with an index.
 
 # %%
 figures.dense_and_retro()

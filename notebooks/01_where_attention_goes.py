@@ -344,7 +344,7 @@ print("right" if check(tokens_for) else "not yet")
 # ```
 # </details>
 #
-# **2.** Llama-3-8B has 32 layers and 8 kv heads of 128 dims. How many bytes of cache does a step
+# **2.** Llama-3.1-8B has 32 layers and 8 kv heads of 128 dims. How many bytes of cache does a step
 # read after 131,072 tokens in bfloat16? How long does a GPU that reads 2 TB/s take for it?
 #
 # <details><summary>Answer</summary>

@@ -225,7 +225,7 @@ print(f"in 7 parts: right, and {split_bytes / must:.3f} times the bytes that it 
 # %% [markdown]
 # What a part costs is known: it reads the queries, and its statistics and sums are written and read
 # again. So the bytes can be counted for a model and a text too large for this machine. We take the
-# shape of Llama-3-8B, one text of 131,072 tokens, and a GPU of 132 multiprocessors (an H100).
+# shape of Llama-3.1-8B, one text of 131,072 tokens, and a GPU of 132 multiprocessors (an H100).
 
 # %%
 def split_traffic(S, H, G, D, T, e):

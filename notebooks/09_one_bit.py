@@ -84,9 +84,9 @@ torch.testing.assert_close(agreed, torch.tensor(1.0), rtol=0, atol=1e-3)    # ti
 #
 # How much does one token matter? Replace its key and value by what the code leaves, keep all others
 # exact, and see how far the outputs of later queries move. That is the truth, and it needs one pass
-# for each token. For one token there is a short cut that is exact. Let A be its weight, f the
-# factor by which exp(logit) changes, and o the output. The new output is
-# (o + A (f v' - v)) / (1 + A (f - 1)).
+# for each token. For one token there is a short cut that is exact. Let A be its weight, v its
+# value, v' what the code leaves of v, f the factor by which exp(logit) changes, and o the output.
+# The new output is (o + A (f v' - v)) / (1 + A (f - 1)).
 
 # %%
 def outputs(q, k, v):
@@ -345,7 +345,7 @@ for layer in LAYERS:
     for q, k, v in heads(layer):
         f_k, f_v = factors(q, k, v, T - N_Q)
         codes = crush(k, f_k), crush(v, f_v)
-        best = (f_v / n_seen)[:T - N_Q].topk(T // 100).indices
+        best = (f_v / n_seen)[4:T - N_Q].topk(T // 100).indices + 4
         for name, x in (("dropped", dropped(q, k, v)),
                         ("centroid", error(q, k, v, *centroids(k, v))),
                         ("code", error(q, k, v, *codes)),

@@ -19,7 +19,7 @@ from plots import (
 def idea():
     """Where tokens are, before and after an update."""
     ax = canvas("Tokens move into clusters when enough of them are older than the window", 15, 6)
-    rows = ((4.6, "after the prompt", 14, 0, "update() has clustered the prompt"),
+    rows = ((4.6, "after the prompt", 14, 0, "the prompt is in clusters"),
             (3.1, "some steps later", 14, 7, "new tokens wait in the steady zone"),
             (1.6, "steady zone full", 14, 9, "update() must run"),
             (0.1, "after update()", 23, 0, "they are clusters; old clusters are as before"))

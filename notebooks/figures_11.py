@@ -32,7 +32,7 @@ def idea():
 
 def true_errors(layers, errors, names):
     """errors (layers of both texts, steps, H, G), relative: a band for each text."""
-    ax = axes("True errors differ more between heads than between layers or texts", "layer",
+    ax = axes("True errors differ more within a layer than from layer to layer", "layer",
               "error over the output's length [%]")
     for name, colour, x in zip(names, (DARK, BLUE), errors.chunk(2), strict=True):
         band(ax, layers, 100 * x.flatten(1).T, colour, name=name)
