@@ -1,6 +1,6 @@
 """How often the error bars of error_bars.py hold on real texts, and how wide they are.
 
-    python -m evaluation.coverage                       # promises kept: results/coverage.json, .png
+    python -m evaluation.coverage                       # promises kept: results/coverage*
     python -m evaluation.coverage others                # other ways to draw, at the same bytes
     python -m evaluation.coverage bounded               # bytes against the error promised
     python -m evaluation.coverage logits                # do bars predict the KL of the answer?
@@ -356,7 +356,7 @@ def main():
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         print(f"{name}, {kind}: {found.get('pairs', '')}", file=sys.stderr)
     if args.part == "promises":
-        plot(results[name], RESULTS / "coverage.png")
+        plot(results[name], RESULTS / f"coverage-{Path(args.model).stem}.png")
 
 
 if __name__ == "__main__":
