@@ -347,7 +347,8 @@ def main():
     torch.set_grad_enabled(False)
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
     refuse_windows(model)
-    name = f"{args.part}, {Path(args.model).stem}, {args.length} tokens, {args.draws} draws"
+    shown = Path(args.model).name.removesuffix(".gguf")
+    name = f"{args.part}, {shown}, {args.length} tokens, {args.draws} draws"
     path = RESULTS / "coverage.json"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for kind, case in cases(model, tokenizer, args):
@@ -356,7 +357,7 @@ def main():
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         print(f"{name}, {kind}: {found.get('pairs', '')}", file=sys.stderr)
     if args.part == "promises":
-        plot(results[name], RESULTS / f"coverage-{Path(args.model).stem}.png")
+        plot(results[name], RESULTS / f"coverage-{shown}.png")
 
 
 if __name__ == "__main__":
