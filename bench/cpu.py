@@ -39,6 +39,7 @@ from bench.timing import (
     table,
     take_turns,
 )
+from error_bars import CheckedIndex
 from generate import (
     CHUNK,
     COMPILE,
@@ -300,12 +301,14 @@ def model(args):
 
 def model_runners(ours, dtype, T, n_steps):
     """{name: runner} of T tokens. Peers, which must read every token, up to REAL tokens only."""
-    wave = functools.partial(WaveIndex, RetroConfig(), hot=hot_functions(CPU))
+    wave, checked = (functools.partial(kind, RetroConfig(), hot=hot_functions(CPU))
+                     for kind in (WaveIndex, CheckedIndex))
     runners = {"dense, compiled": Ours(ours, DenseCache), "wave index": Ours(ours, wave)}
     if T > REAL:
         return runners
     return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype),
-            **llama_cpp(T + n_steps), "dense, eager": Ours(ours, DenseCache, eager_step), **runners}
+            **llama_cpp(T + n_steps), "dense, eager": Ours(ours, DenseCache, eager_step),
+            "wave index, checked": Ours(ours, checked), **runners}
 
 
 def llama_cpp(n_ctx):
