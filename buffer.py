@@ -17,7 +17,7 @@ happens beside the next layer, which fetches to the other one of two execution b
     R clusters retrieved    N tokens retrieved      n blocks a cluster  M blocks asked for: R*n
 
     make_store = buffer.offload(model, capacity)            # one store for the layers of a model
-    caches = [WaveIndex(config, capacity, make_store=make_store) for _ in model.layers]
+    caches = [WaveIndex(config, capacity, hot=hot, make_store=make_store) for _ in model.layers]
 
 Chen et al. (arXiv 2505.02922), §4.3. As published, a step looks up all it asks for before it admits
 anything; here a block is the unit, where they admit a whole cluster, and no CPU thread is asked.
@@ -41,7 +41,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from generate import tripartite_attention
 from retroinfer import InputError, before, bias_of, flat_rows, round_up, take, unroll
 
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
@@ -170,11 +169,11 @@ class WaveBuffer:
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         self.overlap = overlap
 
-    def attend(self, q, steady, index, stores, budget, method):
-        """retroinfer.attend. The blocks that were not on the device are admitted beside what comes
-        next."""
+    def attend(self, hot, q, steady, index, budget, method):
+        """hot.tripartite_attention. The blocks that were not on the device are admitted beside what
+        comes next."""
         fetch = functools.partial(self.fetch, index)
-        o = tripartite_attention(q, steady, index, budget, fetch, method)
+        o = hot.tripartite_attention(q, steady, index, budget, fetch, method)
         self.admit_later()
         return o
 

@@ -22,7 +22,7 @@ import time
 import torch
 
 import retroinfer
-from retroinfer import PLAIN, RUN, InputError, bias_of, take, unroll
+from retroinfer import PLAIN, RUN, Hot, InputError, bias_of, take, unroll
 
 
 def step(model, caches, tokens, run):
@@ -198,12 +198,13 @@ def hot_functions(device, name=None):
         import triton  # noqa: F401 without it kernels.py can be imported, and nothing runs
 
         import kernels
-        return PLAIN._replace(attend=kernels.attend, nearest=kernels.nearest,
-                              segment_sum=kernels.segment_sum)
+        return Hot(kernels.attend, kernels.nearest, kernels.segment_sum,
+                   kernels.tripartite_attention)
+    hot = PLAIN._replace(attend=attend, tripartite_attention=tripartite_attention)
     if name == "native":
         from native.step import attend as native_attend
-        return PLAIN._replace(attend=native_attend)
-    return PLAIN._replace(attend=attend)
+        return hot._replace(attend=native_attend)
+    return hot
 
 
 def has_compiler():

@@ -3,7 +3,7 @@ And of buffer.copy_rows, which brings tokens from the host.
 
 A step over one layer is six kernels, or four where all values are read: then attend reads keys too.
 No token is gathered: the work list that `choose` writes holds row numbers, and `look` and `attend`
-read K and V where they lie in the store.
+read K and V where they lie in the store. Behind a wave buffer the store is its execution buffer.
 
     rank      q, steady, centroids  -> logs of mass, possible mass (B, H, C, G); stats of each split
     choose    possible mass, stats  -> weights: the shares of each cluster, summed over G
@@ -570,30 +570,75 @@ def attend(q, steady, index, stores, budget, method):
     Every tensor is on one GPU, q, k and v are of one dtype: ValueError otherwise. Of equal clusters
     or tokens those of the lower number are best. Runs under torch.compile and in a CUDA graph.
     """
+    given = as_lists(q, steady, index, stores, budget, method)
+    _, counters, *chosen = choose_op(*given)
+    return attend_op(*given[:4], [x.contiguous() for x in stores], chosen, counters)
+
+
+def tripartite_attention(q, steady, index, budget, fetch, method):
+    """retroinfer.tripartite_attention. A token that fetch brings lies in the row of its place."""
+    from retroinfer import owners
+    given = as_lists(q, steady, index, (), budget, method)
+    weights, counters, masses, order, rows, owner, fits = choose_op(*given)
+    ids, ends = best_first(order[..., :budget.R], weights, fits, index.sizes)
+    stores = fetch(ids, ends)[:2]                                           # (B, H, N, D) each
+    rows = torch.arange(budget.N, dtype=rows.dtype, device=q.device).expand_as(rows).contiguous()
+    if budget.values < 1:
+        owner = ids.gather(-1, owners(ends, budget.N)).int()
+    return attend_op(*given[:4], list(stores), [masses, order, rows, owner, fits], counters)
+
+
+def as_lists(q, steady, index, stores, budget, method):
+    """The arguments of choose_op. ValueError if dtypes differ."""
+    from retroinfer import rank_by_centroid, rank_by_mass
     kinds = {x.dtype for x in (q, *steady[:2], *index[:2], *stores)} - {torch.uint8}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(map(str, kinds))}: cast to one")
-    from retroinfer import rank_by_centroid, rank_by_mass
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
-    numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values)]
-    return attend_op(q, list(steady), list(index), list(stores), list(budget[:2]), numbers,
-                     method.rank is rank_by_mass)
-
-
-@torch.library.custom_op("retroinfer::attend", mutates_args=())
-def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              stores: list[torch.Tensor], limits: list[torch.Tensor], numbers: list[int],
-              by_mass: bool) -> torch.Tensor:
-    from retroinfer import Index
-    q, index = q.contiguous(), Index(*(x.contiguous() for x in index))
-    index = index._replace(sizes=index.sizes.float())
-    k_steady, v_steady, k_store, v_store = (x.contiguous() for x in (*steady[:2], *stores))
     bias = steady[2] if steady[2].stride(3) == 1 else steady[2].contiguous()    # (B, H, 1, W)
-    (N, _, K, values), (B, H, G, D) = numbers, q.shape
-    W, T, C = k_steady.shape[2], k_store.shape[2], index.sizes.shape[2]
-    counters = torch.empty(B, H, 2, dtype=torch.int32, device=q.device)
+    index = index._replace(sizes=index.sizes.float())
+    q, k, v, *index = (x.contiguous() for x in (q, *steady[:2], *index))
+    numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values)]
+    return q, [k, v, bias], index, numbers, list(budget[:2]), method.rank is rank_by_mass
+
+
+def best_first(order, weights, fits, sizes):
+    """The retrieved clusters of `order` (B, H, R) by rank, as fetch takes them: ids and ends."""
+    is_free = torch.arange(order.shape[-1], device=order.device) >= fits[..., :1]
+    ids = order.long().masked_fill(is_free, 0)                              # (B, H, R)
+    weights = weights.gather(-1, ids).masked_fill(is_free, -1)
+    ids = ids.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
+    sizes = sizes.gather(-1, ids).masked_fill(is_free, 0)
+    return ids, sizes.long().cumsum(-1)
+
+
+@torch.library.custom_op("retroinfer::choose", mutates_args=())
+def choose_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
+              numbers: list[int], limits: list[torch.Tensor], by_mass: bool) -> list[torch.Tensor]:
+    from retroinfer import Index
+    (k_steady, _, bias), index = steady, Index(*index)
+    counters = q.new_empty(*q.shape[:2], 2, dtype=torch.int32)
     masses, ranks, stats = rank(q, k_steady, bias, index, counters, by_mass)
-    order, rows, owners, fits = choose(ranks, stats, index, limits, counters, numbers)
+    weights, *lists = choose(ranks, stats, index, limits, counters, numbers)
+    return [weights, counters, masses, *lists]
+
+
+@choose_op.register_fake
+def _(q, steady, index, numbers, limits, by_mass):
+    (B, H, G, _), C, (N, _, K, _) = q.shape, index[2].shape[2], numbers
+    weights, masses = (q.new_empty(B, H, *n, dtype=torch.float32) for n in ((C,), (C, G)))
+    counters, *lists = (q.new_empty(B, H, n, dtype=torch.int32) for n in (2, K, N, N, 3))
+    return [weights, counters, masses, *lists]
+
+
+@torch.library.custom_op("retroinfer::attend", mutates_args={"counters"})
+def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
+              numbers: list[int], stores: list[torch.Tensor], chosen: list[torch.Tensor],
+              counters: torch.Tensor) -> torch.Tensor:
+    (k_steady, v_steady, bias), (k_store, v_store), means = steady, stores, index[1]
+    masses, order, rows, owners, fits = chosen
+    (N, _, K, values), (B, H, G, D) = numbers, q.shape
+    W, T, C = k_steady.shape[2], k_store.shape[2], means.shape[2]
     tile = tile_sizes(G, D, q.element_size())
     tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
@@ -601,11 +646,11 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     shared = (q, k_steady, bias, k_store, rows, fits, order, masses, stats, H, W, T, N, C, K,
               bias.stride(0), bias.stride(1))
-    looked = [None] * 4 if owners is None else look(shared, counters, values, tile)
+    looked = [owners, *look(shared, counters, values, tile)] if values < 1000 else [None] * 5
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
-    launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales, parts,
-           owners, *looked, PACKED=index.means.dtype == torch.uint8, **tile, num_stages=3)
+    launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, means, index[5], parts, *looked,
+           PACKED=means.dtype == torch.uint8, **tile, num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
     return o
@@ -630,20 +675,20 @@ def rank(q, k_steady, bias, index, counters, by_mass):
 
 
 def choose(ranks, stats, index, limits, counters, numbers):
-    """order (B, H, K), rows and owners (B, H, N), fits (B, H, 3).
+    """weights (B, H, C), order (B, H, K), rows and owners (B, H, N), fits (B, H, 3).
 
-    order has the ranked clusters, and of these the retrieved ones first. rows are those of the
-    retrieved tokens, and owners their clusters: None if all values are read. fits counts what is
-    retrieved, clusters and tokens, and the clusters that are ranked.
+    weights are the clusters' shares. order has the ranked clusters, and of these the retrieved ones
+    first. rows are those of the retrieved tokens, and owners their clusters: nothing if all values
+    are read. fits counts what is retrieved, clusters and tokens, and the clusters that are ranked.
     """
     (B, H, C, _), (N, R, K, values) = ranks.shape, numbers
     limits = [x.expand(B, -1).contiguous() for x in limits]             # (B, H), or (B, 1)
+    weights = index.sizes.new_empty(B, H, C)
     order, rows, owners, fits = (counters.new_empty(B, H, n) for n in (K, N, N, 3))
-    owners = owners if values < 1000 else None
-    select(choose_kernel, C, ranks, stats, index.sizes, index.offsets, *limits,
-           index.sizes.new_empty(B, H, C), counters, order, rows, owners, fits, C, stats.shape[2],
-           R, K, N, H // limits[0].shape[1], BR=512)
-    return order, rows, owners, fits
+    select(choose_kernel, C, ranks, stats, index.sizes, index.offsets, *limits, weights, counters,
+           order, rows, owners if values < 1000 else None, fits, C, stats.shape[2], R, K, N,
+           H // limits[0].shape[1], BR=512)
+    return weights, order, rows, owners, fits
 
 
 def look(shared, counters, values, tile):
@@ -663,7 +708,7 @@ def look(shared, counters, values, tile):
 
 
 @attend_op.register_fake
-def _(q, steady, index, stores, limits, numbers, by_mass):
+def _(q, steady, index, numbers, stores, chosen, counters):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

@@ -177,6 +177,7 @@ class Hot(NamedTuple):
     attend: Callable
     nearest: Callable
     segment_sum: Callable
+    tripartite_attention: Callable      # attend, where a buffer fetches
 
 
 # ---------------------------------------------------------------- what every method's cache needs
@@ -188,11 +189,13 @@ class Store:
     buffer.WaveBuffer has the same functions for a store on the host: there
     bring returns copies, and put writes them back.
     """
-    attend = None       # what replaces hot.attend where k, v are elsewhere
-
     def __init__(self, cache, T, like):
         shape = len(cache.n_tokens), like.shape[1], T, like.shape[3]
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+
+    def attend(self, hot, q, steady, index, budget, method):
+        """hot.attend, to the tokens that are kept here."""
+        return hot.attend(q, steady, index, (self.k, self.v), budget, method)
 
     def view(self, row, first, end):
         """Views k, v (1, H, end - first, D) of rows of a sequence."""
@@ -423,9 +426,8 @@ class WaveIndex(LayerCache):
         self.limits = [like.new_zeros(B, 1, dtype=torch.int64) for _ in "RK"]
 
     def attend(self, q, steady):
-        attend = self.store.attend or self.hot.attend
-        stores = self.store.k, self.store.v
-        return attend(q, steady, self.index, stores, self.budget(), self.method)
+        return self.store.attend(self.hot, q, steady, self.index,
+                                 self.budget(), self.method)
 
     def update(self):
         """LayerCache.update. What a step may read changes here alone."""
@@ -813,7 +815,7 @@ def round_up(n):
     return max(-(-n // RUN), 1) * RUN
 
 
-PLAIN = Hot(attend, nearest, segment_sum)
+PLAIN = Hot(attend, nearest, segment_sum, tripartite_attention)
 
 PAPER = Method(
     channel_weights=lambda energy, config: 1,

@@ -59,10 +59,7 @@ def choose_step(args, spec, device):
         hot = hot_functions(device, name)
     except ModuleNotFoundError as e:
         hot, reason = hot_functions(device, "compile"), f"{e.name} is not here"
-    title = TITLES[hot.attend.__module__]
-    if args.offload and title == "Triton":
-        title = "PyTorch for attention, Triton for fetches and the index,"  # the buffer attends
-    words = f"{title} and torch.compile on {device}, {reason}"
+    words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
     if device.type != "cuda":
         return compiled_step, hot, lambda: words
     step = CapturedStep()
@@ -92,7 +89,7 @@ def choose_on_cpu(args, spec):
     hot, problem = best_hot(spec)
     if args.backend == "native" and problem:
         raise InputError(f"--backend native does not run here: {problem}")
-    if args.backend == "compile" or args.offload:       # the buffer brings its own attention
+    if args.backend == "compile" or args.offload:       # step.cpp reads no execution buffer
         hot = hot_functions(CPU, "compile")
     try:
         try_compiler()

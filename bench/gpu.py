@@ -47,7 +47,7 @@ from retroinfer import PLAIN, Hot, Index, InputError, RetroConfig, WaveIndex, fe
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if IS_GPU else torch.float32     # interpreted, bfloat16 fails
-TRITON = Hot(kernels.attend, kernels.nearest, kernels.segment_sum)
+TRITON = Hot(kernels.attend, kernels.nearest, kernels.segment_sum, kernels.tripartite_attention)
 COMPILED = {(131072, 1), (131072, 8), (8192, 1)}    # cells where slow compilers are timed too
 SPARE = 128     # slots that are free for steps of a whole model: masks like a multiple of 8
 

@@ -171,9 +171,10 @@ def model_facts(config, retro, n_launches):
 def predictions():
     """All predictions, as --save writes them."""
     config, retro, counts = plan.shape(MODEL), RetroConfig(), {}
-    for name, hot, ratio in (("PyTorch", PLAIN, None),
-                             ("Triton", PLAIN._replace(attend=kernels.attend), None),
-                             ("offloaded", PLAIN._replace(attend=kernels.attend), RATIO)):
+    triton = PLAIN._replace(attend=kernels.attend,
+                            tripartite_attention=kernels.tripartite_attention)
+    for name, hot, ratio in (("PyTorch", PLAIN, None), ("Triton", triton, None),
+                             ("offloaded", triton, RATIO)):
         counts[name] = dict(zip(("layer", "step"), launches(config, TOKENS, hot, ratio),
                                 strict=True))
     return {"model": MODEL, "launches": counts,

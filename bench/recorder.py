@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import buffer
 import kernels
 
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "lift_fresh")
@@ -71,11 +72,12 @@ def is_view(function, given, out):
 @contextlib.contextmanager
 def recorded():
     """A Recorder that sees the operators within those of kernels.py too, of which no kernel runs:
-    what tensors hold afterwards means nothing."""
+    what tensors hold afterwards means nothing. A buffer copies rows as on a GPU."""
     with contextlib.ExitStack() as stack:
-        for name in ("attend_op", "copy_rows_op"):
+        for name in ("choose_op", "attend_op", "copy_rows_op"):
             inside = getattr(kernels, name)._init_fn
             stack.enter_context(mock.patch.object(kernels, name, inside))
+        stack.enter_context(mock.patch.object(buffer, "copy_rows", kernels.copy_rows))
         seen = Recorder()
         stack.enter_context(mock.patch.object(kernels, "launch", seen.note))
         yield stack.enter_context(seen)

@@ -1,5 +1,7 @@
 """A step can be captured in a CUDA graph, held without a GPU: its operators, repeated on the same
 tensors with no Python between them, answer as eager steps do; and it never asks the host."""
+from dataclasses import replace
+
 import pytest
 import torch
 from steps import LONG, SMALL
@@ -8,12 +10,13 @@ from app.plan import ByteCounter, Run, cache_on_meta, on_meta, shape
 from bench.recorder import Recorder, recorded
 from buffer import CLOCK, offload
 from generate import CapturedStep, eager_step, generate
-from kernels import attend
+from kernels import attend, tripartite_attention
 from model import load
 from retroinfer import PLAIN, RetroConfig, Store, WaveIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = RetroConfig(**SMALL | {"cluster": 16}, retrieve=.1, estimate=.2)
+KERNELS = PLAIN._replace(attend=attend, tripartite_attention=tripartite_attention)
 
 
 @pytest.fixture
@@ -42,11 +45,11 @@ def capture(caches, run):
     return seen.replay, out
 
 
-def say(model, make, step, n=80):
+def say(model, make, step, n=80, config=CONFIG, hot=PLAIN):
     """(caches, tokens, addresses of the state after every step) behind a ragged batch."""
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in (30, 250)]
-    caches, places = [WaveIndex(CONFIG, 400, 2, PLAIN, make) for _ in model.layers], []
+    caches, places = [WaveIndex(config, 400, 2, hot, make) for _ in model.layers], []
 
     def noted(*args):
         out = step(*args)
@@ -76,6 +79,22 @@ def test_a_captured_step_answers_as_eager_steps_over_index_updates(model, where)
     assert said.equal(truth) and (caches[0].n_indexed >= 2 * 32).all()
     assert all(place == places[0] for place in places) and len(places[0]) >= 15
     assert step.words() == "78 of 79 steps were replays of one CUDA graph"
+
+
+@pytest.mark.slow
+def test_a_captured_step_answers_with_kernels_and_a_buffer(model, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
+    given, held = (20, replace(CONFIG, update=8, cluster=8), KERNELS), []
+
+    def hold(model, caches, tokens):
+        held[:] = caches
+        return eager_step(model, caches, tokens)
+
+    step = CapturedStep(hold, lambda run: capture(held, run))
+    caches, said, _ = say(model, stores(model)["LRU"], step, *given)
+    assert said.equal(say(model, stores(model)["LRU"], eager_step, *given)[1])
+    assert (caches[0].n_indexed >= 40).all() and step.n_replayed == 18      # two updates
 
 
 def test_a_step_that_takes_a_number_from_the_host_is_found_out(model):
@@ -111,15 +130,17 @@ def test_other_caches_are_captured_anew(model):
 
 @pytest.mark.parametrize("ratio", [None, 0.05])
 def test_a_step_keeps_no_memory_and_asks_the_host_for_no_number(ratio):
-    """At the size of Llama-3.1-8B, on the meta device, where such a question fails."""
+    """At the size of Llama-3.1-8B, on the meta device, where such a question fails. Attention is
+    that of the kernels, with K and V on the device and on the host."""
     run = Run(shape("Llama-3.1-8B"), capacity=131072, cache_ratio=ratio)
     model, cache = on_meta(run.model, run.dtype), cache_on_meta(run)
-    cache.hot, cache.is_in_store = PLAIN._replace(attend=attend), [False]
+    cache.hot, cache.is_in_store = KERNELS, [False]
     token = torch.empty(1, dtype=torch.int64, device="meta")
     before = {name: x.untyped_storage()._cdata for name, x in state(cache)}
     with recorded() as seen, ByteCounter() as counter:
         logits = eager_step(model, [cache], token)
-        assert len(seen.launches()) > 20
+        assert {"rank_kernel", "choose_kernel", "attend_kernel"} < set(seen.launches())
+        assert ratio is None or seen.launches().count("copy_rows_kernel") == 4
         seen.calls.clear()
         assert counter.now == logits.nbytes
     assert before == {name: x.untyped_storage()._cdata for name, x in state(cache)}

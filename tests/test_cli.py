@@ -695,14 +695,16 @@ def tiny_config(head_dim=16):
                        False, False, frozenset([2]))
 
 
+@pytest.mark.parametrize("more", [(), ("--offload",)], ids=["device", "host"])
 @pytest.mark.parametrize("name, words", [
     (None, "Triton and torch.compile on cuda:0, the default"), ("eager", "eager on cuda:0"),
     ("compile", "PyTorch and torch.compile on cuda:0, asked for")])
-def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words):
+def test_a_gpu_gets_the_kernels_unless_pytorch_is_asked_for(name, words, more):
     pytest.importorskip("triton")
-    hot, said = chosen(name, "cuda:0")
+    hot, said = chosen(name, "cuda:0", *more)
     assert said.startswith(words)
-    assert hot.attend.__module__ == ("generate" if name else "kernels")
+    for function in (hot.attend, hot.tripartite_attention):
+        assert function.__module__ == ("generate" if name else "kernels")
 
 
 @pytest.mark.parametrize("name, words", [

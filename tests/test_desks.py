@@ -1,5 +1,6 @@
 """Two execution buffers: as one, as none; and what could go wrong with a second stream does not."""
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import buffer
 from buffer import CLOCK, LRU, Execution, Lane, WaveBuffer, host_memory
 from generate import eager_step, generate
 from model import load
-from retroinfer import RetroConfig, Store, WaveIndex, round_up
+from retroinfer import PLAIN, RetroConfig, Store, WaveIndex, round_up
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = RetroConfig(**SMALL | {"cluster": 16}, retrieve=.1, estimate=.2)
@@ -68,17 +69,17 @@ class Poisoned(WaveBuffer):
         self.admission.run(lambda: self.admit(ids, ends, k, v), self.cache.table, k)
 
 
-def say(model, make):
-    """(logits of 70 tokens, hits) behind a ragged batch, over two index updates."""
+def say(model, make, config=CONFIG, hot=PLAIN, n=70):
+    """(logits of n tokens, hits) behind a ragged batch, over two index updates."""
     prompts = [torch.randint(3, 320, (n,), generator=torch.Generator().manual_seed(n))
                for n in (30, 250)]
-    caches, got = [WaveIndex(CONFIG, 400, 2, make_store=make) for _ in model.layers], []
+    caches, got = [WaveIndex(config, 400, 2, hot, make) for _ in model.layers], []
 
     def pick(logits):
         got.append(logits.clone())
         return logits.max(-1).indices
 
-    list(generate(model, caches, prompts, 70, pick, eager_step))
+    list(generate(model, caches, prompts, n, pick, eager_step))
     counts = [c.store.counts for c in caches if isinstance(c.store, WaveBuffer)]
     return torch.stack(got), sum(counts)
 
@@ -106,6 +107,27 @@ def test_two_buffers_answer_as_one_and_as_none_however_late_an_admission(model, 
     assert two.equal(one) and late.equal(one) and lane.most == 2 and len(one) == 70
     torch.testing.assert_close(one, truth, rtol=1e-5, atol=1e-5)
     assert hits.equal(hits_two) and hits.equal(hits_late) and hits[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values, policy", [(1.0, LRU), (.2, CLOCK)])
+def test_kernels_answer_from_two_buffers_as_pytorch_does_and_hit_as_often(model, values, policy,
+                                                                          monkeypatch):
+    """However late an admission. With centroids in 16 bits: of a query in 8 bits another rounding
+    makes another query."""
+    kernels = pytest.importorskip("kernels")
+    if kernels.IS_COMPILED:
+        pytest.skip("compiled for the GPU, not interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
+    config, lane = replace(CONFIG, update=8, cluster=8, bits=16, values=values), Late()
+    hot = PLAIN._replace(tripartite_attention=kernels.tripartite_attention)
+    near, _ = say(model, Store, config, n=20)
+    far, hits = say(model, desks(model, WaveBuffer, True, policy, monkeypatch), config, n=20)
+    mine, hits_mine = say(model, desks(model, Poisoned, True, policy, monkeypatch, lane), config,
+                          hot, 20)
+    for truth in (near, far):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+    assert hits_mine.equal(hits) and hits[0] > 0 and lane.most == 2
 
 
 def test_a_fetch_that_does_not_wait_ruins_the_slots(model, monkeypatch):

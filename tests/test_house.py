@@ -16,7 +16,7 @@ FILES = sorted(p for folder in ("", *FOLDERS) for p in (ROOT / folder).glob("*.p
 ARROWS = {"retroinfer": set(), "model": {"retroinfer"}, "checkpoint": {"retroinfer"},
           "tokenizer": {"checkpoint", "retroinfer"},
           "kernels": set(), "antkv_kernels": set(), "generate": {"retroinfer"},
-          "buffer": {"retroinfer", "generate"},
+          "buffer": {"retroinfer"},
           "retrieval_attention": {"retroinfer"}, "antkv": {"retroinfer"},
           "error_bars": {"retroinfer"}, "native": {"retroinfer"},
           "parallel": {"retroinfer", "model"}, "adapters": {"app", "generate", "retroinfer"},

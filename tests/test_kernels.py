@@ -3,6 +3,7 @@
 Without a GPU conftest.py imports Triton as its interpreter. tests/test_footprint.py compiles the
 kernels for GPUs that are not here.
 """
+import functools
 import math
 import re
 
@@ -20,7 +21,7 @@ import buffer
 import kernels
 import retroinfer
 from bench import footprint
-from retroinfer import RetroConfig, WaveIndex
+from retroinfer import RetroConfig, Store, WaveIndex, before, gather_clusters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -90,6 +91,32 @@ def test_a_step_that_reads_some_values_is_as_exact_as_pytorch(name, values, dtyp
 def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name, values):
     case = Case(*CASES[name], bits=16, by_mass=False, values=values)
     assert_as_exact(kernel(case), case.eager(), case.truth())
+
+
+@pytest.mark.parametrize("values", [1.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_behind_a_fetch_is_as_exact_as_pytorch(name, values):
+    """Behind the tokens a fetch brings NaN. It is asked in order of rank, as in PyTorch."""
+    case, asked = Case(*CASES[name], values=values), []
+
+    def gather(index, stores, N, ids, ends):
+        asked.append([ids.masked_fill(ends == before(ends), -1).cpu(), ends.cpu()])
+        return gather_clusters(index, stores, N, ids, ends)
+
+    fetch = functools.partial(gather, case.index, case.stores, case.budget.N)
+    eager = retroinfer.tripartite_attention(case.q, case.steady, case.index, case.budget, fetch,
+                                            case.method)
+    mine = case.twin(functools.partial(attend_fetched, gather), DEVICE)
+    assert_as_exact(mine, eager, case.truth())
+    assert all(map(torch.equal, *asked))
+
+
+def attend_fetched(gather, q, steady, index, stores, budget, method):
+    """kernels.attend behind a fetch."""
+    def fetch(ids, ends):
+        k, v, bias = gather(index, stores, budget.N, ids, ends)
+        return *(x.masked_fill(bias.mT.isinf(), math.nan) for x in (k, v)), bias
+    return kernels.tripartite_attention(q, steady, index, budget, fetch, method)
 
 
 @pytest.mark.parametrize("values", [1.0, 0.3])
@@ -186,12 +213,13 @@ def test_tensors_of_two_dtypes_are_refused():
         kernel(case)
 
 
-def test_inductor_compiles_the_step_as_one_graph(monkeypatch):
-    case = Case(*CASES["three queries, 80 dims"])
-    expected = kernel(case)
-    fast = torch.compile(kernels.attend, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(kernels, "attend", fast)
-    assert torch.equal(kernel(case), expected)
+@pytest.mark.parametrize("attend, values", [
+    (kernels.attend, 1.0), (functools.partial(attend_fetched, gather_clusters), 0.3)],
+    ids=["device", "fetched"])
+def test_inductor_compiles_the_step_as_one_graph(attend, values):
+    case = Case(*CASES["three queries, 80 dims"], values=values)
+    fast = torch.compile(attend, fullgraph=True, dynamic=False)
+    assert torch.equal(case.twin(fast, DEVICE), case.twin(attend, DEVICE))
 
 
 # ---------------------------------------------------------------- selections
@@ -262,7 +290,7 @@ def test_clusters_are_chosen_exactly_and_their_tokens_listed(kind, C):
     for values in (1000, 200):
         found = kernels.choose(*logits_of(x, is_free), index, limits, counters,
                                [4 * R, R, K, values])
-        order, rows, owners, fits = (y if y is None else y.cpu() for y in found)
+        _, order, rows, owners, fits = (y.cpu() for y in found)
         for h in (0, 1):
             read, ranked = (best(x, is_free, int(n[0, h]))[0, h].nonzero()[:, 0] for n in limits)
             guessed = ranked[~torch.isin(ranked, read)]
@@ -359,11 +387,13 @@ def test_kernels_build_pytorchs_index():
     torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_decode_with_kernels_compiles_whole_and_never_again():
+@pytest.mark.parametrize("make_store", first_of([
+    functools.partial(buffer.WaveBuffer, cache_ratio=.3), Store]), ids=["host", "device"])
+def test_decode_with_kernels_compiles_whole_and_never_again(make_store):
     torch._dynamo.reset()
     q, k, v = (x.to(DEVICE) for x in qkv(60))
     counter = torch._dynamo.testing.CompileCounter()
-    wave = WaveIndex(RetroConfig(**TINY), 60, hot=kernels)
+    wave = WaveIndex(RetroConfig(**TINY), 60, hot=kernels, make_store=make_store)
     run(wave, q, k, v, 46,
         torch.compile(wave.decode, backend=counter, fullgraph=True, dynamic=False))
     assert counter.frame_count == 1 and wave.n_indexed == 48    # over 14 tokens and two updates
@@ -394,7 +424,8 @@ def test_a_captured_step_grows_with_its_sequence():
     torch.testing.assert_close(run(wave, q, k, v, 150, replay), eager, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["attend", "attend some", "nearest", "segment_sum", "copy_rows"])
+@pytest.mark.parametrize("op", ["choose", "attend", "attend some", "nearest", "segment_sum",
+                                "copy_rows"])
 def test_operators_pass_opcheck(op):
     case = Case(*CASES["one token"])
     x, ids = case.q.to(DEVICE), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
@@ -402,8 +433,10 @@ def test_operators_pass_opcheck(op):
                              for xs in (case.steady, case.index, case.stores))
     shares = [n.to(DEVICE) for n in case.budget[:2]]                        # (1, 1) each
     sizes = [case.budget.N, case.budget.R, case.budget.K]
-    args = {"attend": (x, steady, index, stores, shares, [*sizes, 1000], True),
-            "attend some": (x, steady, index, stores, shares, [*sizes, 200], True),
+    every, some = ((x, steady, index, [*sizes, n]) for n in (1000, 200))
+    _, counters, *chosen = kernels.choose_op(*some, shares, True)
+    args = {"choose": (*some, shares, True), "attend": (*every, stores, chosen, counters),
+            "attend some": (*some, stores, chosen, counters),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op.split()[0]}_op"), args)
 
