@@ -341,12 +341,12 @@ def attend(q, steady, past, book, look_up=look_up, mix=mix_codes):
     return o, w_s
 
 
-def attend_of(device):
-    """The attend that suits a device: on a GPU, the Triton twin."""
+def twin(function, device):
+    """attend or anchor_scores as it suits a device: on a GPU, the Triton twin."""
     if device.type != "cuda":
-        return attend
+        return function
     import antkv_kernels
-    return antkv_kernels.attend
+    return getattr(antkv_kernels, function.__name__)
 
 
 # ---------------------------------------------------------------- the cache
@@ -401,7 +401,7 @@ class AnchorCache(LayerCache):
 
     def attend(self, q, steady):
         scaled = q.float() * q.shape[-1] ** -0.5
-        o, weights = attend_of(q.device)(scaled, steady, self.past(), self.book)
+        o, weights = twin(attend, q.device)(scaled, steady, self.past(), self.book)
         self.score.add_(weights.sum(2))
         return o.to(q.dtype)
 
@@ -421,7 +421,7 @@ class AnchorCache(LayerCache):
         known = min(score.shape[1], self.score.shape[2])
         score[:, :known] += self.score[row, :, :known]
         if q is not None and k.shape[2] > first:
-            score[:, sink:] += anchor_scores(q, k, first)
+            score[:, sink:] += twin(anchor_scores, q.device)(q, k, first)
         self.settle(row, k_open, v_open, score)
 
     def move_to_store(self, row):

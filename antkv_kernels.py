@@ -1,16 +1,23 @@
-"""Triton twin of antkv.attend: a step's attention from codes, in splits (FlashDecoding).
+"""Triton twins of antkv.attend, a step's attention from codes, and of antkv.anchor_scores.
 
     codes     q, codes, codewords, which tokens count -> max, sum and weighted values of each split
     (PyTorch) steady zone, anchors, splits            -> one softmax
 
-A program owns a split of the tokens of one head. It takes a tile of tokens, finds the codewords
-that their bytes stand for, and has the tile's keys and values in registers: no key is written to
-memory. Its reads, in bytes, for each of the B*H heads: T*(N_k + N_v + 1) of codes and marks,
-S*G*D*4 of queries, and the codewords, 512*D each of keys and values, which the L1 cache holds. It
-writes S*G*(D + 2)*4.
+    rows      q, k           -> logarithm of each query's sum of exponentials
+    columns   q, k, row sums -> attention that each key receives
 
-Does not include: look-up in tables of q by codeword, and the column sums by which anchors are
-found. Nothing here has run on a GPU yet: tests interpret it, and compile it for real targets.
+A program of attend_codes owns a split of the tokens of one head (FlashDecoding). It takes a tile of
+tokens, finds the codewords that their bytes stand for, and has the tile's keys and values in
+registers: no key is written to memory. Its reads, in bytes, for each of the B*H heads:
+T*(N_k + N_v + 1) of codes and marks, S*G*D*4 of queries, and the codewords, 512*D each of keys and
+values, which the L1 cache holds. It writes S*G*(D + 2)*4.
+
+The scores take two products q·k of each pair of tokens, as many operations as an attention forward.
+Row sums need all columns and column sums need all rows, so one pass cannot make both. The scores
+write (G*Tq + T)*4 bytes a key head: no weight leaves the registers.
+
+Does not include: look-up in tables of q by codeword, and propagation_factors. Nothing here has run
+on a GPU yet: tests interpret it, and compile it for real targets.
 """
 import torch
 import triton
@@ -18,6 +25,9 @@ import triton.language as tl
 
 BN = 32             # tokens of a tile
 SPLITS = 64         # of a head at most
+
+
+# ---------------------------------------------------------------- a step's attention
 
 
 @triton.jit
@@ -107,3 +117,75 @@ def attend(q, steady, past, book):
     mean = mixed / total.clamp(min=1e-30)[..., None]                        # (B, H, S, G, D)
     o = w_s @ v_s.float() + w_a @ past.v_anchor.float()
     return o + (w_c.mT[..., None] * mean).sum(2), w_s
+
+
+# ---------------------------------------------------------------- the attention a token receives
+
+@triton.jit
+def load_tile(x, head, n, rows, D: tl.constexpr, BD: tl.constexpr):
+    """Rows (BT, BD) of a head of x (heads, n, D); zeros where there is none."""
+    d = tl.arange(0, BD)[None]
+    return tl.load(x + (head * n + rows[:, None]) * D + d, (rows < n)[:, None] & (d < D), 0.0)
+
+
+@triton.jit
+def causal_logits(query, key, rows, cols, D: tl.constexpr):
+    """Logits (BT, BT), fp32, of queries at places `rows` and keys at places `cols`."""
+    x = tl.dot(query, tl.trans(key), input_precision="ieee") * D ** -0.5
+    return tl.where(cols[None] <= rows[:, None], x, float("-inf"))
+
+
+@triton.jit
+def sum_rows(q, k, out, Tq, T, G, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
+    # grid (H*G, tiles of queries), the longest rows first. Loads the keys that its queries see.
+    head, past = tl.program_id(0).to(tl.int64), T - Tq
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    rows = tile * BT + tl.arange(0, BT)
+    query = load_tile(q, head, Tq, rows, D, BD)
+    best = tl.full((BT,), float("-inf"), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    for start in range(0, tl.minimum(past + (tile + 1) * BT, T), BT):
+        cols = start + tl.arange(0, BT)
+        key = load_tile(k, head // G, T, cols, D, BD)
+        x = causal_logits(query, key, past + rows, cols, D)
+        higher = tl.maximum(best, tl.max(x, 1))
+        total = total * tl.exp(best - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
+        best = higher
+    tl.store(out + head * Tq + rows, best + tl.log(total), rows < Tq)
+
+
+@triton.jit
+def sum_columns(q, k, row_sums, out, Tq, T, G, first, D: tl.constexpr, BD: tl.constexpr,
+                BT: tl.constexpr):
+    # grid (H, tiles of keys from `first` on). Loads the G heads' queries that see its keys.
+    head, past = tl.program_id(0).to(tl.int64), T - Tq
+    start = first + tl.program_id(1) * BT
+    cols = start + tl.arange(0, BT)
+    key = load_tile(k, head, T, cols, D, BD)
+    total = tl.zeros((BT,), tl.float32)
+    for one in range(head * G, head * G + G):
+        for tile in range(tl.maximum(start - past, 0) // BT, tl.cdiv(Tq, BT)):
+            rows = tile * BT + tl.arange(0, BT)
+            query = load_tile(q, one, Tq, rows, D, BD)
+            x = causal_logits(query, key, past + rows, cols, D)
+            norm = tl.load(row_sums + one * Tq + rows, rows < Tq, float("inf"))
+            total += tl.sum(tl.exp(x - norm[:, None]), 0)
+    tl.store(out + head * (T - first) + cols - first, total, cols < T)
+
+
+def score_tile(dtype, D):
+    """BD, and BT: as many queries, and keys, as a program of 4 warps holds without spilling."""
+    BD = tile_sizes(1, D)[1]
+    return BD, 16 if dtype == torch.float32 else min(64, 8192 // BD)
+
+
+def anchor_scores(q, k, first=0):
+    """antkv.anchor_scores, without the weights in memory."""
+    (_, H, T, D), (heads, Tq) = k.shape, q.shape[1:3]
+    q, k, (BD, BT) = q.contiguous(), k.contiguous(), score_tile(q.dtype, D)
+    row_sums = torch.empty(heads, Tq, device=q.device)
+    out = torch.empty(H, T - first, device=q.device)
+    sum_rows[heads, triton.cdiv(Tq, BT)](q, k, row_sums, Tq, T, heads // H, D, BD, BT)
+    sum_columns[H, triton.cdiv(T - first, BT)](
+        q, k, row_sums, out, Tq, T, heads // H, first, D, BD, BT)
+    return out

@@ -5,6 +5,7 @@
     python -m bench.cpu prefill         # what building the index costs in time and memory
     python -m bench.cpu reload          # a second question: load the index, or read the text again
     python -m bench.cpu questions       # sixteen questions: one by one, or as one batch
+    python -m bench.cpu codes           # one layer of 1M tokens in 1 bit (antkv.py): bytes and time
 
 `make bench` runs the first four. --save FILE writes the numbers as JSON, and those of attention as
 a plot beside it. bench/timing.py says how times are taken.
@@ -12,6 +13,7 @@ a plot beside it. bench/timing.py says how times are taken.
     T tokens   H kv heads   G query heads per kv head   D head dim
 """
 import functools
+import math
 import multiprocessing
 import resource
 import statistics
@@ -24,6 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from antkv import AnchorCache, AnchorConfig, M
+from app.choose import free_memory
 from app.command import Parser, run_command
 from app.questions import spread, whole_pages
 from app.snapshot import Snapshot, save
@@ -63,6 +67,7 @@ STYLES = {"SDPA": "s--", "FlexAttention": "^:", "dense, ours": "D-.", "wave inde
           "wave index, native": "o-"}
 LIBRARIES = "SDPA", "FlexAttention"
 BEST = "wave index, native"
+LOOK_UP = "1-bit codes, look-up"
 
 
 # ---------------------------------------------------------------- one layer
@@ -92,19 +97,25 @@ def attention(args):
 
 
 def clumped_layer(T, seed):
-    """The Layer of T tokens whose keys lie in clumps along the text, as real keys do."""
-    g = torch.Generator().manual_seed(seed)
+    """The Layer of T clumped tokens."""
     cache = WaveIndex(RetroConfig(), T + RetroConfig().update)
+    for k, v in clumped(T, torch.Generator().manual_seed(seed)):
+        cache.prefill(None, k, v)
+    k, v = keys_and_values(cache)
+    cache.update()
+    return Layer(cache, k, v)
+
+
+def clumped(T, g):
+    """Yield k, v (1, H, n, D), bfloat16, of T tokens, up to REAL of them at a time. Keys lie in
+    clumps along the text, as real keys do."""
     for start in range(0, T, REAL):
         n = min(REAL, T - start)
         clumps = torch.randn(1, H, max(n // 24, 1), D, generator=g)
         which = torch.randint(clumps.shape[2], (n,), generator=g)
         k = clumps[:, :, which] + torch.randn(1, H, n, D, generator=g)
         v = torch.randn(k.shape, generator=g)
-        cache.prefill(None, k.bfloat16(), v.bfloat16())
-    k, v = keys_and_values(cache)
-    cache.update()
-    return Layer(cache, k, v)
+        yield k.bfloat16(), v.bfloat16()
 
 
 def attention_runners(layers, T):
@@ -180,6 +191,73 @@ def label_offset(name, last):
     is_just_above = any(1 <= x < 1.5 for x in ratios)
     is_just_below = any(2 / 3 < x < 1 for x in ratios)
     return 6 * (is_just_above - is_just_below)
+
+
+# ---------------------------------------------------------------- one layer from codes
+
+def codes(args):
+    """Bytes of a layer of Llama-3-8B's shape in 1 bit, and a step's time beside dense attention.
+
+    Dense attention has fewer tokens if its keys and values would take over half the free memory.
+    """
+    T, config = (args.tokens or [2**20])[0], AnchorConfig(bits=1)
+    cache = coded_layer(T, config, args.repeats + 1)
+    held, allocated = cache.bytes_held(), cache.nbytes()
+    allocated["codes"] = allocated.pop("store")
+    parts = {name: [planned, held[name], allocated[name]]
+             for name, planned in planned_bytes(T, config).items()}
+    parts["all"] = [sum(x) for x in zip(*parts.values(), strict=True)]
+    rows = [[name, *(f"{n / 2**20:.2f}" for n in x)] for name, x in parts.items()]
+    print(f"{T:,} tokens, {cache.true_bits():.3f} bits a number\n\n"
+          f"{table(['part', 'planned MiB', 'held MiB', 'allocated MiB'], rows)}\n", flush=True)
+    T_dense = min(T, free_memory(CPU) // (2 * 4 * H * D))
+    seconds = take_turns(code_runners(cache, T_dense), args.repeats)
+    rows = [[name, f"{T if name == LOOK_UP else T_dense:,}", f"{statistics.median(x) * 1e3:.2f}",
+             f"{speed_up(x, seconds[LOOK_UP]):.2f}"] for name, x in seconds.items()]
+    print(table(["a step", "tokens", "ms", "times as fast as from codes"], rows))
+    return {"tokens": T, "tokens of dense": T_dense, "bytes": parts, "seconds": seconds}
+
+
+def planned_bytes(T, config):
+    """{part: bytes} of a layer of T tokens, in 16 bits where it is exact: as docs/antkv.md has it.
+
+    An exact token takes 4 bytes more: an anchor for its place, another for its score.
+    """
+    exact, n = H * (4 * D + 4), T - config.sink - config.window
+    return {"codes": H * n * 2 * D * config.bits // 8, "codebooks": H * D * (2 * M * 2 + 4),
+            "anchors": math.ceil(config.anchors * n) * exact,
+            "steady zone": (config.sink + config.window) * exact}
+
+
+def coded_layer(T, config, steps):
+    """An AnchorCache of T clumped tokens with room for some steps. The first REAL tokens make the
+    codebooks, and no more are in 16 bits at a time. A token's score is the length of its key."""
+    cache = AnchorCache(config, T + steps)
+    for new in clumped(T, torch.Generator().manual_seed(0)):
+        if cache.store is None:
+            cache.allocate(new[0])
+        n = int(cache.n_tokens - cache.n_indexed)           # sink and window
+        cache.n_tokens += new[0].shape[2]
+        k, v = (torch.cat([old[:, :, :n], x], 2)
+                for old, x in zip((cache.k_steady, cache.v_steady), new, strict=True))
+        cache.settle(0, k, v, k[0].float().norm(dim=-1))
+    return cache
+
+
+def code_runners(cache, T):
+    """{name: function} that makes a real step of the cache, or attends to T tokens densely."""
+    g = torch.Generator().manual_seed(9)
+    q, *new = (torch.randn(1, n, 1, D, generator=g).bfloat16() for n in (H * G, H, H))
+    k, v = (torch.empty(1, H, T, D, dtype=torch.bfloat16).normal_(generator=g) for _ in "kv")
+    step, dense = (torch.compile(f, **COMPILE) for f in (cache.decode, our_dense))
+    grouped = q.view(1, H, G, D)
+
+    def decode_one():
+        cache.update()
+        step(q, *new)
+
+    return {LOOK_UP: decode_one, "dense, ours": lambda: dense(grouped, k, v),
+            "dense, SDPA": lambda: F.scaled_dot_product_attention(grouped, k, v)}
 
 
 # ---------------------------------------------------------------- a whole model
@@ -443,7 +521,7 @@ def questions(args):
 
 
 SECTIONS = {"attention": attention, "model": model, "prefill": prefill_cost, "reload": reload,
-            "questions": questions}
+            "questions": questions, "codes": codes}
 
 
 def main():
@@ -455,7 +533,8 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--save", metavar="FILE", type=new_file, help="write the numbers as JSON")
     args = parser.parse_args()
-    what = "a layer in bfloat16" if args.section == "attention" else f"{DEFAULT_NAME}, {args.dtype}"
+    is_layer = args.section in ("attention", "codes")
+    what = "a layer in bfloat16" if is_layer else f"{DEFAULT_NAME}, {args.dtype}"
     run_section(args, SECTIONS, what)
 
 

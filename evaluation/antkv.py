@@ -12,9 +12,10 @@ Calibration texts are never evaluation texts: Python's language reference (pydoc
 the standard library that texts.py does not use, and random identifiers.
 
 Baselines: 16 bits; keys per channel and values per token in 4 and 2 bits, in groups of 32 numbers
-(as in KIVI); FP8 (e4m3) with a scale a token; codebooks without weights. All keep the same sink and
-window exact. True bits count codes, scales, exact tokens and codebooks of this one text, over all
-numbers of K and V.
+(as in KIVI); keys and values rotated, then 2 bits per token (as in OSCAR); FP8 (e4m3) with a scale
+a token; codebooks without weights. All keep the same sink and window exact, so OSCAR has fewer
+exact tokens here than its 64 first and 256 latest. True bits count codes, scales, exact tokens, and
+codebooks or rotations of this one text, over all numbers of K and V.
 """
 import functools
 import importlib
@@ -41,6 +42,7 @@ from retroinfer import InputError, attend_causally
 PIECE = 2048        # tokens of a calibration text, as in Coupled Quantization
 MODULES = ("statistics", "textwrap", "heapq", "shelve", "inspect", "pathlib", "csv", "difflib")
 GROUP = 32          # numbers of a group that share a scale and a zero
+CLIP = 0.6          # of the range of 64 to 128 normal numbers: 2 bits of it have the least error
 SKIP = 512          # tokens of a text whose perplexity is not counted in mode "first"
 FINE = 32           # tokens that are read together behind a prompt in mode "prefill"
 
@@ -95,11 +97,11 @@ def calibrate(args, model, tokenizer):
 
 class RoundTrip(DenseCache):
     """A dense cache in which tokens past the window become what change(k, v) makes of them, GROUP
-    at a time."""
+    at a time. words: how many numbers calibration made for it."""
 
-    def __init__(self, change, config, capacity):
+    def __init__(self, change, config, capacity, words=0):
         super().__init__(capacity)
-        self.change, self.config, self.done = change, config, config.sink
+        self.change, self.config, self.done, self.words = change, config, config.sink, words
 
     def prefill(self, q, k, v, row=0):
         o = super().prefill(q, k, v, row)
@@ -114,21 +116,64 @@ class RoundTrip(DenseCache):
 
     def true_bits(self, bits):
         n = int(self.n_tokens[0])
-        return bits + (16 - bits) * (n - self.done + self.config.sink) / n
+        past = bits + (16 - bits) * (n - self.done + self.config.sink) / n
+        return past + 8 * self.bytes_held()["codebooks"] / numbers_of(self)
+
+    def bytes_held(self):
+        return {"codebooks": 2 * self.words}
 
 
-def uniform(x, bits, dim):
-    """x in whole steps from the least to the largest of GROUP numbers along dim."""
-    groups = x.unflatten(dim, (-1, GROUP))
-    least = groups.amin(dim, keepdim=True)
-    step = (groups.amax(dim, keepdim=True) - least) / (2**bits - 1)
-    step = step.clamp(min=1e-8)
-    return (((groups - least) / step).round() * step + least).flatten(dim - 1, dim)
+def uniform(x, bits, dim, size=GROUP, clip=1.0):
+    """x in whole steps from the least to the largest of `size` numbers along dim. clip: the part of
+    that range, in its middle, that the steps cover."""
+    groups, most = x.unflatten(dim, (-1, size)), 2**bits - 1
+    low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
+    least = low + (1 - clip) / 2 * (high - low)
+    step = (clip * (high - low) / most).clamp(min=1e-8)
+    levels = ((groups - least) / step).round().clamp(0, most)
+    return (levels * step + least).flatten(dim - 1, dim)
 
 
 def kivi(bits, k, v):
     """Keys per channel, values per token."""
     return uniform(k, bits, -2), uniform(v, bits, -1)
+
+
+def rotated(bits, clip, rotations, k, v):
+    """Keys and values per token, in the bases of rotations (2, H, D, D). A row is one group."""
+    return [uniform(x @ r, bits, -1, x.shape[-1], clip) @ r.mT
+            for x, r in zip((k, v), rotations, strict=True)]
+
+
+def fit_rotations(model, pieces, show=iter):
+    """Rotations (2, H, D, D) of each layer's keys and values, of all pieces of text ids (n,).
+
+    As OSCAR was published (Zhou et al., arXiv 2605.17757): the eigenbasis of the mean of q·qᵀ for
+    keys, and of the outputs' o·oᵀ for values, then a Hadamard rotation. Two parts of OSCAR are left
+    out. A permutation of channels among groups changes nothing where a row is one group. Clipping
+    thresholds fitted to calibration text are one number here, CLIP.
+    """
+    sums = [0] * len(model.layers)
+
+    def attend_and_add(layer, q, k, v):
+        o = attend_causally(q, k, v)
+        rows = torch.cat([q, o]).unflatten(1, (k.shape[1], -1)).flatten(2, 3)   # (2, H, G*n, D)
+        sums[layer] = sums[layer] + rows.mT @ rows
+        return o
+
+    for ids in show(pieces):
+        attends = [functools.partial(attend_and_add, layer) for layer in range(len(sums))]
+        model(ids[None], torch.arange(len(ids))[None], attends)
+    return [torch.linalg.eigh(x).eigenvectors @ hadamard(x.shape[-1]) for x in sums]
+
+
+def hadamard(n):
+    """A rotation (n, n) that spreads each of n channels evenly over all; where n is no power of 2,
+    over blocks of channels, the largest power of 2 that divides n."""
+    h = torch.ones(1, 1)
+    while n % (2 * len(h)) == 0:
+        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2), h)
+    return torch.block_diag(*[h] * (n // len(h)))
 
 
 def fp8(k, v):
@@ -165,13 +210,17 @@ def compare(model, case, attends, first, size):
 
 # ---------------------------------------------------------------- the table
 
-def baselines(model, config, capacity):
+def baselines(model, config, capacity, rotations):
     """Yield (name, caches, bits of a number past the window)."""
-    made = {"16 bits": (lambda k, v: (k, v), 16), "FP8": (fp8, 8 + 16 / model.config.head_dim),
+    D = model.config.head_dim
+    made = {"16 bits": (lambda k, v: (k, v), 16), "FP8": (fp8, 8 + 16 / D),
             **{f"uniform {bits} bits": (functools.partial(kivi, bits), bits + 32 / GROUP)
                for bits in (4, 2)}}
     for name, (change, bits) in made.items():
         yield name, [RoundTrip(change, config, capacity) for _ in model.layers], bits
+    changes = [functools.partial(rotated, 2, CLIP, x) for x in rotations]
+    words = 2 * model.config.num_key_value_heads * D * D
+    yield ("rotated 2 bits", [RoundTrip(f, config, capacity, words) for f in changes], 2 + 32 / D)
 
 
 def vector_quantised(heard, args):
@@ -222,28 +271,29 @@ def measure(model, mode, case, caches, steps):
 def table(args, model, tokenizer):
     """Print a row for each mode, text and method, and write them to a file."""
     found = [read(model, tokenizer, kind, args.length) for kind in args.texts]
-    heard = antkv.listen(model, calibration_pieces(tokenizer, args.pieces), tqdm)
+    pieces = calibration_pieces(tokenizer, args.pieces)
+    heard, rotations = antkv.listen(model, pieces, tqdm), fit_rotations(model, pieces, tqdm)
     print("| text | mode | method | true bits | without codebooks | KL | perplexity | of dense |")
     print("|---|---|---|---|---|---|---|---|")
     for case, mode in itertools.product(found, args.modes):
-        plain = baselines(model, AnchorConfig(), args.length)
+        plain = baselines(model, AnchorConfig(), args.length, rotations)
         for name, caches, bits in itertools.chain(plain, vector_quantised(heard, args)):
             row = measure(model, mode, case, caches, args.steps)
             show({"method": name, **row, **bits_of(caches, bits), "pieces": args.pieces}, args.json)
 
 
 def bits_of(caches, bits):
-    """True bits of a method, with its codebooks and without."""
+    """True bits of a method, with its codebooks or rotations and without."""
     whole = sum(cache.true_bits(bits) if isinstance(cache, RoundTrip) else cache.true_bits()
                 for cache in caches) / len(caches)
     words = sum(8 * cache.bytes_held()["codebooks"] / numbers_of(cache)
-                for cache in caches if isinstance(cache, AnchorCache)) / len(caches)
+                for cache in caches) / len(caches)
     return {"true bits": whole, "without codebooks": whole - words}
 
 
 def numbers_of(cache):
     """Numbers of the keys and values that a cache holds."""
-    _, H, _, D = cache.k_steady.shape
+    _, H, _, D = (cache.k if isinstance(cache, RoundTrip) else cache.k_steady).shape
     return 2 * H * D * int(cache.n_tokens[0])
 
 

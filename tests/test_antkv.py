@@ -487,7 +487,7 @@ def test_a_cache_that_loses_nothing_is_dense(tiny, mode, monkeypatch):
         return attend_causally(*layer)
     (_, hidden), = study.follow(model, ids, [keep] * 2, 0, 200)
     case, kl = study.Case("code", ids, hidden, layers), {}
-    _, plain, _ = next(study.baselines(model, AnchorConfig(), 200))
+    _, plain, _ = next(study.baselines(model, AnchorConfig(), 200, []))
     for name, caches in (("16 bits", plain), *((share, [AnchorCache(
             AnchorConfig(1, share, window=16), 200, 1, random_book(1)) for _ in range(2)])
             for share in (0.0, 1.0))):
@@ -508,6 +508,62 @@ def test_uniform_quantisation_loses_at_most_half_a_step():
         assert (error <= step / 2 + 1e-6).all() and error.max() > 0.1
     assert len(study.uniform(x, 2, -2)[0, 0, :32, 0].unique()) <= 4
     assert len(study.uniform(x, 2, -1)[0, 0, 0].unique()) <= 4
+
+
+@pytest.mark.parametrize("n", [1, 16, 48, 128])
+def test_a_hadamard_rotation_spreads_each_channel_evenly(n):
+    h, block = study.hadamard(n), n & -n                    # the largest power of 2 that divides n
+    torch.testing.assert_close(h @ h.mT, torch.eye(n))
+    assert torch.equal((h != 0).sum(1), torch.full((n,), block))
+    torch.testing.assert_close(h[h != 0].abs(), torch.full((n * block,), block ** -0.5))
+
+
+def test_clipping_2_bits_lowers_the_error_of_normal_numbers():
+    for D in (64, 128):
+        x = torch.randn(2000, D, generator=torch.Generator().manual_seed(0))
+        errors = {clip: float((study.uniform(x, 2, -1, D, clip) - x).square().mean())
+                  for clip in (0.5, study.CLIP, 0.75, 1)}
+        assert min(errors, key=errors.get) == study.CLIP and errors[study.CLIP] < 0.7 * errors[1]
+
+
+def test_rotations_are_orthogonal_and_even_out_what_queries_look_at(tiny):
+    """In the rotated basis each channel of a key head's queries, and of its outputs, is as loud."""
+    model, _ = tiny
+    pieces, heard = torch.arange(600).view(2, 300) % 300 + 3, []
+    found = study.fit_rotations(model, pieces)
+
+    def keep(q, k, v):
+        heard.append((q, attend_causally(q, k, v)))
+        return heard[-1][1]
+
+    for ids in pieces:
+        model(ids[None], torch.arange(300)[None], [keep] * 2)
+    for layer, rotations in enumerate(found):
+        assert rotations.shape == (2, 2, 16, 16)            # keys and values, H, D, D
+        torch.testing.assert_close(rotations @ rotations.mT, torch.eye(16).expand(2, 2, -1, -1),
+                                   rtol=0, atol=1e-5)
+        for r, x in zip(rotations, zip(*heard[layer::2], strict=True), strict=True):
+            grouped = torch.cat(x, 2)[0].unflatten(0, (2, -1)).flatten(1, 2)    # (H, G*600, D)
+            energy = (grouped @ r).square().mean(1)
+            torch.testing.assert_close(energy, energy.mean(-1, keepdim=True).expand_as(energy),
+                                       rtol=1e-3, atol=1e-6)
+
+
+def test_rotated_2_bits_bear_a_loud_channel_that_no_query_looks_at():
+    """Without rotation a key's loud channel sets the steps of all its other channels. 16 bits lose
+    nothing, whatever the basis."""
+    q, k, v = qkv(320, H=1, G=2, D=64)
+    k[..., 5] *= 30
+    q[..., 5] = 0
+    sums = torch.stack([x[0].flatten(0, 1).mT @ x[0].flatten(0, 1) for x in (q, v)])
+    turn = torch.linalg.eigh(sums).eigenvectors[:, None] @ study.hadamard(64)       # (2, 1, D, D)
+    for mine, x in zip(study.rotated(16, 1, turn, k, v), (k, v), strict=True):
+        torch.testing.assert_close(mine, x, rtol=0, atol=5e-3)
+
+    def lost(keys):
+        return (q @ (keys - k).mT).square().mean()
+    assert lost(study.rotated(2, study.CLIP, turn, k, v)[0]) < 0.5 * lost(
+        study.uniform(k, 2, -1, 64))
 
 
 @pytest.mark.slow

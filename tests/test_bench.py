@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from antkv import AnchorConfig, encode
 from app.command import run_command
 from bench import cpu, start, timing
 from model import DenseCache, load
@@ -55,6 +56,34 @@ def test_a_layer_holds_its_tokens_and_has_the_default_models_budget():
     budget = cache.budget()
     share = RetroConfig().retrieve * int(cache.n_indexed) // RetroConfig().cluster
     assert (budget.retrieve - max(share, RetroConfig().min_retrieve)).abs().max() <= 1
+
+
+def test_a_layer_from_codes_holds_the_bytes_that_were_planned(one_thread, monkeypatch):
+    """In pieces, the last of which is shorter, and as the cache itself would have encoded them."""
+    monkeypatch.setattr(cpu, "REAL", 800)
+    T, config = 1900, AnchorConfig(bits=1)
+    cache = cpu.coded_layer(T, config, 2)
+    held = cache.bytes_held()
+    assert held == cpu.planned_bytes(T, config) and cache.n_tokens == T
+    assert sum(held.values()) < sum(cache.nbytes().values()) < 1.5 * sum(held.values())
+    k, v = (torch.cat(x, 2) for x in zip(*cpu.clumped(T, torch.Generator().manual_seed(0)),
+                                         strict=True))
+    n, book = int(cache.n_indexed), cache.book_of(0)
+    assert torch.equal(cache.store.k[..., :700], encode(k[:, :, 4:704] - book.centre, book.k))
+    assert torch.equal(cache.store.v[..., n - 700:n], encode(v[:, :, n - 696:n + 4], book.v))
+
+
+@pytest.mark.slow
+def test_a_step_from_codes_is_timed_beside_dense_attention(one_thread, monkeypatch, capsys):
+    """With half the free memory for it, dense attention has fewer tokens."""
+    monkeypatch.setattr(cpu, "free_memory", lambda device: 2 * 4 * cpu.H * cpu.D * 600)
+    found = cpu.codes(Namespace(tokens=[900], repeats=2))
+    assert {name: len(x) for name, x in found["seconds"].items()} == {
+        cpu.LOOK_UP: 2, "dense, ours": 2, "dense, SDPA": 2}
+    out = capsys.readouterr().out
+    assert "900 tokens, " in out and "| dense, SDPA | 600 | " in out and "| all | " in out
+    assert [sum(x[i] for name, x in found["bytes"].items() if name != "all") for i in range(3)] == \
+        found["bytes"]["all"]
 
 
 @pytest.mark.parametrize("given, problem", [
