@@ -189,6 +189,7 @@ class Store:
     buffer.WaveBuffer has the same functions for a store on the host: there
     bring returns copies, and put writes them back.
     """
+
     def __init__(self, cache, T, like):
         shape = len(cache.n_tokens), like.shape[1], T, like.shape[3]
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
