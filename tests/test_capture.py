@@ -85,7 +85,7 @@ def test_a_captured_step_answers_as_eager_steps_over_index_updates(model, where)
 def test_a_captured_step_answers_with_kernels_and_a_buffer(model, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
-    given, held = (20, replace(CONFIG, update=8, cluster=8), KERNELS), []
+    given, held = (12, replace(CONFIG, update=8, cluster=8), KERNELS), []
 
     def hold(model, caches, tokens):
         held[:] = caches
@@ -94,7 +94,7 @@ def test_a_captured_step_answers_with_kernels_and_a_buffer(model, monkeypatch):
     step = CapturedStep(hold, lambda run: capture(held, run))
     caches, said, _ = say(model, stores(model)["LRU"], step, *given)
     assert said.equal(say(model, stores(model)["LRU"], eager_step, *given)[1])
-    assert (caches[0].n_indexed >= 40).all() and step.n_replayed == 18      # two updates
+    assert (caches[0].n_indexed >= 32).all() and step.n_replayed == 10      # an update between
 
 
 def test_a_step_that_takes_a_number_from_the_host_is_found_out(model):
