@@ -167,10 +167,12 @@ def test_plan_prints_the_parts_and_runs_nothing(capsys, monkeypatch):
     assert left == pytest.approx(40 - plan(LLAMA).peak / GIB, abs=0.06)
 
 
-def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint, monkeypatch, dtype):
+    monkeypatch.setattr(command, "fast_dtype", lambda device: getattr(torch, dtype))
     path = checkpoint()
     assert command.main([str(path), "--device", "cpu"]) == 0
-    assert f"{path}, 64 tokens x 1, float32" in capsys.readouterr().out
+    assert f"{path}, 64 tokens x 1, {dtype}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "message"), [
