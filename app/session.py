@@ -91,7 +91,8 @@ class Session:
 
     def __init__(self, model, make_cache, pick, step, chunk=CHUNK):
         self.model, self.caches = model, [make_cache() for _ in model.layers]
-        self.pick, self.step, self.chunk, self.threads = pick, step, chunk, Threads()
+        self.pick, self.step, self.chunk = pick, step, chunk
+        self.threads = Threads(model.embed_tokens.weight.dtype)
         self.n_read = self.n_said = [0] * len(self.caches[0].n_tokens)      # tokens, by sequence
         self.prefill_seconds = 0.0
         self.steps = []                                     # (tokens, seconds) of each step

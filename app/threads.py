@@ -4,13 +4,14 @@ The threads of a parallel loop wait for one another. Where another program takes
 the others wait for the thread that has none, in every loop: two threads are then many times slower
 than one. So the pieces of a long work are watched, and as long as one thread is faster, one works.
 
-    threads = Threads()
+    threads = Threads(torch.float32)
     with threads:
         for step in steps:
             step()
             threads.end_piece()     # pieces are alike: a decode step, a layer of a prefill
 
-The number that torch knows stays: another number would be another graph to compile.
+The number that torch knows stays: another number would be another graph to compile. Work in 16 bits
+does not give way: see openmp_limit.
 """
 import ctypes
 import math
@@ -27,9 +28,9 @@ FIRST = 2           # seconds after which they are tried again in work of anothe
 class Threads:
     """Lets one thread work where all of them together are slower."""
 
-    def __init__(self, limit=None):
-        """limit(is_one): replaces what limits the OpenMP of torch, for tests."""
-        self.limit, self.n = limit or openmp_limit(), torch.get_num_threads()
+    def __init__(self, dtype, limit=None):
+        """dtype: of the products. limit(is_one): replaces what limits torch's OpenMP, for tests."""
+        self.limit, self.n = limit or openmp_limit(dtype), torch.get_num_threads()
         self.is_one = self.is_disturbed = False
         self.next_trial, self.clocks = 0.0, None
 
@@ -75,8 +76,12 @@ class Threads:
             self.limit(is_one)
 
 
-def openmp_limit():
-    """A function that lets one thread of torch's OpenMP work, or all. None if there is none."""
+def openmp_limit(dtype):
+    """A function that lets one thread of torch's OpenMP work, or all. None if there is none, or if
+    products of this dtype are oneDNN's: it deals a product out to all threads that torch knows, and
+    the share of a thread that does not work is left undone. MKL asks how many work."""
+    if dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return None
     folder = Path(torch.__file__).parent / "lib"
     for pattern in ("libgomp*", "libomp*", "libiomp*"):
         for path in sorted(folder.glob(pattern)):

@@ -76,8 +76,9 @@ def busy(args):
     """Speed of the default model, quiet and beside a job that takes both cores."""
     model, _ = load(device="cpu")
     ids = torch.randint(100, 40000, (args.tokens or [2000])[0:1])
-    cases = {"quiet": (None, Threads), "quiet, threads fixed": (None, fixed_threads),
-             "beside a job": (BUSY, Threads), "beside a job, threads fixed": (BUSY, fixed_threads)}
+    give_way = functools.partial(Threads, torch.float32)
+    cases = {"quiet": (None, give_way), "quiet, threads fixed": (None, fixed_threads),
+             "beside a job": (BUSY, give_way), "beside a job, threads fixed": (BUSY, fixed_threads)}
     speeds = {name: [] for name in cases}
     for _ in range(args.repeats + 1):           # the first of each compiles
         for name, (program, make) in cases.items():
@@ -93,7 +94,7 @@ def busy(args):
 
 def fixed_threads():
     """Threads that never give way."""
-    return Threads(lambda is_one: None)
+    return Threads(torch.float32, lambda is_one: None)
 
 
 def beside(program, work):

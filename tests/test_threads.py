@@ -1,5 +1,6 @@
 """One thread works where several wait for one another, and only there."""
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def simulate(monkeypatch):
         machine = Machine(*args)
         monkeypatch.setattr(threads.time, "perf_counter", lambda: machine.now)
         monkeypatch.setattr(threads.time, "process_time", lambda: machine.cpu)
-        with Threads(machine.limit) as found:
+        with Threads(torch.float32, machine.limit) as found:
             for _ in range(n):
                 machine.piece()
                 found.end_piece()
@@ -70,7 +71,7 @@ def test_serial_work_is_not_taken_for_a_busy_machine(simulate):
 def test_a_machine_that_gets_quiet_has_all_threads_again(simulate, monkeypatch):
     machine = simulate(50, 0.5, 0.05, True)
     assert machine.pieces[-1]
-    with Threads(machine.limit) as found:
+    with Threads(torch.float32, machine.limit) as found:
         found.is_one, found.all_took, found.next_trial = True, 0.5, machine.now + 1
         found.set(True)
         machine.busy, machine.together = False, 0.03
@@ -80,8 +81,16 @@ def test_a_machine_that_gets_quiet_has_all_threads_again(simulate, monkeypatch):
     assert not any(machine.pieces[-50:])
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_openmp_of_torch_takes_the_limit():
-    limit = threads.openmp_limit()
+    limit = threads.openmp_limit(torch.float32)
     if limit is None:
         pytest.skip("torch brings no OpenMP of its own")
     path = next(p for p in sorted((threads.Path(torch.__file__).parent / "lib").glob("lib*omp*")))
@@ -94,6 +103,22 @@ def test_the_openmp_of_torch_takes_the_limit():
     limit(False)
     assert openmp.omp_get_max_active_levels() == before
     torch.testing.assert_close(x @ x, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 25, 100])
+def test_one_thread_does_the_whole_work(dtype, n, two_threads):
+    """The products of a model are the same, whatever Threads does."""
+    found = Threads(dtype)
+    g = torch.Generator().manual_seed(0)
+    for n_in, n_out in ((576, 192), (576, 1536), (1536, 576), (1536, 8960)):
+        x, w = (torch.randn(m, n_in, generator=g).to(dtype) for m in (n, n_out))
+        whole = torch.nn.functional.linear(x, w)
+        with found:
+            found.set(True)
+            torch.empty(n * n_out, dtype=dtype).fill_(math.nan)     # what is left undone shows
+            alone = torch.nn.functional.linear(x, w)
+        torch.testing.assert_close(alone, whole)
 
 
 GRAPH = """
