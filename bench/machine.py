@@ -20,7 +20,7 @@ import torch
 from app import plan
 from bench.timing import figure
 from buffer import BLOCK
-from retroinfer import RetroConfig
+from retroinfer import RetroConfig, limits_of
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def our_work(config, tokens, batch, retro, blocks=1.0):
     heads, layers = (batch, config.num_key_value_heads), config.num_hidden_layers
     cache = plan.cache_on_meta(plan.Run(config, tokens, batch, retro=retro))
     cache.n_indexed = torch.full((batch,), tokens)          # the rest stays without memory
+    cache.limits = limits_of(retro, cache.n_indexed[:, None])
     slots = *heads, cache.index.sizes.shape[2]
     cache.index = cache.index._replace(sizes=torch.full(slots, float(retro.cluster)))
     n_tokens = int(cache.budget().retrieve.expand(heads).sum()) * blocks * BLOCK
