@@ -571,21 +571,21 @@ def attend(q, steady, index, stores, budget, method):
     or tokens those of the lower number are best. Runs under torch.compile and in a CUDA graph.
     """
     given = as_lists(q, steady, index, stores, budget, method)
-    _, counters, *chosen = choose_op(*given)
-    return attend_op(*given[:4], [x.contiguous() for x in stores], chosen, counters)
+    _, *chosen = choose_op(*given)
+    return attend_op(*given[:4], [x.contiguous() for x in stores], chosen)
 
 
 def tripartite_attention(q, steady, index, budget, fetch, method):
     """retroinfer.tripartite_attention. A token that fetch brings lies in the row of its place."""
     from retroinfer import owners
     given = as_lists(q, steady, index, (), budget, method)
-    weights, counters, masses, order, rows, owner, fits = choose_op(*given)
+    weights, masses, order, rows, owner, fits = choose_op(*given)
     ids, ends = best_first(order[..., :budget.R], weights, fits, index.sizes)
     stores = fetch(ids, ends)[:2]                                           # (B, H, N, D) each
     rows = torch.arange(budget.N, dtype=rows.dtype, device=q.device).expand_as(rows).contiguous()
     if budget.values < 1:
         owner = ids.gather(-1, owners(ends, budget.N)).int()
-    return attend_op(*given[:4], list(stores), [masses, order, rows, owner, fits], counters)
+    return attend_op(*given[:4], list(stores), [masses, order, rows, owner, fits])
 
 
 def as_lists(q, steady, index, stores, budget, method):
@@ -620,21 +620,21 @@ def choose_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     counters = q.new_empty(*q.shape[:2], 2, dtype=torch.int32)
     masses, ranks, stats = rank(q, k_steady, bias, index, counters, by_mass)
     weights, *lists = choose(ranks, stats, index, limits, counters, numbers)
-    return [weights, counters, masses, *lists]
+    return [weights, masses, *lists]
 
 
 @choose_op.register_fake
 def _(q, steady, index, numbers, limits, by_mass):
     (B, H, G, _), C, (N, _, K, _) = q.shape, index[2].shape[2], numbers
     weights, masses = (q.new_empty(B, H, *n, dtype=torch.float32) for n in ((C,), (C, G)))
-    counters, *lists = (q.new_empty(B, H, n, dtype=torch.int32) for n in (2, K, N, N, 3))
-    return [weights, counters, masses, *lists]
+    lists = (q.new_empty(B, H, n, dtype=torch.int32) for n in (K, N, N, 3))
+    return [weights, masses, *lists]
 
 
-@torch.library.custom_op("retroinfer::attend", mutates_args={"counters"})
+@torch.library.custom_op("retroinfer::attend", mutates_args=())
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
-              numbers: list[int], stores: list[torch.Tensor], chosen: list[torch.Tensor],
-              counters: torch.Tensor) -> torch.Tensor:
+              numbers: list[int], stores: list[torch.Tensor],
+              chosen: list[torch.Tensor]) -> torch.Tensor:
     (k_steady, v_steady, bias), (k_store, v_store), means = steady, stores, index[1]
     masses, order, rows, owners, fits = chosen
     (N, _, K, values), (B, H, G, D) = numbers, q.shape
@@ -646,7 +646,7 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
         (S, 2, G, torch.float32), (S, G, D, torch.float32), (G, D, v_steady.dtype)))
     shared = (q, k_steady, bias, k_store, rows, fits, order, masses, stats, H, W, T, N, C, K,
               bias.stride(0), bias.stride(1))
-    looked = [owners, *look(shared, counters, values, tile)] if values < 1000 else [None] * 5
+    looked = [owners, *look(shared, values, tile)] if values < 1000 else [None] * 5
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
     launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, means, index[5], parts, *looked,
@@ -691,13 +691,14 @@ def choose(ranks, stats, index, limits, counters, numbers):
     return weights, order, rows, owners, fits
 
 
-def look(shared, counters, values, tile):
+def look(shared, values, tile):
     """What attend_kernel takes in place of keys, for what it shares with look_kernel.
 
     Logits of steady slots (B, H, W, G) and retrieved tokens (B, H, N, G), weights of the latter
     (B, H, N), and the thresholds (B, H, 2) of those whose values are read.
     """
     (B, H, G, _), stats, W, N = shared[0].shape, shared[8], shared[10], shared[12]
+    counters = stats.new_zeros(B, H, 2, dtype=torch.int32)
     x_steady, x_tokens, weights, cuts = (
         like.new_empty(B, H, *shape) for like, *shape in (
             (stats, W, G), (stats, N, G), (stats, N), (counters, 2)))
@@ -708,7 +709,7 @@ def look(shared, counters, values, tile):
 
 
 @attend_op.register_fake
-def _(q, steady, index, numbers, stores, chosen, counters):
+def _(q, steady, index, numbers, stores, chosen):
     return q.new_empty(q.shape, dtype=steady[1].dtype)
 
 

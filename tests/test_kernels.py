@@ -434,9 +434,9 @@ def test_operators_pass_opcheck(op):
     shares = [n.to(DEVICE) for n in case.budget[:2]]                        # (1, 1) each
     sizes = [case.budget.N, case.budget.R, case.budget.K]
     every, some = ((x, steady, index, [*sizes, n]) for n in (1000, 200))
-    _, counters, *chosen = kernels.choose_op(*some, shares, True)
-    args = {"choose": (*some, shares, True), "attend": (*every, stores, chosen, counters),
-            "attend some": (*some, stores, chosen, counters),
+    _, *chosen = kernels.choose_op(*some, shares, True)
+    args = {"choose": (*some, shares, True), "attend": (*every, stores, chosen),
+            "attend some": (*some, stores, chosen),
             "nearest": (x, x), "segment_sum": (x, ids, ids + 1), "copy_rows": (x, x, ids)}[op]
     torch.library.opcheck(getattr(kernels, f"{op.split()[0]}_op"), args)
 

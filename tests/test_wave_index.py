@@ -589,7 +589,7 @@ def test_a_step_on_a_cpu_takes_what_its_clusters_hold(monkeypatch):
     torch._dynamo.reset()
     wave, *now = read_ahead(RetroConfig(**SMALL, retrieve=0.4), 2000)
     decode, sizes, fill = torch.compile(wave.decode, **COMPILE), [], generate.fill
-    full = wave.budget().retrieve
+    full = wave.budget().retrieve.clone()
     for share in (1, 3, 8):
         n_tokens = wave.n_tokens.clone()
         wave.limits[0].copy_(full * share // 8)
