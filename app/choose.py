@@ -6,6 +6,7 @@
 
 args are those of app/cli.py. What cannot be is an InputError, before the prompt is read.
 """
+import functools
 import math
 import os
 from dataclasses import replace
@@ -15,12 +16,25 @@ from pathlib import Path
 import torch
 
 from app.relay import TITLES, Relay, best_hot
-from generate import CapturedStep, compiled_step, eager_step, hot_functions, try_compiler
+from generate import (
+    COMPILE,
+    CapturedStep,
+    call,
+    compiled_step,
+    eager_step,
+    hot_functions,
+    step,
+    try_compiler,
+)
 from model import SLOW_DTYPES
 from parallel import LOCAL_SIZE, SIZE
 from retroinfer import PLAIN, InputError
 
 CPU = torch.device("cpu")
+
+# compiled_step, each layer on its own. A body that layers share may not hold operators that write
+# to what they are given, and on a GPU buffer.py has such.
+apart_step = torch.compile(functools.partial(step, run=call), **COMPILE)
 
 
 def choose_device(name):
@@ -62,8 +76,8 @@ def choose_step(args, spec, device):
     words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
     if device.type != "cuda":
         return compiled_step, hot, lambda: words
-    step = CapturedStep()
-    return step, hot, lambda: f"{words}; {step.words()}"
+    captured = CapturedStep(apart_step if args.offload else compiled_step)
+    return captured, hot, lambda: f"{words}; {captured.words()}"
 
 
 def choose_plain(args, device):

@@ -7,8 +7,9 @@ import torch
 from steps import LONG, SMALL
 
 import buffer
+from app.choose import apart_step
 from buffer import CLOCK, LRU, Execution, Lane, WaveBuffer, host_memory
-from generate import eager_step, generate
+from generate import eager_step, generate, prefill
 from model import load
 from retroinfer import PLAIN, RetroConfig, Store, WaveIndex, round_up
 
@@ -166,3 +167,24 @@ def test_the_operator_admits_what_the_buffer_admits():
                             strict=True):
                 assert a.equal(b)
         assert caches[0].table.ge(0).any()
+
+
+@pytest.mark.slow
+def test_a_whole_step_compiles_with_operators_that_write(model, monkeypatch):
+    """As on a GPU: a fetch and an admission are operators, and a kernel copies rows."""
+    kernels = pytest.importorskip("kernels")
+    if kernels.IS_COMPILED:
+        pytest.skip("compiled for the GPU, not interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")     # Triton loads parts of itself when they run
+    monkeypatch.setattr(buffer, "copy_rows", kernels.copy_rows)
+    ids, found = torch.arange(300) % 60 + 5, []
+    hot = PLAIN._replace(tripartite_attention=kernels.tripartite_attention)
+    for step in (apart_step, eager_step):
+        make_store = buffer.offload(model, 400, overlap=True)
+        caches = [WaveIndex(CONFIG, 400, hot=hot, make_store=make_store) for _ in model.layers]
+        logits = prefill(model, caches, [ids])
+        for cache in caches:
+            cache.update()
+            cache.store.admission = Late()              # its stream asks for the operator
+        found.append(torch.stack([step(model, caches, logits.argmax(-1)) for _ in range(3)]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
