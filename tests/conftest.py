@@ -52,14 +52,20 @@ def editable(checkpoint, tmp_path):
     return copy
 
 
-@pytest.fixture
-def one_thread():
-    """For tiny models: their work is not worth waking a second one."""
-    import torch
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+def threads(n, why):
+    @pytest.fixture
+    def with_threads():
+        import torch
+        before = torch.get_num_threads()
+        torch.set_num_threads(n)
+        yield
+        torch.set_num_threads(before)
+    with_threads.__doc__ = why
+    return with_threads
+
+
+one_thread = threads(1, "For tiny models: their work is not worth waking a second one.")
+two_threads = threads(2, "For what goes wrong between threads.")
 
 
 @pytest.fixture(scope="session")
