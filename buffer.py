@@ -169,6 +169,11 @@ class WaveBuffer:
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         self.overlap = overlap
 
+    @property
+    def writes(self):
+        """Whether operators that write to their arguments fetch and admit."""
+        return self.overlap or self.admission.stream is not None
+
     def attend(self, hot, q, steady, index, budget, method):
         """hot.tripartite_attention. The blocks that were not on the device are admitted beside what
         comes next."""
@@ -181,7 +186,7 @@ class WaveBuffer:
         """retroinfer.gather_clusters: what slots hold from there, the rest from the host. Behind
         the tokens an execution buffer holds what it held before."""
         misses, hits, bias = self.locate(index, ids, ends)
-        bring = bring_op if self.overlap or self.admission.stream else bring_plain
+        bring = bring_op if self.writes else bring_plain
         bring(list(self.desk), self.stores, self.slots, [misses, hits, ids, ends], self.overlap)
         return self.desk.k, self.desk.v, bias
 

@@ -5,8 +5,8 @@
     for tokens in generate(model, caches, [ids], 100):          # (B,), greedy
         ...
 
-A step is one graph, token in and logits out, in which all layers share one compiled body. Any
-cache of model.py's seam will do. At the end of this file stands the twin of retroinfer.attend that
+A step is one graph, token in and logits out, in which layers share one compiled body. Any cache of
+model.py's seam will do. At the end of this file stands the twin of retroinfer.attend that
 Inductor compiles well on a CPU.
 
     B batch   H kv heads   G query heads per kv head   T tokens   D head dim   N rows
@@ -37,13 +37,22 @@ def call(function, *args):
 
 
 def region():
-    """call, as a part of a graph that is compiled once however often it is called."""
+    """call, as a part of a graph that is compiled once however often it is called.
+
+    Such a part may hold no operator that writes to its arguments. Layers whose store has one are
+    compiled apart.
+    """
     mark = torch.compiler.nested_compile_region
     try:
         # Layers are alike but for their windows: trace one of each kind.
-        return mark(call, reuse_hash_fn=lambda layer, *args: getattr(layer, "window", 0))
+        shared = mark(call, reuse_hash_fn=lambda layer, *args: getattr(layer, "window", 0))
     except TypeError:                                       # torch before 2.13 traces each of them
-        return mark(call)
+        shared = mark(call)
+
+    def run(layer, *args):
+        store = getattr(args[-1], "store", None)            # of the layer's cache
+        return (call if getattr(store, "writes", False) else shared)(layer, *args)
+    return run
 
 
 # Shapes never change, so the sizes of intermediates are not checked again in every layer. A graph

@@ -635,10 +635,12 @@ def _(q, steady, index, numbers, limits, by_mass):
 def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Tensor],
               numbers: list[int], stores: list[torch.Tensor],
               chosen: list[torch.Tensor]) -> torch.Tensor:
-    (k_steady, v_steady, bias), (k_store, v_store), means = steady, stores, index[1]
+    from retroinfer import Index
+    (k_steady, v_steady, bias), (k_store, v_store) = steady, stores
+    index = Index(*index)
     masses, order, rows, owners, fits = chosen
     (N, _, K, values), (B, H, G, D) = numbers, q.shape
-    W, T, C = k_steady.shape[2], k_store.shape[2], means.shape[2]
+    W, T, C = k_steady.shape[2], k_store.shape[2], index.means.shape[2]
     tile = tile_sizes(G, D, q.element_size())
     tile["BN"] = BN = tile_rows(tile["BG"], tile["BD"], q.element_size())
     S = splits(q.device, B * H, sum(triton.cdiv(n, BN) for n in (W, N, K)))
@@ -649,8 +651,8 @@ def attend_op(q: torch.Tensor, steady: list[torch.Tensor], index: list[torch.Ten
     looked = [owners, *look(shared, values, tile)] if values < 1000 else [None] * 5
     if q.element_size() == 4 and tile["BG"] * tile["BD"] >= 8192:
         tile["num_warps"] = 16                  # float32 products hold more in registers
-    launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, means, index[5], parts, *looked,
-           PACKED=means.dtype == torch.uint8, **tile, num_stages=3)
+    launch(attend_kernel, (S, B * H), *shared, v_steady, v_store, index.means, index.scales,
+           parts, *looked, PACKED=index.means.dtype == torch.uint8, **tile, num_stages=3)
     launch(combine_kernel, (G, B * H), stats, parts, o, S, G=G, D=D, BD=tile["BD"],
            BS=triton.next_power_of_2(S), STEP=16, num_warps=4)
     return o
@@ -678,8 +680,8 @@ def choose(ranks, stats, index, limits, counters, numbers):
     """weights (B, H, C), order (B, H, K), rows and owners (B, H, N), fits (B, H, 3).
 
     weights are the clusters' shares. order has the ranked clusters, and of these the retrieved ones
-    first. rows are those of the retrieved tokens, and owners their clusters: nothing if all values
-    are read. fits counts what is retrieved, clusters and tokens, and the clusters that are ranked.
+    first. rows are those of the retrieved tokens, and owners their clusters: without meaning if all
+    values are read. fits counts retrieved clusters, retrieved tokens, and ranked clusters.
     """
     (B, H, C, _), (N, R, K, values) = ranks.shape, numbers
     limits = [x.expand(B, -1).contiguous() for x in limits]             # (B, H), or (B, 1)

@@ -6,7 +6,6 @@
 
 args are those of app/cli.py. What cannot be is an InputError, before the prompt is read.
 """
-import functools
 import math
 import os
 from dataclasses import replace
@@ -17,13 +16,10 @@ import torch
 
 from app.relay import TITLES, Relay, best_hot
 from generate import (
-    COMPILE,
     CapturedStep,
-    call,
     compiled_step,
     eager_step,
     hot_functions,
-    step,
     try_compiler,
 )
 from model import SLOW_DTYPES
@@ -31,10 +27,6 @@ from parallel import LOCAL_SIZE, SIZE
 from retroinfer import PLAIN, InputError
 
 CPU = torch.device("cpu")
-
-# compiled_step, each layer on its own. A body that layers share may not hold operators that write
-# to what they are given, and on a GPU buffer.py has such.
-apart_step = torch.compile(functools.partial(step, run=call), **COMPILE)
 
 
 def choose_device(name):
@@ -76,7 +68,7 @@ def choose_step(args, spec, device):
     words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
     if device.type != "cuda":
         return compiled_step, hot, lambda: words
-    captured = CapturedStep(apart_step if args.offload else compiled_step)
+    captured = CapturedStep()
     return captured, hot, lambda: f"{words}; {captured.words()}"
 
 

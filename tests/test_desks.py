@@ -7,9 +7,8 @@ import torch
 from steps import LONG, SMALL
 
 import buffer
-from app.choose import apart_step
 from buffer import CLOCK, LRU, Execution, Lane, WaveBuffer, host_memory
-from generate import eager_step, generate, prefill
+from generate import compiled_step, eager_step, generate, prefill
 from model import load
 from retroinfer import PLAIN, RetroConfig, Store, WaveIndex, round_up
 
@@ -179,7 +178,7 @@ def test_a_whole_step_compiles_with_operators_that_write(model, monkeypatch):
     monkeypatch.setattr(buffer, "copy_rows", kernels.copy_rows)
     ids, found = torch.arange(300) % 60 + 5, []
     hot = PLAIN._replace(tripartite_attention=kernels.tripartite_attention)
-    for step in (apart_step, eager_step):
+    for step in (compiled_step, eager_step):
         make_store = buffer.offload(model, 400, overlap=True)
         caches = [WaveIndex(CONFIG, 400, hot=hot, make_store=make_store) for _ in model.layers]
         logits = prefill(model, caches, [ids])
