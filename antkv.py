@@ -353,7 +353,7 @@ def twin(function, device):
 
 class Codes(Store):
     """Codes (B, H, N, T) of a layer's tokens past the sink, in their order. What is brought is
-    decoded, and put keeps nothing: absorb() writes the codes."""
+    decoded."""
 
     def __init__(self, cache, T, like):
         self.cache, (B, H) = cache, (len(cache.n_tokens), like.shape[1])
@@ -369,6 +369,9 @@ class Codes(Store):
             live = x[row:row + 1, :, :known - n]                            # (1, H, any, D)
             free = x.new_zeros(1, x.shape[1], end - known, x.shape[3])
             yield torch.cat([live[:, :, :sink], past, live[:, :, sink:], free], 2)[:, :, first:]
+
+    def put(self, row, first, k, v):
+        """Nothing: absorb() writes the codes."""
 
 
 class AnchorCache(LayerCache):

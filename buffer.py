@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from retroinfer import InputError, before, bias_of, flat_rows, round_up, take, unroll
+from retroinfer import InputError, Store, before, bias_of, flat_rows, round_up, take, unroll
 
 RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
@@ -232,10 +232,9 @@ class WaveBuffer:
         return [send(x[:, :, :known - first], x.new_empty(x.shape, device=device)) for x in rows]
 
     def put(self, row, first, k, v):
-        """Send k, v (1, H, n, D), which bring gave, to the store, beside what the device does next.
-        """
+        """Send k, v (1, H, n, D) to the store, beside what the device does next."""
         if self.is_near:
-            return
+            return Store.put(self, row, first, k, v)
         rows = self.view(row, first, first + k.shape[2])
         with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, (k, v), strict=True):
@@ -439,7 +438,8 @@ class Lane:
     def keep(self, *tensors):
         """Free the memory of tensors not before the lane has done what it was given."""
         for x in tensors if self.stream else ():
-            x.record_stream(self.stream)
+            if x.is_cuda:
+                x.record_stream(self.stream)
 
     def drain(self):
         """Wait for what the lane was given: else rows could be read before they arrive."""

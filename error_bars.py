@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 
 from retroinfer import (
+    InputError,
     WaveIndex,
     along,
     bias_of,
@@ -248,6 +249,8 @@ class CheckedIndex(WaveIndex):
     z = normal(CONFIDENCE)
 
     def __init__(self, config, capacity, batch=1, hot=None, seed=0, draws=DRAWS):
+        if config.store_bits != 16:
+            raise InputError(f"store_bits is {config.store_bits}: error bars need 16")
         super().__init__(config, capacity, batch, hot)
         self.seed, self.draws, self.widths = torch.tensor([seed]), draws, None
 

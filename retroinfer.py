@@ -74,6 +74,7 @@ class RetroConfig:
     by_mass: bool = True            # rank clusters by what they may hold
     growth: float = 0.7             # clusters retrieved grow by this power
     values: float = 0.2             # share of the retrieved values read
+    store_bits: int = 16            # of a number in the store: 8 or 16
 
     @classmethod
     def paper(cls):
@@ -89,8 +90,10 @@ class RetroConfig:
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}: at least "
                                  f"{low} is needed")
-        if self.bits not in (4, 16):
-            raise InputError(f"bits is {self.bits}: give 4 or 16")
+        for name, low in (("bits", 4), ("store_bits", 8)):
+            if getattr(self, name) not in (low, 16):
+                raise InputError(f"{name} is {getattr(self, name)}: give {low} "
+                                 "or 16")
         for field in fields(self):
             given = getattr(self, field.name)
             if field.type is float and not 0 <= given <= 1:
@@ -125,7 +128,7 @@ class RetroConfig:
 
 # The value of each field that selects no entry of Part II.
 PART_II_OFF = {"channel_power": 0.0, "bits": 16, "by_mass": False,
-               "growth": 1.0, "values": 1.0}
+               "growth": 1.0, "values": 1.0, "store_bits": 16}
 
 
 # ================================================================ Part I: the paper
@@ -186,8 +189,8 @@ class Store:
     """Keys and values of a layer's tokens, (B, H, T, D) each, on the
     device.
 
-    buffer.WaveBuffer has the same functions for a store on the host: there
-    bring returns copies, and put writes them back.
+    Others have the same functions: ByteStore keeps 8 bits, buffer.WaveBuffer
+    is on the host. There bring returns copies, and put writes them back.
     """
 
     def __init__(self, cache, T, like):
@@ -199,15 +202,20 @@ class Store:
         return hot.attend(q, steady, index, (self.k, self.v), budget, method)
 
     def view(self, row, first, end):
-        """Views k, v (1, H, end - first, D) of rows of a sequence."""
+        """k, v (1, H, end - first, D) of rows of a sequence, to be read."""
         return [x[row:row + 1, :, first:end] for x in (self.k, self.v)]
 
     def bring(self, row, first, known, end):
-        """view, on the device. Rows from `known` on hold no tokens yet."""
+        """view, on the device, to be changed. Rows from `known` on hold no
+        tokens yet."""
         return self.view(row, first, end)
 
     def put(self, row, first, k, v):
-        """Keep k, v, which bring gave and the caller has changed."""
+        """Keep k, v (1, H, n, D) in the rows from `first` on."""
+        kept = self.view(row, first, first + k.shape[2])
+        for x, new in zip(kept, (k, v), strict=True):
+            if x.data_ptr() != new.data_ptr():      # bring gave other memory
+                x.copy_(new)
 
     def nbytes(self):
         """Bytes allocated, by part."""
@@ -333,8 +341,8 @@ class LayerCache(nn.Module):
     def move_to_store(self, row):
         """Copy a sequence's latest tokens to the end of the store."""
         if not self.is_in_store[row]:
-            for steady, store in self.latest(row):
-                store.copy_(steady)
+            for first, steady in self.latest(row):
+                self.store.put(row, first, *steady)
             self.is_in_store[row] = True
 
     def move_to_steady(self, row):
@@ -345,19 +353,21 @@ class LayerCache(nn.Module):
         least = min(self.config.update, self.config.segment)
         self.absorb_open(row, k, v, least)
         self.store.put(row, first, k, v)
-        for steady, store in self.latest(row):
-            steady.copy_(store)
+        for first, steady in self.latest(row):
+            kept = self.store.view(row, first, first + steady[0].shape[2])
+            for x, store in zip(steady, kept, strict=True):
+                x.copy_(store)
         self.is_in_store[row] = False
 
     def latest(self, row):
-        """Where the tokens are that are not indexed: pairs of views of the
-        steady zone and the store."""
+        """Where the tokens are that are not indexed, the sink and the rest:
+        a row of the store, and views k, v (1, H, n, D) of the steady zone."""
         n, indexed = int(self.n_tokens[row]), int(self.n_indexed[row])
         head = min(n, self.config.sink)
-        zones, stores = (self.k_steady, self.v_steady), self.store.view(row, 0, n)
-        for steady, store in zip(zones, stores, strict=True):
-            yield steady[row, :, :head], store[0, :, :head]
-            yield steady[row, :, head:n - indexed], store[0, :, head + indexed:]
+        zones = self.k_steady, self.v_steady
+        zones = [x[row:row + 1, :, :n - indexed] for x in zones]
+        yield 0, [x[:, :, :head] for x in zones]
+        yield head + indexed, [x[:, :, head:] for x in zones]
 
     def absorb_open(self, row, k, v, least):
         """Absorb the open tokens, segment by segment. k, v (1, H, n, D) end
@@ -398,11 +408,15 @@ class WaveIndex(LayerCache):
 
     hot: the functions that take the time. PLAIN are this file's own, and
     generate.hot_functions() gives the fastest for a device. make_store:
-    buffer.offload(...) keeps the store on the host.
+    buffer.offload(...) keeps the store on the host, in 16 bits.
     """
 
-    def __init__(self, config, capacity, batch=1, hot=None, make_store=Store):
-        super().__init__(config, capacity, batch, make_store)
+    def __init__(self, config, capacity, batch=1, hot=None, make_store=None):
+        kind = Store if config.store_bits == 16 else ByteStore
+        if make_store and kind is ByteStore:
+            raise InputError("store_bits 8 is a store on the device: leave it "
+                             "out where the store is offloaded")
+        super().__init__(config, capacity, batch, make_store or kind)
         self.hot, self.method = hot or PLAIN, config.method()
         self.n_clusters = torch.zeros(batch, dtype=torch.int64)
 
@@ -490,25 +504,28 @@ class WaveIndex(LayerCache):
             self.allocate(state["k"][None, :, :0].to(device))
         self.n_tokens[row] = state["k"].shape[1]
         self.n_indexed[row], self.n_clusters[row] = state["counters"].tolist()
+        self.store.put(row, 0, state["k"][None], state["v"][None])
         for name, x in self.state(row).items():
-            if name != "counters":
+            if name not in ("k", "v", "counters"):
                 x.copy_(state[name])
 
     def bytes_read(self):
         """Bytes of K, V and index that one decode step reads at most: as if
         it retrieved the largest clusters."""
         index, budget, c = self.index, self.budget(), self.config
-        key, vector = self.store.k[0, 0, 0].nbytes, index.means[0, 0, 0].nbytes
+        key = self.store.nbytes()["store"] // (2 * self.store.k[..., 0].numel())
+        steady = 2 * self.k_steady[0, 0].nbytes
+        vector = index.means[0, 0, 0].nbytes
         sizes = index.sizes.sort(-1, descending=True).values
         place = torch.arange(sizes.shape[2], device=sizes.device)
         is_read = place < budget.retrieve[..., None]            # (B, 1, C)
         tokens = (sizes * is_read).sum(-1)                      # (B, H)
-        rows = 2 * self.k_steady.shape[2] + tokens + (tokens * c.values).ceil()
+        rows = tokens + (tokens * c.values).ceil()
         vectors = sizes.shape[2] + budget.ranked
         # of each cluster size, spread and scale: 4 + 2 + 2; an offset: 8; the
         # scale of a mean: 2
         numbers = 8 * sizes.shape[2] + 8 * budget.retrieve + 2 * budget.ranked
-        return int((rows * key + vectors * vector + numbers).sum())
+        return int((steady + rows * key + vectors * vector + numbers).sum())
 
     def facts(self):
         """What a step may read, as numbers. A list has one for each
@@ -519,7 +536,7 @@ class WaveIndex(LayerCache):
         estimated = budget.ranked.minimum(clusters) - retrieved
         means = {"clusters": clusters, "retrieved_clusters": retrieved,
                  "estimated_clusters": estimated}
-        token = 2 * H * D * self.store.k.element_size()         # bytes
+        token = 2 * H * D * self.k_steady.element_size()        # bytes
         return {"tokens": self.n_tokens.tolist(),
                 "indexed_tokens": self.n_indexed.tolist(),
                 **{name: x.float().mean(-1).tolist() for name, x in means.items()},
@@ -752,8 +769,8 @@ def gather_clusters(index, stores, N, ids, ends):
     """k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R)
     that end at ends (B, H, R)."""
     rows = unroll(index.offsets.gather(-1, ids), ends, N)       # (B, H, N)
-    k, v = (take(store, rows.clamp(min=0)) for store in stores)
-    return k, v, bias_of(rows < 0)
+    kept = rows.clamp(min=0)
+    return *(take(store, kept) for store in stores), bias_of(rows < 0)
 
 
 def unroll(first, ends, N):
@@ -892,11 +909,17 @@ def pack(x, dtype=None):
     if x.shape[-1] % 2:
         raise InputError(f"a head of {x.shape[-1]} dims cannot be kept in 4 "
                          "bits: give bits 16")
-    scale = (x.abs().amax(-1) / 7).bfloat16()
-    numbers = x / scale.float().clamp(min=1e-30)[..., None]
-    numbers = numbers.round().clamp(-7, 7) + 8
-    low, high = numbers.to(torch.uint8).chunk(2, -1)
+    numbers, scale = whole(x, 7)
+    low, high = (numbers + 8).to(torch.uint8).chunk(2, -1)
     return low | high << 4, scale
+
+
+def whole(x, most):
+    """x (..., D) as whole numbers up to `most`, and what one of them is
+    worth (...)."""
+    scale = (x.abs().amax(-1) / most).bfloat16()
+    numbers = x / scale.float().clamp(min=1e-30)[..., None]
+    return numbers.round().clamp(-most, most), scale
 
 
 def unpack(codes):
@@ -1030,6 +1053,56 @@ def share_values(w_r, v_r, w_e, ends, budget, method):
     left = shares.new_zeros(1).expand(*w_r.shape[:3], R).scatter_add(-1, owner, shares)
     w_e = w_e + F.pad(left / WHOLE, (0, w_e.shape[-1] - R))
     return along(w_r, best) * is_asked[:, :, None], take(v_r, best), w_e
+
+
+class ByteStore(Store):
+    """**Bytes** (store_bits). The paper: 16 bits.
+
+    Most of what a step reads are keys and values of retrieved tokens. With
+    one scale a row, 8 bits a number are enough for them. Keys are kept
+    minus the mean of a sequence's first ones (mean_key). A later chunk of a
+    prompt, and the steady zone at first, read what is kept.
+    """
+
+    def __init__(self, cache, T, like):
+        super().__init__(cache, T, like.to(torch.int8))
+        self.scales = self.k.new_zeros(*self.k.shape[:3], 2, dtype=torch.bfloat16)
+        self.centre = self.k[:, :, :1].float()                  # (B, H, 1, D)
+        self.dtype = like.dtype
+
+    def attend(self, hot, q, steady, index, budget, method):
+        fetch = functools.partial(self.fetch, index, budget.N)
+        return hot.tripartite_attention(q, steady, index, budget, fetch, method)
+
+    def fetch(self, index, N, ids, ends):
+        """gather_clusters, of bytes."""
+        stores = self.k, self.v, self.scales
+        *kept, bias = gather_clusters(index, stores, N, ids, ends)
+        return *self.decoded(*kept, self.centre), bias
+
+    def decoded(self, k, v, scales, centre):
+        of_k, of_v = scales.float().split(1, -1)
+        k = torch.addcmul(centre, k.float(), of_k)
+        return k.to(self.dtype), (v.float() * of_v).to(self.dtype)
+
+    def view(self, row, first, end):
+        stores = self.k, self.v, self.scales
+        kept = [x[row:row + 1, :, first:end] for x in stores]
+        return self.decoded(*kept, self.centre[row:row + 1])
+
+    def put(self, row, first, k, v):
+        k, v = (x[0].to(self.k.device, torch.float32) for x in (k, v))
+        if not self.scales[row, 0, 0, 0]:       # nothing is kept yet
+            self.centre[row] = k.mean(1, keepdim=True)
+        rows = row, slice(None), slice(first, first + k.shape[1])
+        for i, x in enumerate((k - self.centre[row], v)):
+            numbers, scale = whole(x, 127)
+            (self.k, self.v)[i][rows] = numbers.to(torch.int8)
+            self.scales[..., i][rows] = scale.clamp(min=1e-30)
+
+    def nbytes(self):
+        return {"store": self.k.nbytes + self.v.nbytes + self.scales.nbytes,
+                "mean key": self.centre.nbytes}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from retroinfer import (
     MASK,
     InputError,
     RetroConfig,
-    Store,
     WaveIndex,
     cluster_segment,
     round_up,
@@ -199,7 +198,7 @@ def keys_on_meta(run, B, T):
 
 def cache_on_meta(run):
     """The cache of one layer, allocated without memory."""
-    store = Store
+    store = None
     if run.cache_ratio is not None:
         memory = (keys_on_meta(run, run.batch, round_up(run.capacity)) for _ in range(2))
         store = functools.partial(WaveBuffer, memory=memory, cache_ratio=run.cache_ratio)
@@ -255,9 +254,12 @@ def prefill_bytes(model, run):
         return o
 
     def work():
-        past = []           # K and V come to the device while those of the layer before go back
-        if run.cache_ratio is not None and not run.is_cpu:
-            past = [keys_on_meta(run, 1, round_up(run.capacity)) for _ in range(4)]
+        n = 0       # copies of K and V: all of them in 16 bits; those of two layers on their way
+        if run.retro.store_bits == 8:
+            n = 2
+        elif run.cache_ratio is not None and not run.is_cpu:
+            n = 4
+        past = [keys_on_meta(run, 1, round_up(run.capacity)) for _ in range(n)]
         model.logits(model(ids, ids, [attend])[:, -1])
         del past
 

@@ -49,8 +49,9 @@ def whole_pages(config, capacity):
 def spread(cache, batch):
     """Make of a WaveIndex of one sequence, which has just been read or restored, one of `batch`
     equal sequences."""
-    for name in ("k", "v"):
-        setattr(cache.store, name, share(getattr(cache.store, name), batch))
+    for name, x in vars(cache.store).items():
+        if isinstance(x, torch.Tensor):
+            setattr(cache.store, name, share(x, batch))
     cache.index = Index(*(share(x, batch) for x in cache.index))
     for name in ("n_tokens", "n_indexed", "n_clusters", "q_energy", "k_steady", "v_steady"):
         setattr(cache, name, repeat(getattr(cache, name), batch))

@@ -120,6 +120,9 @@ class Watched(WaveIndex):
     """
 
     def __init__(self, config, capacity, batch):
+        if config.store_bits != 16:
+            raise InputError(f"store_bits is {config.store_bits}: values that say which tokens are "
+                             "read need 16 bits")
         hot = PLAIN._replace(attend=self.watch, nearest=remembered())
         super().__init__(config, capacity, batch, hot)
 
