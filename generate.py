@@ -22,7 +22,7 @@ import time
 import torch
 
 import retroinfer
-from retroinfer import PLAIN, RUN, Hot, InputError, bias_of, take, unroll
+from retroinfer import PLAIN, RUN, Hot, InputError, bias_of, rows_of, unroll
 
 
 def step(model, caches, tokens, run):
@@ -255,7 +255,7 @@ def attend(q, steady, index, stores, budget, method):
         N = fill(ends, budget) if is_cpu else budget.N
         rows = unroll(index.offsets.gather(-1, ids), ends, N)               # (B, H, N)
         filled = keep(rows.clamp(min=0))
-        return *(take(store, filled) for store in stores), bias_of(rows < 0)
+        return *rows_of(stores, filled), bias_of(rows < 0)
     return tripartite_attention(q, steady, index, budget, fetch, method)
 
 

@@ -568,8 +568,16 @@ def attend(q, steady, index, stores, budget, method):
     """retroinfer.attend, with clusters read from the stores in place.
 
     Every tensor is on one GPU, q, k and v are of one dtype: ValueError otherwise. Of equal clusters
-    or tokens those of the lower number are best. Runs under torch.compile and in a CUDA graph.
+    or tokens those of the lower number are best. Runs under torch.compile and in a CUDA graph. Rows
+    of a store of bytes are brought first.
     """
+    if len(stores) > 2:
+        from retroinfer import gather_clusters
+
+        def fetch(ids, ends):
+            k, v, bias = gather_clusters(index, stores, budget.N, ids, ends)
+            return k.to(q.dtype), v.to(q.dtype), bias
+        return tripartite_attention(q, steady, index, budget, fetch, method)
     given = as_lists(q, steady, index, stores, budget, method)
     _, *chosen = choose_op(*given)
     return attend_op(*given[:4], [x.contiguous() for x in stores], chosen)

@@ -199,7 +199,11 @@ class Store:
 
     def attend(self, hot, q, steady, index, budget, method):
         """hot.attend, to the tokens that are kept here."""
-        return hot.attend(q, steady, index, (self.k, self.v), budget, method)
+        return hot.attend(q, steady, index, self.tensors(), budget, method)
+
+    def tensors(self):
+        """What rows_of reads."""
+        return self.k, self.v
 
     def view(self, row, first, end):
         """k, v (1, H, end - first, D) of rows of a sequence, to be read."""
@@ -574,8 +578,8 @@ def attend(q, steady, index, stores, budget, method):
     zone and the clusters.
 
     steady: k, v (B, H, W, D) and bias (B, H, 1, W), -inf where a slot is
-    free. stores: k, v (B, H, T, D). This is the reference of
-    generate.attend, kernels.attend and native.step.attend.
+    free. stores: k, v (B, H, T, D), or what ByteStore keeps. This is the
+    reference of generate.attend, kernels.attend and native.step.attend.
     """
     fetch = functools.partial(gather_clusters, index, stores, budget.N)
     return tripartite_attention(q, steady, index, budget, fetch, method)
@@ -769,8 +773,13 @@ def gather_clusters(index, stores, N, ids, ends):
     """k, v (B, H, N, D) and bias (B, H, 1, N) of clusters ids (B, H, R)
     that end at ends (B, H, R)."""
     rows = unroll(index.offsets.gather(-1, ids), ends, N)       # (B, H, N)
-    kept = rows.clamp(min=0)
-    return *(take(store, kept) for store in stores), bias_of(rows < 0)
+    return *rows_of(stores, rows.clamp(min=0)), bias_of(rows < 0)
+
+
+def rows_of(stores, ids):
+    """k, v (B, H, N, D) of rows ids (B, H, N) of a store's tensors."""
+    kept = [take(x, ids) for x in stores[:3]]
+    return kept if len(stores) == 2 else unpack_bytes(*kept, stores[3])
 
 
 def unroll(first, ends, N):
@@ -1055,6 +1064,12 @@ def share_values(w_r, v_r, w_e, ends, budget, method):
     return along(w_r, best) * is_asked[:, :, None], take(v_r, best), w_e
 
 
+def unpack_bytes(k, v, scales, centre):
+    """Rows k, v (B, H, N, D), fp32, of what a ByteStore keeps."""
+    of_k, of_v = scales.float().split(1, -1)                    # (B, H, N, 1)
+    return torch.addcmul(centre, k.float(), of_k), v.float() * of_v
+
+
 class ByteStore(Store):
     """**Bytes** (store_bits). The paper: 16 bits.
 
@@ -1070,25 +1085,13 @@ class ByteStore(Store):
         self.centre = self.k[:, :, :1].float()                  # (B, H, 1, D)
         self.dtype = like.dtype
 
-    def attend(self, hot, q, steady, index, budget, method):
-        fetch = functools.partial(self.fetch, index, budget.N)
-        return hot.tripartite_attention(q, steady, index, budget, fetch, method)
-
-    def fetch(self, index, N, ids, ends):
-        """gather_clusters, of bytes."""
-        stores = self.k, self.v, self.scales
-        *kept, bias = gather_clusters(index, stores, N, ids, ends)
-        return *self.decoded(*kept, self.centre), bias
-
-    def decoded(self, k, v, scales, centre):
-        of_k, of_v = scales.float().split(1, -1)
-        k = torch.addcmul(centre, k.float(), of_k)
-        return k.to(self.dtype), (v.float() * of_v).to(self.dtype)
+    def tensors(self):
+        return self.k, self.v, self.scales, self.centre
 
     def view(self, row, first, end):
-        stores = self.k, self.v, self.scales
-        kept = [x[row:row + 1, :, first:end] for x in stores]
-        return self.decoded(*kept, self.centre[row:row + 1])
+        *rows, centre = (x[row:row + 1] for x in self.tensors())
+        k, v = unpack_bytes(*(x[:, :, first:end] for x in rows), centre)
+        return k.to(self.dtype), v.to(self.dtype)
 
     def put(self, row, first, k, v):
         k, v = (x[0].to(self.k.device, torch.float32) for x in (k, v))

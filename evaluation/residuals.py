@@ -6,7 +6,7 @@
 A key of the store is kept as what it differs by from its cluster's centroid, and a value as what it
 differs by from the cluster's mean value, with one scale a row. The index has both vectors already.
 The rows are rounded when a step fetches them, so this measures quality and counts bytes; it saves
-no memory. Steady tokens stay exact.
+no memory. Steady tokens stay exact. ByteStore in retroinfer.py is the row "8 bits, no residuals".
 
 With signs, a step reads of each retrieved key one bit a channel first. The keys that then weigh
 most are read in full, the others count with what their signs say.
@@ -136,9 +136,10 @@ def rows(ours):
     """Yield (config, Kind): stores of fewer bits, then budgets that read as much as ours."""
     for bits in (16, 8, 4, 2):
         yield ours, Kind(bits)
+    yield ours, Kind(8, is_residual=False)
     yield ours, Kind(2, is_residual=False)
     wide = replace(ours, retrieve=2 * ours.retrieve, min_retrieve=2 * ours.min_retrieve)
-    yield wide, Kind(8)
+    yield wide, Kind(8, is_residual=False)
     yield wide, Kind(8, full=0.5)
     wider = replace(ours, retrieve=4 * ours.retrieve, min_retrieve=4 * ours.min_retrieve,
                     estimate=ours.estimate / 2, values=ours.values / 2)

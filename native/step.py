@@ -34,8 +34,11 @@ def attend(q, steady, index, stores, budget, method):
 
     Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: InputError otherwise,
     and where nothing compiles step.cpp. The number of threads changes no bit. Runs under
-    torch.compile.
+    torch.compile. A store of bytes is read by generate.attend.
     """
+    if len(stores) > 2:
+        from generate import attend as plain
+        return plain(q, steady, index, stores, budget, method)
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")

@@ -1,4 +1,6 @@
 """A store of 8 bits: what it keeps, what a step makes of it, and who cannot have one."""
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -9,6 +11,7 @@ from steps import ALL, BACKENDS, CLOSE, SMALL, generated, qkv, read
 from app.questions import spread
 from error_bars import CheckedIndex
 from evaluation.fidelity import Watched
+from evaluation.residuals import Kind, Rounded
 from retroinfer import ByteStore, InputError, RetroConfig, Store, WaveIndex
 
 CONFIG = RetroConfig(**SMALL, store_bits=8)
@@ -34,6 +37,15 @@ def test_a_number_is_kept_within_half_a_step(seed, scale, loud, T):
     for x, kept, mean in zip((k, v), found, (k.mean(2, keepdim=True), 0), strict=True):
         step = (x - mean).abs().amax(-1, keepdim=True) / 127
         assert ((kept - x).abs() <= 0.51 * step + 1e-6 * x.abs().max()).all()
+
+
+def test_the_simulation_of_the_evaluation_loses_as_much():
+    q, k, v = qkv(270, D=32)
+    config = RetroConfig(**SMALL | {"retrieve": 0.5, "estimate": 0.3})
+    caches = [Watched(config, 270, 1), Rounded(Kind(8, is_residual=False), config, 270, 1),
+              WaveIndex(replace(config, store_bits=8), 270)]
+    exact, rounded, mine = (generated(cache, q, k, v, 260)[:, :, 260:] for cache in caches)
+    assert 0.5 < (mine - exact).norm() / (rounded - exact).norm() < 2
 
 
 def test_what_is_kept_again_stays_as_it_is():
