@@ -545,6 +545,7 @@ class WaveIndex(LayerCache):
                 "indexed_tokens": self.n_indexed.tolist(),
                 **{name: x.float().mean(-1).tolist() for name, x in means.items()},
                 "bytes_read": self.bytes_read(), "bits": self.config.bits,
+                "store_bits": self.config.store_bits,
                 "dense_bytes": token * int(self.n_tokens.sum()),
                 **self.store.facts()}
 

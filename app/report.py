@@ -22,7 +22,7 @@ def measure(session):
         "generated_tokens": session.n_said, **measure_rings(rings, len(every)),
         "indexed_tokens": first.get("indexed_tokens", [0] * len(session.n_read)),
         **{name: mean_of_layers(layers, name) for name in PER_SEQUENCE if name in first},
-        **{name: first[name] for name in ("bits", "top") if name in first},
+        **{name: first[name] for name in ("bits", "store_bits", "top") if name in first},
         "bytes_a_step": sum(facts["bytes_read"] for facts in layers),
         "dense_bytes_a_step": sum(facts["dense_bytes"] for facts in layers),
         "prefill_s": session.prefill_seconds, "decode_tokens_per_s": session.speed(),
@@ -131,6 +131,7 @@ def rest(facts, row, indexed):
 def reads_line(facts):
     ours, dense = facts["bytes_a_step"], facts["dense_bytes_a_step"]
     index = f"; index in {facts['bits']} bits" if "clusters" in facts else ""
+    index += ", K and V in 8" if facts.get("store_bits") == 8 else ""
     return (f"reads      at most {ours / MIB:.1f} MiB of KV a step, dense {dense / MIB:.1f} MiB: "
             f"{ours / dense:.1%}{index}")
 

@@ -61,6 +61,16 @@ def test_answer_then_card(run, checkpoint):
     assert "9 generated" in card and "retrieves" in card and "eager on cpu" in card
 
 
+def test_a_store_of_8_bits_answers_from_fewer_bytes(run, checkpoint):
+    flags = "--model", checkpoint(**LONG), "--max-new-tokens", 5, "--json", "--compare"
+    wide = last_json(run(*flags)[1])
+    status, out, err = run(*flags, "--set", "store_bits=8")
+    facts = last_json(out)
+    assert status == 0 and "index in 4 bits, K and V in 8\n" in err
+    assert 0 < facts["kl"] < 0.05 and facts["dense_bytes_a_step"] == wide["dense_bytes_a_step"]
+    assert facts["bytes_a_step"] < wide["bytes_a_step"]
+
+
 def test_json_is_the_last_line_and_says_what_the_card_says(run, checkpoint):
     status, out, err = run("--model", checkpoint(**LONG), "--max-new-tokens", 5, "--json")
     facts = last_json(out)
@@ -515,6 +525,7 @@ def test_a_device_that_fails_ends_the_run_in_one_line(run, flags, monkeypatch):
     (["--store", "x"], ["--store goes with --offload"]),
     (["--offload", "--cache-ratio", "1.5"], ["cache ratio is 1.5", "between 0 and 1"]),
     (["--offload", "--cache-ratio", "nan"], ["cache ratio is nan"]),
+    (["--offload", "--set", "store_bits=8"], ["store_bits 8", "leave it out"]),
     (["--offload", "--store", "nowhere/x"], ["nowhere/x", "No such file"]),
     (["--offload", "--store", "/"], ["cannot keep a store"])], ids=" ".join)
 def test_offload_out_of_range(run, flags, more, words):
