@@ -39,8 +39,8 @@ figures.model_step()
 # ## Why it is slow
 #
 # A step does little arithmetic, but reads the whole cache. After 131,072 tokens, the cache of
-# Llama-3.1-8B has 16 GiB (at 16 bits per number), and each new token reads all of them. Most of
-# that is read in vain: in a typical head, a few per cent of the tokens have nine tenths of the
+# Llama-3.1-8B takes 16 GiB (at 16 bits per number), and each step reads all of it. Most of the
+# cache is read in vain: in a typical head, a few per cent of the tokens have nine tenths of the
 # weight (notebook 01). The query decides *which* tokens these are. To find them without reading
 # every key is a search problem. So the cache becomes a vector store with an index.
 
@@ -109,7 +109,7 @@ figures.life()
 # | steady zone | the first and the latest tokens, and tokens not in a cluster yet: always exact |
 # | segment | tokens that are clustered together |
 # | store | keys and values of all tokens, in the order of their clusters |
-# | wave index | centroids, mean values and sizes: what a step ranks |
+# | wave index | centroids, mean values and sizes of the clusters: a step ranks clusters by it |
 # | wave buffer | the store on the host, and a cache of clusters on the GPU (notebook 07) |
 # | dense attention | the exact result, from all tokens: what we compare with |
 # | KL | Kullback-Leibler divergence of next-token probabilities from dense attention's; 0: equal |
@@ -141,7 +141,8 @@ figures.life()
 # read a text. This takes a minute or two, and the result is kept in `.cache`. `make notebooks` runs
 # all notebooks.
 #
-# Each exercise has a `check` that shows your result beside the expected one. Answers are folded.
+# The first exercise of each notebook has a `check`, which shows your result beside the expected one.
+# Answers are folded.
 #
 # ## References
 #

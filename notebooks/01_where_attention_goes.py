@@ -84,7 +84,7 @@ assert 1 <= weighed / (T * kv_a_token / n_layers) < 1.02
 
 # %%
 lengths = torch.arange(0, text.config.context + 1, 64)
-cross = weights / (8 * kv_a_token)                              # tokens: 8 caches are one model
+cross = weights / (8 * kv_a_token)              # with so many tokens, 8 caches weigh as much
 figures.bytes_by_length(lengths, {n: bytes_a_step(lengths, n) for n in (1, 8)}, weights, cross)
 
 # %% [markdown]
@@ -92,7 +92,7 @@ figures.bytes_by_length(lengths, {n: bytes_a_step(lengths, n) for n in (1, 8)}, 
 #
 # A machine has two speeds: how fast it computes and how fast it reads. Work that does few
 # operations for each byte is limited by reading. The *ridge* is the number of operations per byte
-# at which reading and computing take equally long. First we measure both speeds of this machine.
+# at which reading and computing take equally long. We measure both speeds of this machine.
 
 # %%
 def seconds(work, repeats=5):
@@ -103,17 +103,21 @@ def seconds(work, repeats=5):
     return min(once() for _ in range(repeats))
 
 large, square = torch.ones(2**26), torch.randn(1024, 1024)      # 256 MiB: more than a CPU's cache
-bandwidth = large.nbytes / seconds(large.sum)                   # bytes/s
-compute = 2 * 1024**3 / seconds(lambda: square @ square)        # flop/s
-print(f"{bandwidth / 1e9:.0f} GB/s, {compute / 1e9:.0f} Gflop/s: "
-      f"ridge at {compute / bandwidth:.0f} flop/byte")
+
+def speeds():
+    """Bytes/s of a sum, flop/s of a product of matrices."""
+    return (large.nbytes / seconds(large.sum),
+            2 * 1024**3 / seconds(lambda: square @ square, repeats=10))
+
+before = speeds()
 
 # %% [markdown]
 # For each pair of a query and a key, attention does 2·D operations for the score, and 2·D to add
 # the value. In decoding, only the G query heads of a group use a key. In prefill a whole block of
 # queries uses a key that was read once. So we time one function on the same keys: with one query
 # per key, with three (decoding: G = 3), with 16 and with 1,024. Other programs may run meanwhile.
-# So the kinds take turns, and the shortest run of each kind counts.
+# So the kinds take turns, and the shortest run of each kind counts. For the same reason we measure
+# the speeds of the machine before and after, and the larger ones count.
 
 # %%
 keys = [text.layer(n)[1:] for n in range(n_layers)]             # k and v (1, H, T, D) of a layer
@@ -132,8 +136,11 @@ def shortest(kinds, rounds):
 one, group, sixteen, quarter = shortest([(1, T), (G, T), (16, T), (1, T // 4)], 15)
 block, = shortest([(1024, T)], 2)
 took = {1: one, G: group, 16: sixteen, 1024: block}
+bandwidth, compute = map(max, before, speeds())
 
 # %%
+print(f"the machine: {bandwidth / 1e9:.0f} GB/s, {compute / 1e9:.0f} Gflop/s, so the ridge is at "
+      f"{compute / bandwidth:.0f} flop/byte")
 for n, s in took.items():
     print(f"{n:5} queries per key: {s * 1e3:7.1f} ms, {s / one:6.1f} times one query's")
 print(f"    1 query, a quarter of the tokens: {quarter / one:.2f} times")
@@ -145,10 +152,10 @@ assert quarter < 0.5 * one, "a quarter of the bytes takes less than half the tim
 assert points["1024 per key"][1] > 2 * points["3 per key"][1], "the machine can compute faster"
 
 # %% [markdown]
-# Sixteen times the arithmetic on the same bytes takes less than half of sixteen times as long. But
-# a quarter of the bytes takes less than half of the time. So a decode step gets faster if it
-# *reads* less. (The points of few queries lie below the limit: this function does not read as fast
-# as a plain sum does.) Which keys could we leave unread?
+# Sixteen queries need sixteen times the arithmetic of one query on the same bytes. They take less
+# than eight times as long. But a quarter of the bytes takes less than half of the time. So a decode
+# step gets faster if it *reads* less. (The points of few queries lie below the limit, because this
+# function does not read as fast as a plain sum does.) Which keys could we leave unread?
 #
 # ## One query, by hand
 #
@@ -216,8 +223,8 @@ for name in texts:
     assert by_token.max() < 0.1 and shares[name].median() < other / 3
 
 # %% [markdown]
-# What was your number? Heads differ. Here is each head of each layer, for one token. Most heads of
-# the first layer need many. But in other layers, too, some heads look at many tokens.
+# What was your number? Heads differ. The next plot shows each head of each layer, for one token.
+# Most heads of the first layer need many tokens. In other layers, too, some heads need many.
 
 # %%
 share = 100 * shares["lighthouse"][-1]                          # (layers, H*G)

@@ -5,7 +5,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, box, canvas, note, strip
 
 def model_step():
     """From a token to the next, and where the cache stands."""
-    ax = canvas("One decode step of a model: each layer asks its cache once", 15, 6)
+    ax = canvas("One decode step: attention in each layer reads the whole cache of this layer", 15, 6)
     box(ax, 0.2, 2.6, 1.8, 0.9, "token t")
     box(ax, 2.8, 2.6, 2.4, 0.9, "embedding")
     box(ax, 6, 1.6, 4.6, 4.1)
@@ -16,7 +16,7 @@ def model_step():
         arrow(ax, (8.3, y), (8.3, y - 0.45))
     arrow(ax, (2, 3.05), (2.8, 3.05)); arrow(ax, (5.2, 3.05), (6, 3.05))
     arrow(ax, (10.6, 3.05), (11.4, 3.05)); arrow(ax, (13.1, 3.05), (13.5, 3.05))
-    box(ax, 11.4, 2.6, 1.7, 0.9, "logits")
+    box(ax, 11.4, 2.6, 1.7, 0.9, "sampling")
     note(ax, 13.6, 3.05, "token\nt + 1")
     strip(ax, 6.4, 0.75, [LIGHT] * 17 + [BLUE], width=0.4, height=0.3)
     strip(ax, 6.4, 0.4, [LIGHT] * 17 + [BLUE], width=0.4, height=0.3)
@@ -90,9 +90,9 @@ def draw_clusters(ax):
 def life():
     """Prefill, update, decode, in time."""
     ax = canvas("The three calls of a cache, in time", 15, 4.6)
-    for x, width, name, what in ((0.2, 4, "prefill", "attends exactly,\nclusters segments"),
-                                 (4.6, 2, "update", "clusters\nthe rest"),
-                                 (7, 3, "256 decodes", "a step a token;\nits k, v are steady"),
+    for x, width, name, what in ((0.2, 4, "prefill", "attends exactly,\nclusters full segments"),
+                                 (4.6, 2, "update", "clusters the rest\nof the prompt"),
+                                 (7, 3, "256 decodes", "one step per token;\nits k, v stay exact"),
                                  (10.4, 1.8, "update", "clusters\nthe 256"),
                                  (12.6, 2.2, "decode ...", "")):
         box(ax, x, 2.6, width, 1, name, DARK if name == "update" else "white")
@@ -114,6 +114,6 @@ def tensors():
                                  (12.4, "output", "(B, H, G, D)", "as q")):
         box(ax, x, 2.3, 2.4, 1.2, f"{name}\n{shape}", BLUE if name in ("q", "output") else "white")
         note(ax, x, 1.6, what, fontsize=8.5)
-    note(ax, 0.2, 0.6, "Keys are never repeated for a group: (B, H, G, D) times (B, H, D, C) is "
-         "one product for all G.")
+    note(ax, 0.2, 0.6, "The G query heads of a group share one key: (B, H, G, D) times (B, H, D, C) is "
+         "one product.")
     plt.show()

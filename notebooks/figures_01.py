@@ -56,7 +56,7 @@ def bytes_by_length(lengths, reads, weights, cross):
 def roofline(bandwidth, compute, points):
     """points: {name: (flop/byte, flop/s)}."""
     ridge = compute / bandwidth
-    ax = axes("Decoding (3 queries per key) lies left of the ridge, where reading is the limit",
+    ax = axes("With few queries per key, a step computes far below the machine's speed",
               "operations per byte read [flop/byte]", "speed [Gflop/s]")
     x = torch.logspace(-0.5, 4, 200)
     ax.loglog(x, (x * bandwidth).clamp(max=compute) / 1e9, color=MIDDLE)
@@ -64,10 +64,12 @@ def roofline(bandwidth, compute, points):
     label(ax, 2 * ridge, compute / 1e9, "limit: computing", dx=0, dy=9)
     for name, (intensity, speed) in points.items():
         ax.plot(intensity, speed / 1e9, "o", color=DARK, markersize=7)
-        label(ax, intensity, speed / 1e9, name, dx=2, dy=-13)
+        label(ax, intensity, speed / 1e9, name, dx=7, dy=-5)
     ax.axvline(ridge, color=LIGHT, zorder=0)
-    label(ax, ridge, bandwidth / 1e9 / 5, f"ridge: {ridge:.0f}", dx=4, color=MIDDLE)
-    ax.set_ylim(bandwidth / 1e9 / 10, compute / 1e9 * 3)
+    low = min(speed for _, speed in points.values()) / 1e9 / 2
+    label(ax, ridge, low, f"ridge: {ridge:.0f}", dx=4, dy=7, color=MIDDLE)
+    ax.set(ylim=(low, compute / 1e9 * 3), yticks=(1, 10, 100), yticklabels=(1, 10, 100))
+    ax.minorticks_off()
     plt.show()
 
 
@@ -94,7 +96,7 @@ def needed_by_layer(share):
     """share (layers, heads), in per cent."""
     ax = axes("Most heads of the first layer need many tokens, most later heads few",
               "layer", "query head", size=(7.5, 3))
-    heatmap(ax, share.T.clamp(max=50), "tokens for 90 %, to 50 and above [%]", vmin=0, vmax=50)
+    heatmap(ax, share.T.clamp(max=50), "tokens needed [%], black: 50 or more", vmin=0, vmax=50)
     ax.set_yticks(range(0, share.shape[1], 2))
     plt.show()
 
@@ -110,6 +112,8 @@ def errors_of_choice(errors, kept):
     ax.set_xticks(range(1, len(x) + 1), names)
     for n, m in enumerate(middle):
         label(ax, n + 1.26, m, f"{m:.0f} %", dx=4, color=BLUE)
+    note(ax, 0.55, 1.0, "boxes: the middle half of the heads\nwhiskers: 8 of 10 heads", fontsize=8.5,
+         transform=ax.transAxes, ha="right", va="top")
     ax.set_ylim(bottom=0)
     plt.show()
 
