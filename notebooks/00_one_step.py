@@ -141,7 +141,7 @@ figures.life()
 # read a text. This takes a minute or two, and the result is kept in `.cache`. `make notebooks` runs
 # all notebooks.
 #
-# The first exercise of each notebook has a `check`, which shows your result beside the expected one.
+# The first exercise of a notebook has a `check`: it shows your result beside the expected one.
 # Answers are folded.
 #
 # ## References

@@ -39,13 +39,14 @@ G = texts[0].q.shape[1] // H
 print(versions())
 
 # %% [markdown]
-# We index equally many keys of each of two texts. The queries are those of the answer, because they
+# We index equally many keys of each of two texts. The first and the latest tokens (the steady zone)
+# are left out, because a step always reads them. The queries are those of the answer, because they
 # look for something in the text. Queries are divided by √D, so the product of a query and a key is
 # a logit of attention. We look at every fourth layer.
 
 # %%
 n_keys = (texts[0].n_prompt - config.sink - config.local) // config.cluster * config.cluster
-C = n_keys // config.cluster                                    # clusters a head
+C = n_keys // config.cluster            # clusters a head, of 8 tokens on average
 R = int(limits_of(config, torch.tensor(n_keys))[0])             # clusters that a query may open
 layers = range(0, n_layers, 4)
 
@@ -99,10 +100,10 @@ ask = next(t for t, piece in enumerate(answer) if piece.isdigit()) - 1
 figures.keys_in_a_plane(flat, (queries[HEAD, 0, ask] @ keys[HEAD].mT).topk(100).indices)
 
 # %% [markdown]
-# That is one query. And is it a fact about attention, or about any direction? For *any* vector, the
-# keys with the largest products lie on one side. So the control is the best 100 keys of random
-# vectors. They are more alike than two keys by chance. The best keys of real queries are more alike
-# still in the lower half of the layers. In the upper half they are about as alike as the control.
+# That is one query. Do real queries do this, or does every vector do it? For *any* vector, the keys
+# with the largest products lie on one side. So the control is the best 100 keys of random vectors.
+# These keys are more alike than two keys by chance. In the lower half of the layers, the best keys
+# of real queries are still more alike. In the upper half they are about as alike as the control's.
 
 # %%
 def alike(q, keys):
@@ -190,7 +191,7 @@ def centroids_of(keys, ids):
     return sums / sizes.clamp(min=1)[..., None], sizes
 
 def search(queries, keys, ids, n_open=R, top=100):
-    """Per cent of each query's best tokens that are in the clusters it opens, and of all tokens."""
+    """What the opened clusters hold: of a query's best tokens, and of all tokens, in per cent."""
     centroids, sizes = centroids_of(keys, ids)
     logits = (queries @ centroids.mT[:, None]).masked_fill(sizes[:, None, None] == 0, -torch.inf)
     p = logits.softmax(-1).sum(1)                                           # (H, Tq, C)
@@ -241,7 +242,7 @@ for name, change in (("with the mean", without_mean), ("seeds alone", lambda k: 
     assert (ours[..., 0].flatten() + gain > 3 * ours[..., 1].flatten()).all(), "3 times chance"
 
 # %% [markdown]
-# Both steps matter a little. Without either, clusters still find far more than chance.
+# Both steps matter a little. If one is left out, clusters still find far more than chance.
 #
 # ## What queries look at
 #
@@ -250,8 +251,9 @@ for name, change in (("with the mean", without_mean), ("seeds alone", lambda k: 
 # weight, and clusters the products. The weight is the mean square of the queries in this channel,
 # to a power. The library's power was found by trial, so the plot shows other powers too.
 #
-# The queries of the first segment give the weights; those of the answer test them. Two controls:
-# the same weights, but each for another channel; and weights from the keys' own mean squares.
+# The queries of the first segment (the first 2,048 tokens) give the weights. The queries of the
+# answer test them. There are two controls. One gives each channel the weight of another channel.
+# The other takes the weights from the mean squares of the keys.
 
 # %%
 def of_queries(text, n):
@@ -287,9 +289,8 @@ assert best.mean() > 0.5 and (best > 0).float().mean() > 0.7 and gain[-1].mean()
 assert all(x.mean() < 0 for x in controls.values())
 
 # %% [markdown]
-# The powers 0.2 to 0.5 can hardly be told apart here. Their gain is a few tokens of a hundred. It
-# matters where a single head copies a single digit. Over whole models,
-# [docs/defaults.md](../docs/defaults.md) measures what the weights are worth.
+# The powers 0.2 to 0.5 can hardly be told apart here. They find about two tokens of a hundred more.
+# [docs/defaults.md](../docs/defaults.md) measures what the weights are worth for whole models.
 #
 # Runs of text are no bad index either. Why?
 #
@@ -297,8 +298,8 @@ assert all(x.mean() < 0 for x in controls.values())
 #
 # RoPE turns a key by an angle that grows with its position. So two similar tokens that stand far
 # apart in the text have different keys. A cluster then holds similar tokens *of one place*. To
-# check this, we turn the keys back and cluster them again. The measure is how far a token stands
-# from the middle of its cluster. The control keeps the sizes and draws the tokens by chance.
+# check this, we turn the keys back and cluster them again. We measure how far a token stands from
+# the middle of its cluster. The control keeps the cluster sizes, and draws the tokens by chance.
 
 # %%
 def turned_back(text, n):
@@ -334,8 +335,8 @@ assert apart["with RoPE"].max() < 0.5 * apart["by chance"].min()
 #
 # If clusters are local, a text need not be clustered as a whole. Cut it into segments and cluster
 # each segment alone. A key is then compared with the centroids of its segment only, so there are
-# fewer comparisons. And a segment can be indexed as soon as it has been read. What does an index of
-# segments find less? All keys are in it; the last segment may be shorter.
+# fewer comparisons. And a segment can be indexed as soon as it has been read. How much less does
+# such an index find? All keys are in it. The last segment may be shorter.
 
 # %%
 def cluster_segments(keys, L):
@@ -380,8 +381,9 @@ assert (worst < 70).all() and ours[..., 0].mean() > 60
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Write `pieces(sizes, largest)`: into how many pieces clusters of these sizes are cut, when
-# no piece may be larger than `largest`, and there are no more pieces than needed.
+# **1.** Clusters of the given sizes are cut into pieces. No piece may hold more than `largest`
+# tokens, and there are no more pieces than needed. Write `pieces(sizes, largest)`: the number of
+# all pieces.
 
 # %%
 def pieces(sizes, largest):
@@ -431,7 +433,7 @@ print("right" if check(pieces) else "not yet")
 # </details>
 #
 # **3.** Are clusters of 8 tokens a better index than clusters of 16, or of 32? Compare them fairly:
-# as many tokens opened. What do smaller ones cost?
+# let each index open clusters with about the same number of tokens. What do small clusters cost?
 #
 # <details><summary>Answer</summary>
 #

@@ -17,9 +17,9 @@
 # [04 the wave index](04_the_wave_index.ipynb)
 #
 # **Predict first.** Read only the best sixteen clusters of a text: the output has some error. Now
-# add one estimated entry for each of the next clusters, up to a quarter of all. By what share does
-# the error fall? And how large is the error of an oracle, which reads as many tokens, but those
-# that weigh most, and estimates nothing?
+# add one estimated entry for each of the next clusters, until a quarter of all clusters is used. By
+# what share does the error fall? An oracle reads as many tokens as sixteen clusters hold, but those
+# with the largest weights. It estimates nothing. Is its error smaller than that with estimates?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -37,15 +37,16 @@ from retroinfer import (
 )
 
 # %% [markdown]
-# Clusters are made, ranked and estimated as in the paper, for two texts and every third layer. Two
-# settings differ: k-means has 3 passes, not 10, and a step retrieves 16 clusters, because 1.8 % of
-# the clusters of such short texts are less than ten. (We also keep each cluster's spread, which the
-# paper does not have, for the end of the notebook. The spreads change no cluster.)
+# Clusters are made, ranked and estimated as in the paper, for two texts and every third layer. So a
+# cluster has 16 tokens on average, not 8 as in notebook 02. Two settings differ from the paper's.
+# k-means has 3 passes, not 10. And a step retrieves 16 clusters: the paper's 1.8 % of the clusters
+# are fewer than ten in such short texts. (We also keep each cluster's spread, which the paper does
+# not have, for the end of the notebook. The spreads change no cluster.)
 
 # %%
 texts = [captured("lighthouse"), captured("expedition")]
 paper = replace(RetroConfig.paper(), iterations=3, min_retrieve=16)
-config = replace(paper, by_mass=True)                   # the same clusters, and their spreads
+config = replace(paper, by_mass=True)                   # the same clusters, with their spreads
 n_layers, H, T, D = texts[0].k.shape
 G = texts[0].q.shape[1] // H
 R = 16                                                  # clusters retrieved
@@ -66,11 +67,12 @@ class Layer:
         self.n_keys = (text.n_prompt - c.sink - c.local) // c.cluster * c.cluster    # in clusters
         middle = slice(c.sink, c.sink + self.n_keys)
         q = q[0].unflatten(0, (H, G))                                   # (H, G, T, D)
-        self.q, heard = q[:, :, text.n_prompt:], q[:, :, :c.sink + c.segment].double()
+        self.q = q[:, :, text.n_prompt:]                                # of the answer
+        early = q[:, :, :c.sink + c.segment].double()                   # for the spreads alone
         self.k, self.v = (torch.cat([x[:, :, :c.sink], x[:, :, c.sink + self.n_keys:]], 2)
                           for x in (k, v))                              # (1, H, W, D)
         self.index, self.k_store, self.v_store = cluster_segment(       # (1, H, n_keys, D)
-            k[:, :, middle], v[:, :, middle], c, energy=heard.square().sum((1, 2)))
+            k[:, :, middle], v[:, :, middle], c, energy=early.square().sum((1, 2)))
         sizes = self.index.sizes[0].long()                              # (H, C)
         self.ids = torch.stack([torch.arange(len(m)).repeat_interleave(m) for m in sizes])
         self.RE = int(limits_of(paper, torch.tensor(self.n_keys))[1])   # retrieved, estimated
@@ -90,8 +92,8 @@ print(f"of {a.n_keys // config.cluster} clusters {R} are retrieved and {a.RE - R
 #
 # A token's weight before normalisation is exp(q·k), with q divided by √D. A cluster of *s* tokens
 # with the mean key *c* counts as s·exp(q·c). The exponential curves upwards, so the mean of
-# exponentials is at least the exponential of the mean (Jensen's inequality): the estimate is never
-# too large. It is exact when all tokens have the same logit.
+# exponentials is at least the exponential of the mean (Jensen's inequality). So the estimate is
+# never too large. It is exact when all tokens have the same logit.
 
 # %%
 def masses(a, t):
@@ -140,8 +142,8 @@ mine = torch.stack([torch.stack([three_zones(a, 7, h, g, ranking(a, 7)[h]) for g
                     for h in range(H)])                                     # (H, G, D)
 
 # %% [markdown]
-# The library does it for a batch, with shapes that never change: a *budget* says how many clusters
-# are read and ranked, and `fetch` brings the tokens of those that are read.
+# The library does it for a batch, with shapes that never change. A *budget* says how many clusters
+# are read and how many are ranked. `fetch` returns the keys and values of the clusters to be read.
 
 # %%
 def library(a, t, by_mass=False):
@@ -164,7 +166,7 @@ torch.testing.assert_close(mine, library(a, 7))
 # Take away the estimates, and see what they were worth. But an estimate is not free: it reads a
 # mean key and a mean value. So the first rival spends these bytes on *reading* more tokens. The
 # second rival is an *oracle*. For every query head it reads the tokens with the largest weights, as
-# many tokens as our R clusters hold. No index could do that, because to know them takes all keys.
+# many tokens as our R clusters hold. No index can do that: to find these tokens takes all keys.
 
 # %%
 def attend(a, t, is_read, is_estimated):
@@ -224,10 +226,10 @@ for text in range(2):                                   # in each text, and in m
     assert ours.mean() < reading.mean() and n_better >= 0.7 * len(layers)
 
 # %% [markdown]
-# What were your numbers? In the first layer the oracle loses. There attention is spread over so
-# many tokens that the best few are not enough, and a rough idea of many more tokens is worth more.
-# Is width the reason, in other layers too? For every head, count the tokens that it needs for 90 %
-# of its attention to the text. Then compare wide heads of the other layers with the rest of them.
+# What were your numbers? In the first layer the oracle loses. Is the reason that its attention is
+# *wide*, that is, spread over many tokens? Then wide heads of the other layers should beat the
+# oracle, too. For every head, count the tokens that it needs for 90 % of its attention to the text.
+# Then compare the widest tenth of the heads of the other layers with the rest of them.
 
 # %%
 def tokens_needed(a):
@@ -252,14 +254,14 @@ assert first > 80 and first > 2 * max(wide, rest) and wide < rest + 20
 assert needed[is_first].median() > 2 * needed[is_wide].median()
 
 # %% [markdown]
-# ## Turn the knob
+# In the other layers the oracle mostly wins, and wide heads beat it no more often than the rest. So
+# width alone does not decide it. But the heads of the first layer are wider still: the typical one
+# needs more than twice as many tokens as the widest tenth of the other layers.
 #
-# Width alone does not decide it. The typical head of the first layer is wider still than the widest
-# tenth elsewhere. In the other layers the oracle mostly wins. There wide heads lose to it by less
-# than narrow ones, but beat it no more often than the rest.
+# ## One query
 #
-# Here is one query. Each bar is a cluster, ranked by its centroid. The height of the bar is the
-# weight of its tokens. In a running notebook, move the slider to retrieve more or fewer clusters.
+# Each bar is a cluster, ranked by its centroid. The height of the bar is the weight of its tokens.
+# In a running notebook, move the slider to retrieve more or fewer clusters.
 
 # %%
 def draw(retrieved=R):
@@ -274,9 +276,9 @@ _ = interact(draw, retrieved=(1, a.RE))
 # %% [markdown]
 # ## Where it fails
 #
-# An estimate goes wrong where the tokens of a cluster have *different* logits. If their logits have
-# the variance σ², the estimate is too small by about σ²/2 in the exponent. The *shortfall* is
-# log(true weight / estimate). As a control, we correlate it with the size of the cluster too.
+# An estimate goes wrong where the tokens of a cluster have *different* logits. The *shortfall* of an
+# estimate is log(true weight / estimate). If the logits have a small variance σ², the shortfall is
+# about σ²/2. As a control, we correlate the shortfall with the size of the cluster, too.
 
 # %%
 def spread(a, t):
@@ -306,19 +308,20 @@ assert by_variance > 0.9 > abs(by_size) + 0.3
 # %% [markdown]
 # ## One number more a cluster
 #
-# The shortfall follows σ², so let us add it back. If a cluster had very many tokens with normal
-# logits, their mean exponential would be exp(σ²/2) times that of their centroid. But a cluster has
-# few tokens. The plot shows that for a large σ² this factor is too large. The factor 1 + σ²/2 is
-# almost the same for a small σ², and grows slowly.
+# The shortfall follows σ², so let us add it back. If a cluster had very many tokens with normally
+# distributed logits, its true weight would be exp(σ²/2) times the estimate. But a cluster has few
+# tokens. The plot shows that for a large σ² this factor is too large. The factor 1 + σ²/2 is almost
+# the same for a small σ², and grows slowly.
 #
-# σ² differs from query to query, so it cannot be stored. But one number per cluster, its *spread*,
-# times |q|² is an idea of it. The spread is the variance of the cluster's keys, averaged over the D
-# channels. A channel in which queries are large counts more. The library adds 1 + spread·|q|²/2
-# unless it is told not to (`by_mass`). It also *ranks* clusters by the most that they may hold
-# (`log_possible_mass`), because some heads look for a single token far above its cluster's mean.
+# σ² differs from query to query, so it cannot be stored. But |q|² times one stored number per
+# cluster, its *spread*, approximates σ². The spread is the variance of the cluster's keys, averaged
+# over the D channels. A channel in which queries are large counts more. By default, the library
+# multiplies an estimate by 1 + spread·|q|²/2 (`by_mass`). It then also *ranks* clusters by the most
+# that they may hold (`log_possible_mass`), because some heads look for a single token whose logit
+# is far above the mean of its cluster.
 #
-# How good is the idea? We compare spread·|q|² with the true σ², over all clusters and queries. The
-# control takes the spread of the next cluster.
+# How good is the approximation? We compare spread·|q|² with the true σ², over all clusters and
+# queries. The control takes the spread of the next cluster.
 
 # %%
 def from_spreads(a, t, shift=0):
@@ -329,7 +332,7 @@ def from_spreads(a, t, shift=0):
 one_number, of_another = (torch.cat([from_spreads(a, 7, shift).flatten() for a in cases])[keep]
                           for shift in (0, 1))
 low, middle, high = (one_number / variance[keep]).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-is_live = of_another > 0                                # one slot after the last cluster is free
+is_live = of_another > 0                                # the slot after the last cluster is empty
 own = correlation(one_number, variance[keep])
 other = correlation(of_another[is_live], variance[keep][is_live])
 print(f"the one number over σ²: {middle:.2f}, 8 of 10 between {low:.2f} and {high:.2f}; "
@@ -337,8 +340,9 @@ print(f"the one number over σ²: {middle:.2f}, 8 of 10 between {low:.2f} and {h
 assert 0.7 < middle < 1.4 and own > 0.7 and own > other + 0.02
 
 # %% [markdown]
-# Most of the agreement comes from |q|² and from the layer, since the control has both. What is the
-# number worth for the output? Again the control gives each cluster the spread of *another* cluster.
+# Most of the agreement comes from |q|² and from the layer, since the control has both. By how much
+# do spreads lower the error of the output? Again the control gives each cluster the spread of
+# *another* cluster.
 
 # %%
 def errors_by(by_mass, order=None):
@@ -375,13 +379,14 @@ assert (with_spread.mean((1, 2)) < 0.95 * size_alone.mean((1, 2))).all(), "in ea
 #
 # ## Takeaway
 #
-# - One softmax holds all: tokens as they are, a cluster as one entry with log(size) on its logit.
+# - One softmax holds all entries: a token as it is, an estimated cluster as one entry whose logit
+#   has log(size) added.
 # - An estimate by the centroid alone is never too large. It is too small where a cluster's tokens
-#   have different logits. To count a spread makes up for part of that.
+#   have different logits. A spread per cluster makes up for part of that.
 # - Estimates take away more of the error than the same bytes spent on reading.
 # - In the first layer, where attention is widest, estimates beat even an oracle that reads the
 #   tokens with the largest weights. In most heads of other layers the oracle is better: there a
-#   better choice of clusters would help.
+#   better choice of tokens would help.
 #
 # ## Exercises
 #
@@ -416,8 +421,8 @@ print("right" if check(logit) else "not yet")
 # ```
 # </details>
 #
-# **2.** Size counts twice if the value of an entry is the *sum* of its tokens' values while its
-# logit has log(size) too. How wrong is the output then?
+# **2.** The value of an entry is the *mean* of its tokens' values. If it were their *sum*, the size
+# would count twice, because the logit has log(size) already. How wrong is the output then?
 #
 # <details><summary>Answer</summary>
 #
@@ -434,12 +439,12 @@ print("right" if check(logit) else "not yet")
 # ```
 # </details>
 #
-# **3.** A step reads whole clusters. How many tokens is that, beside R clusters of the mean size?
-# Are large clusters asked for more often than small ones?
+# **3.** A step reads whole clusters. How many tokens does it read, compared with R clusters of the
+# mean size? Are large clusters retrieved more often than small ones?
 #
 # <details><summary>Answer</summary>
 #
-# They are not. Here the best R clusters hold about as many tokens as R clusters of the mean size.
+# No. Here the best R clusters hold about as many tokens as R clusters of the mean size.
 #
 # ```python
 # tokens = torch.stack([a.index.sizes[0].gather(-1, ranking(a, 7)[:, :R]).sum(-1) for a in cases])

@@ -5,7 +5,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, box, canvas, note, strip
 
 def model_step():
     """From a token to the next, and where the cache stands."""
-    ax = canvas("One decode step: attention in each layer reads the whole cache of this layer", 15, 6)
+    ax = canvas("One decode step: attention in a layer reads the whole cache of this layer", 15, 6)
     box(ax, 0.2, 2.6, 1.8, 0.9, "token t")
     box(ax, 2.8, 2.6, 2.4, 0.9, "embedding")
     box(ax, 6, 1.6, 4.6, 4.1)
@@ -114,6 +114,6 @@ def tensors():
                                  (12.4, "output", "(B, H, G, D)", "as q")):
         box(ax, x, 2.3, 2.4, 1.2, f"{name}\n{shape}", BLUE if name in ("q", "output") else "white")
         note(ax, x, 1.6, what, fontsize=8.5)
-    note(ax, 0.2, 0.6, "The G query heads of a group share one key: (B, H, G, D) times (B, H, D, C) is "
-         "one product.")
+    note(ax, 0.2, 0.6, "The G query heads of a group share a key: (B, H, G, D) times (B, H, D, C) "
+         "is one product.")
     plt.show()

@@ -18,7 +18,7 @@ def idea():
                                 color=BLUE if is_open else LIGHT))
     ax.annotate("", (12.2, 4.2), (9.9, 2.2), arrowprops={"arrowstyle": "-|>", "color": DARK})
     note(ax, 10.6, 1.9, "query: which way\nare its best keys?")
-    note(ax, 0.2, 0.9, "dots: keys\ncrosses: centroids, their means\nblue: the clusters it opens")
+    note(ax, 0.2, 0.9, "dots: keys\ncrosses: centroids, their means\nblue: clusters that it opens")
     plt.show()
 
 
@@ -49,7 +49,7 @@ def keys_in_a_plane(flat, best):
 def together(layers, cosines):
     """cosines: {whose best keys: (layers,) mean cosine of two of them}."""
     names = list(cosines)
-    ax = axes("In lower layers the best keys of queries lie closer than those of random vectors",
+    ax = axes("In lower layers, best keys of queries are more alike than those of random vectors",
               "layer", "mean cosine of two keys", size=(7.5, 3))
     for name, colour in zip(names, (BLUE, MIDDLE, LIGHT), strict=True):
         ax.plot(layers, cosines[name], "o-", color=colour, markersize=4)
@@ -89,7 +89,7 @@ def found(layers, results, read):
 
 def gains(powers, gain, controls, ours):
     """gain (powers, cases): points gained over power 0; controls: {name: (cases,) the same}."""
-    ax = axes("Weights from the queries find more; other weights find less",
+    ax = axes("With small powers, weights from the queries find more; the controls find less",
               "power of the queries' mean square",
               "best 100 tokens found,\ngain over power 0 [points]", size=(7.5, 3))
     ax.axhline(0, color=MIDDLE, linewidth=1)
@@ -108,8 +108,8 @@ def gains(powers, gain, controls, ours):
 
 def places(place, centres, apart):
     """centres: {name: (n,) middle of each token's cluster}; apart: mean distance, all cases."""
-    for ax, (name, x) in zip(panels("RoPE ties a cluster to a place: mean distance from "
-                                    "its middle", centres,
+    for ax, (name, x) in zip(panels("RoPE ties clusters to places: a token's mean distance "
+                                    "from its cluster's middle", centres,
                                     "token's place [tokens]", "middle of its cluster [tokens]"),
                              centres.items(), strict=True):
         ax.plot(place, x, ".", color=DARK, markersize=1.5)

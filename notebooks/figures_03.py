@@ -19,6 +19,7 @@ from plots import (
 
 STYLES = {"retrieved": (DARK, "-"), "as many bytes": (BLUE, "--"),
           "and estimated": (DARK, "-"), "oracle": (BLUE, "--")}
+NAMES = {"as many bytes": "and more, in as many bytes", "and estimated": "retrieved, and estimated"}
 
 
 def idea():
@@ -26,7 +27,7 @@ def idea():
     ax = canvas("A cluster becomes one entry: its mean key, its mean value, log(size)", 15, 5.6)
     note(ax, 0, 4.9, "tokens")
     strip(ax, 1.8, 4.6, [DARK] * 3 + [BLUE] * 6 + [MIDDLE] * 12 + [LIGHT] * 9, width=0.4)
-    for x, text in ((1.8, "steady"), (3, "retrieved"), (5.4, "estimated: 3 clusters of 4"),
+    for x, text in ((1.8, "steady"), (3, "retrieved"), (5.4, "estimated: 3 clusters of 4 tokens"),
                     (10.2, "dropped")):
         note(ax, x, 4.3, text, fontsize=8.5)
     note(ax, 0, 2.5, "entries of\nthe softmax")
@@ -63,9 +64,9 @@ def by_layer(layers, errors, gain, more):
     for name, x in errors.items():
         ax = all_axes[0 if name in ("retrieved", "as many bytes") else 1]
         colour, dash = STYLES[name]
-        band(ax, layers, x, colour, name=f"{name}: mean {x.mean():.1f} %", linestyle=dash)
+        band(ax, layers, x, colour, name=f"{NAMES.get(name, name)}: mean {x.mean():.1f} %", linestyle=dash)
         ax.legend(loc="upper right", fontsize=9)
-    note(all_axes[0], 0.03, 0.04, "lines: median of queries and texts; bands: 8 of 10",
+    note(all_axes[0], 0.97, 0.76, "lines: median of queries and texts\nbands: 8 of 10", ha="right",
          fontsize=8.5, transform=all_axes[0].transAxes)
     ax.set(ylim=0, xlim=(layers[0], layers[-1]), xticks=layers[::2])
     plt.show()
@@ -93,7 +94,7 @@ def ranked(true, retrieved, ranked):
     ax = axes(f"One query: {cover[0]:.0f} % of the clusters' attention is read, {cover[1]:.0f} % "
               f"estimated, {cover[2]:.0f} % dropped", "cluster, the best first", "attention [%]",
               (7.5, 2.8))
-    for zone, colour, name in zip(zones, (DARK, MIDDLE, LIGHT),
+    for zone, colour, name in zip(zones, (BLUE, MIDDLE, LIGHT),
                                   ("retrieved", "estimated", "dropped"), strict=True):
         ax.bar(range(len(true))[zone], true[zone], color=colour, width=1, label=name)
     ax.set(yscale="log", ylim=(1e-4, 200), xlim=(-1, int((true > 0).sum())))
@@ -103,7 +104,7 @@ def ranked(true, retrieved, ranked):
 
 def shortfall(variance, short):
     """How far an estimate is below the truth, over the variance of its tokens' logits."""
-    ax = axes("An estimate falls short where the tokens of a cluster disagree",
+    ax = axes("The more the logits of a cluster vary, the more its estimate falls short",
               "variance of their logits, σ²", "shortfall, log(true / estimate)", size=(7.5, 3.2))
     pick = torch.randperm(len(short), generator=torch.Generator().manual_seed(0))[:6000]
     ax.loglog(variance[pick], short[pick], ".", color=DARK, markersize=1.5)
