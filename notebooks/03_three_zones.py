@@ -63,11 +63,10 @@ class Layer:
     """What a step meets in layer n of a text."""
     def __init__(self, text, n):
         (q, k, v), c = text.layer(n), config
-        self.n_prompt = text.n_prompt
         self.n_keys = (text.n_prompt - c.sink - c.local) // c.cluster * c.cluster    # in clusters
         middle = slice(c.sink, c.sink + self.n_keys)
         q = q[0].unflatten(0, (H, G))                                   # (H, G, T, D)
-        self.q = q[:, :, text.n_prompt:]                                # of the answer
+        self.n_prompt, self.q = text.n_prompt, q[:, :, text.n_prompt:]  # queries of the answer
         early = q[:, :, :c.sink + c.segment].double()                   # for the spreads alone
         self.k, self.v = (torch.cat([x[:, :, :c.sink], x[:, :, c.sink + self.n_keys:]], 2)
                           for x in (k, v))                              # (1, H, W, D)
@@ -75,7 +74,7 @@ class Layer:
             k[:, :, middle], v[:, :, middle], c, energy=early.square().sum((1, 2)))
         sizes = self.index.sizes[0].long()                              # (H, C)
         self.ids = torch.stack([torch.arange(len(m)).repeat_interleave(m) for m in sizes])
-        self.RE = int(limits_of(paper, torch.tensor(self.n_keys))[1])   # retrieved, estimated
+        self.RE = int(limits_of(paper, torch.tensor(self.n_keys))[1])   # clusters used: R + E
 
     def n_steady(self, t):
         """Tokens of the steady zone that token t of the answer sees."""
@@ -248,15 +247,15 @@ first, wide, rest = (is_won[heads].float().mean() * 100
                      for heads in (is_first, is_wide, ~is_first & ~is_wide))
 others = is_won[~is_first].float().mean() * 100
 figures.against_oracle(needed, ours / oracle, is_first, first, others)
-print(f"heads that beat the oracle: {first:.0f} % in the first layer; in the other layers "
+print(f"heads that beat the oracle: {first:.0f} % in the first layer;\nin the other layers "
       f"{wide:.0f} % of the widest tenth and {rest:.0f} % of the rest")
 assert first > 80 and first > 2 * max(wide, rest) and wide < rest + 20
 assert needed[is_first].median() > 2 * needed[is_wide].median()
 
 # %% [markdown]
 # In the other layers the oracle mostly wins, and wide heads beat it no more often than the rest. So
-# width alone does not decide it. But the heads of the first layer are wider still: the typical one
-# needs more than twice as many tokens as the widest tenth of the other layers.
+# width alone does not decide it. But the heads of the first layer are wider still: their median is
+# more than twice that of the widest tenth elsewhere.
 #
 # ## One query
 #
@@ -276,8 +275,8 @@ _ = interact(draw, retrieved=(1, a.RE))
 # %% [markdown]
 # ## Where it fails
 #
-# An estimate goes wrong where the tokens of a cluster have *different* logits. The *shortfall* of an
-# estimate is log(true weight / estimate). If the logits have a small variance σ², the shortfall is
+# An estimate goes wrong where the tokens of a cluster have *different* logits. Its *shortfall* is
+# log(true weight / estimate). If the logits have a small variance σ², the shortfall is
 # about σ²/2. As a control, we correlate the shortfall with the size of the cluster, too.
 
 # %%
@@ -335,7 +334,7 @@ low, middle, high = (one_number / variance[keep]).quantile(torch.tensor([0.1, 0.
 is_live = of_another > 0                                # the slot after the last cluster is empty
 own = correlation(one_number, variance[keep])
 other = correlation(of_another[is_live], variance[keep][is_live])
-print(f"the one number over σ²: {middle:.2f}, 8 of 10 between {low:.2f} and {high:.2f}; "
+print(f"spread·|q|² over σ²: {middle:.2f}, 8 of 10 between {low:.2f} and {high:.2f};\n"
       f"correlation {own:.2f}, with another's spread {other:.2f}")
 assert 0.7 < middle < 1.4 and own > 0.7 and own > other + 0.02
 

@@ -9,14 +9,15 @@
 #
 # **Time.** About half a minute to run, most of it for the C++ compiler; half an hour to read.
 #
-# **Paper.** RetroInfer, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922): a decode step, of
-# which the paper writes the parts as CUDA kernels. Here the step is PyTorch, compiled.
+# **Paper.** RetroInfer, [arXiv 2505.02922](https://arxiv.org/abs/2505.02922). The paper writes the
+# parts of a decode step as CUDA kernels. Here the step is compiled PyTorch.
 #
 # **Before and after.** [04](04_the_wave_index.ipynb) built the index;
 # [06](06_kernels.ipynb) writes the kernels by hand.
 #
 # **Predict first.** A cache grows by one token a step, by `torch.cat`. The step is compiled. How
-# many times does the compiler run during the first twelve steps, if every shape counts as new?
+# many times does the compiler run during the first twelve steps, if every shape counts as new? And
+# how many times, if the compiler itself chooses what it takes as fixed?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -86,16 +87,16 @@ print(f"{len(spy.graphs)} graph:", *names(spy.graphs[0]))
 # %% [markdown]
 # ## A graph break
 #
-# Suppose that one token has nearly all of the weight of a head. Then its value alone is a good
-# output. The function below asks with an `if` whether that is so. An `if` needs the value of a
-# tensor, and a stand-in has none. So the compiler ends the graph there. Python decides, and a new
-# graph begins in the branch that Python took. The compiler calls this reason a *generic jump*: the
-# next step of the program depends on a tensor.
+# Suppose that in every head one token has nearly all of the weight. Then the values of these tokens
+# alone are a good output. The function below asks with an `if` whether that is so. An `if` needs
+# the value of a tensor, and a stand-in has none. So the compiler ends the graph there. Python
+# decides, and a new graph begins in the branch that Python took. The compiler calls this reason a
+# *generic jump*: the next step of the program depends on a tensor.
 
 # %%
 def attend_or_copy(q, k, v):
     weights = (q @ k.mT * D**-0.5).softmax(-1)
-    if weights.max() > 0.99:                                    # needs the value of a tensor
+    if weights.amax(-1).min() > 0.99:                           # needs the value of a tensor
         return v.gather(2, weights.argmax(-1)[..., None].expand(-1, -1, -1, D))
     return weights @ v
 
@@ -110,21 +111,21 @@ assert broken > 1
 # On a GPU the break costs more than a second graph: Python waits for the value, and meanwhile the
 # device gets no work. The remedy is to compute both outputs, and to choose between them with
 # `torch.where`. The option `fullgraph=True` makes every break an error. So a break cannot come back
-# unnoticed. Below, queries that are 1,000 times as large put all weight on one token.
+# unnoticed. Below, queries that are 1,000 times as large put all weight of a head on one token.
 
 # %%
 def attend_or_copy_mended(q, k, v):
     weights = (q @ k.mT * D**-0.5).softmax(-1)
     best = v.gather(2, weights.argmax(-1)[..., None].expand(-1, -1, -1, D))
-    return torch.where(weights.amax() > 0.99, best, weights @ v)
+    return torch.where(weights.amax(-1).min() > 0.99, best, weights @ v)
 
 compiled, spy = compile_with(attend_or_copy_mended, fullgraph=True)
 for factor in (1, 1000):                                        # both branches
     now = q_now * factor
     torch.testing.assert_close(compiled(now, k, v), attend_or_copy(now, k, v))
-has_one = [(q_now * n @ k.mT * D**-0.5).softmax(-1).max() > 0.99 for n in (1, 1000)]
-print(f"{len(spy.graphs)} graph; one token has all weight: {bool(has_one[0])}, {bool(has_one[1])}")
-assert len(spy.graphs) == 1 and has_one[1] and not has_one[0]
+copies = [bool((q_now * n @ k.mT * D**-0.5).softmax(-1).amax(-1).min() > 0.99) for n in (1, 1000)]
+print(f"{len(spy.graphs)} graph for both branches; values are copied: {copies}")
+assert len(spy.graphs) == 1 and copies == [False, True]
 
 # %%
 try:
@@ -214,8 +215,8 @@ def attend_masked(q, k_all, v_all, k_new, v_new, n_tokens):
     return logits.softmax(-1) @ v_all
 
 # %% [markdown]
-# Does the test see it if a step forgets to write, or forgets to mask? Free slots hold random
-# numbers here, so the output should then be wrong. Both faults are tried.
+# Would the test notice a step that forgets to write, or to mask? In the test, free slots hold
+# random numbers, so both faults should make the output wrong. We try both.
 
 # %%
 def with_room(x):
@@ -287,7 +288,7 @@ torch.testing.assert_close(mine, theirs)
 
 # %%
 c = cache.config
-n_updates = (int(cache.n_indexed[0]) - (1200 - c.sink - c.local)) // c.update + 1
+n_updates = round((int(cache.n_indexed[0]) - (1200 - c.sink - c.local)) / c.update)
 print(f"600 steps, {n_updates} updates of the index, {len(spy.graphs)} graph of "
       f"{len(names(spy.graphs[0]))} operations")
 assert len(spy.graphs) == 1 and n_updates > 1
@@ -328,15 +329,16 @@ print(f"{n_ops} operations became {n_kernels} kernel with {n_loops} loops over t
 lines = body.splitlines()
 until = next(n for n, line in enumerate(lines) if "maximum(tmp_acc0_vec" in line)
 for line in (line for line in lines[:until + 1] if re.search("x[01]=|tmp", line)):
-    print(line[8:150])
+    short = re.sub(r"static_cast<int64_t>\(([^()]*)\)", r"\1", line)  # without casts
+    print(re.sub("at::vec::|std::", "", short)[8:])                     # and namespaces
 assert n_kernels == 1 and n_loops < n_ops / 2 and not re.search(r"extern_kernels\.\w+\(", code)
 
 # %% [markdown]
 # Read it from the outside in. There is a loop over the rows (`x0`). In it is a loop over the slots
-# (`x1`), several numbers at a time (`at::vec`). The mask is a comparison of the loop's counter with
-# `in_ptr0`, the number of tokens. So no tensor of booleans is ever made. The kernel needs one loop
-# to find the largest logit, one to add up the exponentials, and one to divide. How many tensors are
-# made at all?
+# (`x1`), several numbers at a time (`Vectorized`). The mask is a comparison of the loop's counter
+# with `in_ptr0`, the number of tokens. So no tensor of booleans is ever made. The kernel needs one
+# loop to find the largest logit, one to add up the exponentials, and one to divide. How many
+# tensors are made at all?
 
 # %%
 made = re.findall(r"= empty_strided_cpu\(.*", code)
@@ -347,9 +349,9 @@ assert len(made) < n_ops and "bool" not in "".join(made)
 # ## What does it not fuse?
 #
 # One example shows little. Here are five functions. Each does elementwise work before and after one
-# operation: a softmax, a gather, a matrix product, a sort and a top-k. For the last three, Inductor
-# calls a function of a library. A kernel cannot go on through such a call, because the call needs
-# all of its input in memory.
+# operation: a softmax, a gather, a matrix product, a sort or a top-k. For the last three, Inductor
+# calls a function of a library. A kernel must end before such a call, because the call needs all of
+# its input in memory.
 
 # %%
 rows, counts = torch.arange(0, T, 7), {}
@@ -389,9 +391,9 @@ assert all(n_kernels > 1 and n_calls for name in ("product", "sort", "top-k")
 # - One kernel can hold a softmax or a gather, with the work before and after it. It ends at matrix
 #   products, sorts and top-k. (This is Inductor on a CPU, in the release printed at the top.)
 #
-# There is an exception to the first rule. On a CPU nothing waits, and masks can waste much work.
-# There the library reads some sizes from tensors inside the graph (`numbers` in
-# [generate.py](../generate.py)). To the compiler such a size is a symbol, without a guard on its
+# There is an exception to the first rule. On a CPU no device has to be waited for, and masks can
+# waste much work. So on a CPU the library reads some sizes from tensors inside the graph (`numbers`
+# in [generate.py](../generate.py)). To the compiler such a size is a symbol, without a guard on its
 # value. So there is still one graph.
 
 # %%
@@ -401,12 +403,12 @@ print(f"graphs: {broken} with an if on the data, 1 without; "
 # %% [markdown]
 # ## Exercises
 #
-# **1.** There is an `.item()` in this function. Write it again, `fixed`, so that it compiles as one
-# graph and gives the same.
+# **1.** The function `top_share` has an `.item()`. Write `fixed`, which returns the same, but
+# compiles as one graph for every n.
 
 # %%
 def top_share(q, k, n):
-    """The attention (B, H, G) that the tokens hold whose weight is at least 1 / n."""
+    """The sum (B, H, G) of all weights that are at least 1 / n."""
     weights = (q @ k.mT * D**-0.5).softmax(-1)                  # (B, H, G, T)
     limit = 1 / n.item()
     return torch.stack([(w * (w >= limit)).sum(-1) for w in weights.unbind(1)], 1)
@@ -440,8 +442,8 @@ print("right" if check(fixed) else "not yet")
 # </details>
 #
 # **2.** What does the compiler do if a length is an `int` argument, not a tensor? Write a function
-# that attends to the first n slots, `k_all[:, :, :n]`. Compile it with `dynamic=False`, and count
-# its graphs while Python counts n up.
+# that attends to the first n slots, `k_all[:, :, :n]`. Compile it with `dynamic=False`, call it
+# with six numbers n, and count the graphs.
 #
 # <details><summary>Answer</summary>
 #
@@ -459,8 +461,8 @@ print("right" if check(fixed) else "not yet")
 # ```
 # </details>
 #
-# **3.** Time `masked_softmax`, eager and compiled, a few times each. Is it as much faster as the
-# number of operations says? Why not?
+# **3.** Time `masked_softmax`, eager and compiled, a few times each. One kernel takes the place of
+# nine operations. Is it nine times as fast? Why not?
 #
 # <details><summary>Answer</summary>
 #

@@ -112,8 +112,8 @@ def errors_of_choice(errors, kept):
     ax.set_xticks(range(1, len(x) + 1), names)
     for n, m in enumerate(middle):
         label(ax, n + 1.26, m, f"{m:.0f} %", dx=4, color=BLUE)
-    note(ax, 0.55, 1.0, "boxes: the middle half of the heads\nwhiskers: 8 of 10 heads", fontsize=8.5,
-         transform=ax.transAxes, ha="right", va="top")
+    note(ax, 0.55, 1.0, "boxes: the middle half of the heads\nwhiskers: 8 of 10 heads",
+         fontsize=8.5, transform=ax.transAxes, ha="right", va="top")
     ax.set_ylim(bottom=0)
     plt.show()
 

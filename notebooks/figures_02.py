@@ -18,7 +18,7 @@ def idea():
                                 color=BLUE if is_open else LIGHT))
     ax.annotate("", (12.2, 4.2), (9.9, 2.2), arrowprops={"arrowstyle": "-|>", "color": DARK})
     note(ax, 10.6, 1.9, "query: which way\nare its best keys?")
-    note(ax, 0.2, 0.9, "dots: keys\ncrosses: centroids, their means\nblue: clusters that it opens")
+    note(ax, 0.2, 0.9, "dots: keys\ncrosses: centroids (means)\nblue: clusters that it opens")
     plt.show()
 
 

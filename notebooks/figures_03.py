@@ -64,7 +64,8 @@ def by_layer(layers, errors, gain, more):
     for name, x in errors.items():
         ax = all_axes[0 if name in ("retrieved", "as many bytes") else 1]
         colour, dash = STYLES[name]
-        band(ax, layers, x, colour, name=f"{NAMES.get(name, name)}: mean {x.mean():.1f} %", linestyle=dash)
+        text = f"{NAMES.get(name, name)}: mean {x.mean():.1f} %"
+        band(ax, layers, x, colour, name=text, linestyle=dash)
         ax.legend(loc="upper right", fontsize=9)
     note(all_axes[0], 0.97, 0.76, "lines: median of queries and texts\nbands: 8 of 10", ha="right",
          fontsize=8.5, transform=all_axes[0].transAxes)

@@ -5,7 +5,7 @@ from plots import BLUE, DARK, LIGHT, MIDDLE, arrow, axes, box, canvas, label, no
 
 def draw_compiler():
     """From a function to code: what is kept, and what makes the compiler run again."""
-    ax = canvas("A call looks for code whose guards hold; only without one the compiler runs",
+    ax = canvas("The compiler runs only if no kept code has guards that hold",
                 15, 5.6)
     box(ax, 0.2, 3.5, 2.5, 1.2, "a call with\nits tensors")
     box(ax, 4.4, 3.5, 3, 1.2, "guards of all\nkept graphs", LIGHT)
@@ -20,8 +20,8 @@ def draw_compiler():
     arrow(ax, (7.4, 1.3), (8.6, 1.3))
     arrow(ax, (11, 1.3), (12, 1.3))
     arrow(ax, (13.3, 1.9), (13.3, 3.5), "keep")
-    note(ax, 5.9, 0.3, "needs a value? graph break: the graph ends here", ha="center",
-         color=MIDDLE)
+    note(ax, 5.9, 0.3, "graph break: the graph ends where Python needs a tensor's value",
+         ha="center", color=MIDDLE)
     plt.show()
 
 
