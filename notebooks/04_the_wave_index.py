@@ -15,9 +15,9 @@
 # **Before and after.** [03 three zones](03_three_zones.ipynb) ·
 # [05 compile](05_compile.ipynb)
 #
-# **Predict first.** The fact that answers the question is one sentence of the log book. Each kv
-# head retrieves about a fifteenth of the text, and a layer has three. In how many of the model's
-# thirty layers is some token of that sentence retrieved? And of any other sentence of its length?
+# **Predict first.** The fact that answers the question is one sentence of the log book. A layer has
+# three kv heads, and each retrieves about a fifteenth of the text. In how many of the thirty layers
+# does some head retrieve some token of that sentence? And of other passages as long as it?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -39,9 +39,10 @@ print(f"{text.n_prompt:,} tokens of prompt, {T - text.n_prompt} of answer")
 # %% [markdown]
 # ## The three calls
 #
-# `prefill` reads a text, attends to it exactly, and clusters each segment that is full. `update`
-# clusters the rest, or later the tokens that wait, and returns how many steps may follow. `decode`
-# is a step: one token in, attended over three zones.
+# `prefill` reads a text, attends to it exactly, and clusters each segment that is full. The first
+# `update` clusters the rest of the prompt. Later ones cluster the tokens that wait in the steady
+# zone. `update` returns how many steps may follow before the next update. `decode` is a step: it
+# takes one token, and attends over three zones.
 
 # %%
 figures.idea()
@@ -66,11 +67,11 @@ def steps(cache, n, start):
 # %% [markdown]
 # ## What moves when
 #
-# The rules, by hand. The first tokens (`sink`) and the latest tokens (`local`) are exact. The
-# tokens of a prompt between them are clustered segment by segment. The last segment is shorter. If
-# it has at least `update` tokens, it is clustered too, as far as it fills clusters. If not, its
-# tokens wait in the steady zone. Generated tokens wait there too, until the zone is full. Then all
-# waiting tokens are clustered together.
+# The rules, by hand. The first 4 tokens (`sink`) and the latest 32 (`local`) are exact. The tokens
+# of a prompt between them are clustered segment by segment. The last segment is shorter. If it has
+# fewer than 256 tokens (`update`), all of them wait in the steady zone. Otherwise it is clustered
+# too, and only a remainder of fewer than 8 tokens (`cluster`) waits. Generated tokens wait in the
+# steady zone until it is full. Then all waiting tokens are clustered together.
 
 # %%
 def indexed_by_hand(n_prompt):
@@ -106,15 +107,15 @@ for n in (100, 2083, 2180, 2340):                       # prompts whose last seg
     assert int(index.n_indexed[0]) == max(indexed_by_hand(n), 0)
 
 # %% [markdown]
-# An update looks at the new tokens only. Old clusters stay as they are, and nothing is
-# reallocated. Does the error grow when clusters are added in small lots?
+# An update looks at the new tokens only. Old clusters stay as they are. Does the error grow when
+# clusters are added in small lots?
 #
 # ## The error along the way
 #
 # The error is the distance to the output of dense attention, over the length of this output. The
 # control is a *fresh* index. It gets everything up to the last update as one prompt. So both have
 # the same tokens in clusters, and the same tokens exact, in each step that follows. Only the
-# clusters differ. Five layers.
+# clusters differ. We measure five layers.
 
 # %%
 layers = 2, 8, 14, 20, 26
@@ -147,15 +148,16 @@ assert (ratio < 1.3).all() and 0.85 < ratio.mean() < 1.15
 #
 # An index does not say which tokens it reads. But we may choose the values: let the value of a
 # token be its position. `fetch` brings keys and values of the retrieved clusters, so it brings the
-# positions of the retrieved tokens. (Of the values, the step itself then uses only a fifth. We look
-# at all that `fetch` brings.)
+# positions of the retrieved tokens. (By default the library then reads the values of only a fifth
+# of these tokens, those with the largest weights. We look at all that `fetch` brings.)
 
 # %%
 class Watched(WaveIndex):
     """A wave index over positions: it remembers which of them the last step retrieved."""
 
     def __init__(self, config, capacity):
-        super().__init__(config, capacity, hot=PLAIN._replace(attend=self.watch))
+        hot = PLAIN._replace(attend=self.watch)         # a step calls it to attend
+        super().__init__(config, capacity, hot=hot)
 
     def watch(self, q, steady, index, stores, budget, method):
         def fetch(ids, ends):
@@ -221,8 +223,8 @@ for name, x in counts.items():
     assert more > 0.2, "so this number shows nothing"
 
 # %% [markdown]
-# The sentence with the answer is no exception: many passages have a token that some layer reads. We
-# need a number in which chance is small.
+# The sentence with the answer is no exception: many passages have a token read in more layers. We
+# need a number that is rarely large by chance.
 #
 # ## A number that says something
 #
@@ -246,9 +248,10 @@ for name, x in found.items():
 assert len({*found["lighthouse"]} & {*found["expedition"]}) >= 2, "the same layers in both texts"
 
 # %% [markdown]
-# Few layers read the sentence more than other passages, and some of them are the same in both
-# texts. They are in the upper half. So does the sentence stand out by the share of its reads that
-# are the upper half's? The controls are the passages at most 1,000 tokens away from it.
+# In a few layers the sentence is read more than 95 % of the passages. These layers are in the upper
+# half, and some are the same in both texts. Now take all reads of the sentence. Which share of them
+# comes from the upper half of the layers? Is this share larger than for other passages? The
+# controls are the passages at most 1,000 tokens away.
 
 # %%
 for name, x in counts.items():
@@ -256,16 +259,16 @@ for name, x in counts.items():
     near = slice(max(place - 1000, 0), place + 1000)
     upper = by_layer[n_layers // 2:].sum(0) / by_layer.sum(0)           # (passages,)
     typical = upper[near].nanmedian()
-    print(f"{name}: of the reads of the sentence {upper[place]:.0%} are the upper half's, of the "
-          f"median passage near it {typical:.0%}")
+    print(f"{name}: {upper[place]:.0%} of the sentence's reads come from the upper half; of the "
+          f"median passage near it, {typical:.0%}")
     assert typical > 0.5, "so this number shows little"
     assert min(found[name]) >= n_layers // 2
 rows, needle = retrieved["lighthouse"].mean(1), needles["lighthouse"]   # (layers, T)
 figures.map_of_reads(rows, needle)
 
 # %% [markdown]
-# The share is high, but most of that is due to the place: the upper half reads most of any passage
-# so far from the end. In the map, lower layers read mostly the latest tokens.
+# The share is high, but mostly because of the place. So far from the end, most reads of any passage
+# come from the upper half. The map shows why: lower layers read mostly the latest tokens.
 #
 # Here is the passage itself, as two layers read it.
 
@@ -277,17 +280,19 @@ figures.passages(text.pieces[scope], {n: rows[n, scope] for n in best})
 # %% [markdown]
 # ## Takeaway
 #
-# - An index has three calls. Tokens are exact until enough of them have left the local window.
-#   Then they are clustered together. Old clusters stay as they are.
+# - An index has three calls: `prefill`, `update` and `decode`. Generated tokens are exact until
+#   enough of them have left the local window. Then they are clustered together. Old clusters stay
+#   as they are.
 # - On this text, an index that grew by small lots errs about as much as a fresh one.
 # - A step retrieves a few per cent of the text. In a few layers of the upper half, the sentence
 #   that answers the question is retrieved more than other passages.
-# - Count against a control: "the sentence is read in many layers" is true of many sentences.
+# - A count needs a control: "some layer reads a token of it" is true of nearly every passage.
 #
 # ## Exercises
 #
-# **1.** Write `n_updates(n_prompt, n_steps)`: how often tokens move into clusters during so many
-# steps behind a prompt that was indexed. Use `config`; no loop is needed.
+# **1.** A prompt of `n_prompt` tokens is indexed. Then `n_steps` steps follow. How often do waiting
+# tokens move into clusters during these steps? Write `n_updates(n_prompt, n_steps)`. Use `config`;
+# no loop is needed.
 
 # %%
 def n_updates(n_prompt, n_steps):
@@ -309,9 +314,9 @@ print("right" if check(n_updates) else "not yet")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# After the prompt, `update` tokens have room, less those of the prompt that wait. The step that
-# finds no room makes the first update, after which no token waits. So every later update comes
-# `update` steps after the one before.
+# After the prompt there is room for `update` tokens, less those of the prompt that wait. The step
+# that finds no room makes the first update. It leaves fewer than `cluster` tokens waiting, and here
+# none. So every later update comes `update` steps after the one before.
 #
 # ```python
 # def n_updates(n_prompt, n_steps):
@@ -321,8 +326,9 @@ print("right" if check(n_updates) else "not yet")
 # ```
 # </details>
 #
-# **2.** Take the layers that read the sentence more than 95 % of other passages. In which of them
-# is this still so, if a head may retrieve an eighth as many clusters?
+# **2.** Take the layers of the log book in which the sentence is read more than 95 % of the
+# passages. Let a head retrieve an eighth as many clusters. In which of the layers is the sentence
+# still read more than 95 % of the passages?
 #
 # <details><summary>Answer</summary>
 #

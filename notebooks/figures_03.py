@@ -19,7 +19,7 @@ from plots import (
 
 STYLES = {"retrieved": (DARK, "-"), "as many bytes": (BLUE, "--"),
           "and estimated": (DARK, "-"), "oracle": (BLUE, "--")}
-NAMES = {"as many bytes": "and more, in as many bytes", "and estimated": "retrieved, and estimated"}
+NAMES = {"as many bytes": "retrieved, and more tokens", "and estimated": "retrieved, and estimated"}
 
 
 def idea():

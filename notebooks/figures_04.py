@@ -22,7 +22,7 @@ def idea():
     rows = ((4.6, "after the prompt", 14, 0, "the prompt is in clusters"),
             (3.1, "some steps later", 14, 7, "new tokens wait in the steady zone"),
             (1.6, "steady zone full", 14, 9, "update() must run"),
-            (0.1, "after update()", 23, 0, "they are clusters; old clusters are as before"))
+            (0.1, "after update()", 23, 0, "in clusters; old clusters are as before"))
     for y, name, clustered, waiting, what in rows:
         note(ax, 0, y + 0.3, name)
         fills = [DARK] * 2 + [BLUE] * clustered + [MIDDLE] * waiting + [DARK] * 3
@@ -71,8 +71,8 @@ def ranks(above, found, chance):
     """above: {text: (layers,) share of other passages that a layer reads less of}, in per cent."""
     counts = " and ".join(str(n) for n in found)
     n_layers = len(next(iter(above.values())))
-    ax = axes(f"{counts} of {n_layers} layers read the sentence more than 95 % of other passages; "
-              f"chance: {chance:.1f}", "layer", "passages of which it\nreads less [%]", (7.5, 3))
+    ax = axes(f"{counts} of {n_layers} layers prefer the sentence to 95 % of the passages; "
+              f"by chance: {chance:.1f}", "layer", "passages of which it\nreads less [%]", (7.5, 3))
     for (name, y), colour, sign in zip(above.items(), (DARK, BLUE), "os", strict=True):
         ax.plot(range(n_layers), y, sign, color=colour, markersize=5, label=name, alpha=0.7)
     ax.axhline(95, color=MIDDLE, linestyle="--", linewidth=1)
