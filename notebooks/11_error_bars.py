@@ -2,9 +2,10 @@
 # # How far is a step from dense attention?
 #
 # **Goal.** A step leaves most tokens out. Read a few of them, drawn by chance, and say how far the
-# step's output may be from dense attention's. Build the estimate from nothing: importance sampling,
-# control variates, and the standard error of a quotient. Then count how often the bars hold, and
-# find where they do not.
+# step's output may be from dense attention's. This distance is the step's *error bar*. A bar
+# *holds* if the true error is not larger. Build bars from nothing: importance sampling, control
+# variates, and the standard error of a quotient. Then count how often the bars hold, and find where
+# they fail.
 #
 # **You need.** [03](03_three_zones.ipynb): what a step reads and estimates. Mean and variance of a
 # sum of random numbers.
@@ -12,15 +13,15 @@
 # **Time.** About 45 seconds to run, half an hour to read.
 #
 # **Paper.** RetroInfer ([2505.02922](https://arxiv.org/abs/2505.02922)) promises "accuracy-bounded
-# estimation". Its bound is that of notebook 03: an estimate never exceeds the true mass. What is
-# built here is not in the paper: [docs/error_bars.md](../docs/error_bars.md).
+# estimation". Its bound is that of notebook 03: an estimate never exceeds the true weight. Error
+# bars are not in the paper: [docs/error_bars.md](../docs/error_bars.md) describes them.
 #
 # **Before and after.** [10](10_which_when.ipynb) compared all methods;
 # [00](00_one_step.ipynb) is the map of all.
 #
-# **Predict first.** A step leaves out about 3,780 of 4,096 tokens, and 64 of them are drawn. How
-# many times as wide as the true error is a bar that should hold in 95 of 100 cases? Does it hold in
-# 95 of 100 cases in *every* head?
+# **Predict first.** A step leaves out about 3,780 of 4,096 tokens, and 64 of them are drawn. From
+# them we make bars that should hold in 95 of 100 cases. How many times as large as the true error
+# is a typical bar? And do the bars of *every* head hold in 95 of 100 cases?
 
 # %%
 import sys; sys.path[:0] = [".."]
@@ -41,7 +42,7 @@ from retroinfer import (
 
 # %%
 torch.set_grad_enabled(False)
-N, STEPS, DRAWS = 4096, 12, 64              # tokens read, steps behind them, draws of a kv head
+PROMPT, STEPS, DRAWS = 4096, 12, 64         # tokens read, steps behind them, draws of a kv head
 config = replace(RetroConfig(), values=1.0, bits=16)
 texts = {name: captured(name) for name in ("lighthouse", "expedition")}
 n_layers, H, _, D = texts["lighthouse"].k.shape
@@ -54,8 +55,9 @@ figures.idea()
 # ## What a step left out
 #
 # The library's cache reads 4,096 tokens of a text, and then takes twelve steps. It is a
-# `CheckedIndex`, whose bars we want to rebuild. Two settings make the arithmetic shorter: values of
-# all retrieved tokens are read, and centroids have 16 bits. So all that is left out are clusters.
+# `CheckedIndex`, whose bars we want to rebuild. Two settings make the arithmetic shorter: the
+# values of all retrieved tokens are read, and centroids have 16 bits. So the error comes only from
+# clusters that were estimated or dropped. Their tokens are the ones *left out*.
 
 # %%
 class Layer:
@@ -63,10 +65,10 @@ class Layer:
 
     def __init__(self, text, layer):
         self.tokens = text.layer(layer)
-        q, k, v = (x[:, :, :N] for x in self.tokens)
-        cache = self.cache = CheckedIndex(config, N + STEPS, seed=layer)
-        loud = q[:, :, :config.sink + config.segment].square().sum(2, keepdim=True).sqrt()
-        cache.prefill(loud, k, v)                       # one query that is as loud as all
+        q, k, v = (x[:, :, :PROMPT] for x in self.tokens)
+        cache = self.cache = CheckedIndex(config, PROMPT + STEPS, seed=layer)
+        energy = q[:, :, :config.sink + config.segment].square().sum(2, keepdim=True)
+        cache.prefill(energy.sqrt(), k, v)      # one query with the sums of squares of all
         cache.update()
         self.index, self.T = cache.index, int(cache.n_indexed)
         self.k, self.v = (x[0, :, config.sink:config.sink + self.T] for x in cache.stores())
@@ -74,13 +76,13 @@ class Layer:
                                 for x in self.index.sizes[0].long()])           # (H, T)
         self.m = take(self.index.means, self.ids[None])[0].float()              # (H, T, D)
         self.outputs = [cache.decode(*(x[:, :, t:t + 1] for x in self.tokens))
-                        for t in range(N, N + STEPS)]
+                        for t in range(PROMPT, PROMPT + STEPS)]
 
 # %% [markdown]
 # Now the step by hand. All weights are divided by the step's denominator. For each token *j* that
-# was left out we keep three numbers. $w_j$ is its true weight. $e_j$ is what the step counted for
-# it: its share of the cluster's estimate, or 0 if the cluster was dropped. And `guess` is what the
-# ranking thought that it may weigh at most.
+# was left out we keep three numbers. $w_j$ is its true weight. $e_j$ is the weight that the step
+# counted for it: its share of the cluster's estimate, or 0 if the cluster was dropped. `guess` is
+# its share of the most that its cluster may weigh, as the ranking has it (`log_possible_mass`).
 
 # %%
 class Step(NamedTuple):
@@ -96,8 +98,8 @@ class Step(NamedTuple):
 
 def ask(a, t):
     """Scaled queries (H, G, D) of step t; keys, values (H, W, D) of the steady zone."""
-    q, k, v = (x[0, :, :N + t + 1] for x in a.tokens)
-    near = torch.arange(N + t + 1)
+    q, k, v = (x[0, :, :PROMPT + t + 1] for x in a.tokens)
+    near = torch.arange(PROMPT + t + 1)
     near = (near < config.sink) | (near >= config.sink + a.T)
     return q[:, -1].unflatten(0, (H, G)) / D**0.5, k[:, near], v[:, near]
 
@@ -132,17 +134,18 @@ for a, s in zip(cases, steps, strict=True):
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 n_left = torch.stack([s.is_left.sum(-1) for run in steps for s in run])
 print(f"{len(cases)} layers x {STEPS} steps x {H * G} heads; a step leaves out "
-      f"{n_left.min()} to {n_left.max()} of {N} tokens")
+      f"{n_left.min()} to {n_left.max()} of {PROMPT} tokens")
 
 # %% [markdown]
 # ## The error is a sum over the tokens left out
 #
-# Let *o* be the step's output and *o\** dense attention's. To get from one to the other, take out
-# what was counted and put in what is true, in numerator and denominator:
+# Let *o* be the step's output and *o\** dense attention's. Let $v_j$ be a token's value, and $m_j$
+# the mean value of its cluster. To get from *o* to *o\**, take out what was counted and put in what
+# is true, in numerator and denominator:
 #
 # $$o^* - o = \frac{\sum_j w_j (v_j - o) - e_j (m_j - o)}{1 + \sum_j (w_j - e_j)}$$
 #
-# So all that is unknown are two sums over tokens. Here we may read all of them, and check it.
+# So only two sums over tokens are unknown. Here we may read all tokens, and check the formula.
 
 # %%
 def terms(s, o, e):
@@ -156,7 +159,7 @@ def exactly(s):
 
 def dense(a, t):
     """Dense attention's output (H, G, D), plainly."""
-    q, k, v = (x[0, :, :N + t + 1].double() for x in a.tokens)
+    q, k, v = (x[0, :, :PROMPT + t + 1].double() for x in a.tokens)
     q = q[:, -1].unflatten(0, (H, G)) / D**0.5
     return (q @ k.mT).softmax(-1) @ v
 
@@ -178,15 +181,17 @@ logs = errors.log().flatten(1)                          # (20 layers, steps and 
 assert logs.var(1).mean() > 1.3 * logs.mean(1).var(), "heads differ more than layers"
 
 # %% [markdown]
-# A step does not know this number. Nor does a certain bound say anything: a token that was not read
-# could outweigh all others. On real texts the bounds that this project can prove are above 100 % of
-# the output's length ([docs/bounds.md](../docs/bounds.md)). So we give up certainty, and draw.
+# A step does not know its error. A proven bound does not help either, because a token that was not
+# read could outweigh all others. On real texts the bounds that this project can prove are above
+# 100 % of the output's length ([docs/bounds.md](../docs/bounds.md)). So we give up certainty, and
+# draw tokens by chance.
 #
 # ## A sum from a few draws
 #
 # Begin with one number: the mass that the step left out, $M = \sum_j w_j$. Draw token *j* with the
-# chance $p_j$, and note $w_j / p_j$. Whatever the chances are, the mean of what you note is *M*:
-# that token adds $p_j \cdot w_j / p_j = w_j$. The mean of 64 independent draws has the variance
+# chance $p_j$, and note $w_j / p_j$. Whatever the chances are, the expected value of the noted
+# number is *M*: token *j* adds $p_j \cdot w_j / p_j = w_j$ to it. The mean of 64 independent draws
+# has the variance
 #
 # $$\frac{1}{64} \Big(\sum_j \frac{w_j^2}{p_j} - M^2\Big).$$
 #
@@ -223,9 +228,10 @@ assert abs(estimates.std() / expected - 1) < 0.15 and abs(estimates.mean() - 1) 
 
 # %% [markdown]
 # The estimate is right on average, and of little use. The reason: weights are exponentials of
-# logits, so a few tokens hold much of the mass. Most sets of draws miss them, and are too low. The
-# few that hit one are far too high. For every head, count how many tokens *effectively* share the
-# missed mass: $M^2 / \sum_j w_j^2$, which is the number of tokens if all weigh the same.
+# logits, so a few tokens hold much of the mass. Most sets of draws miss these tokens, and are too
+# low. The few sets that hit one are far too high. For every head, count how many tokens
+# *effectively* share the missed mass: $M^2 / \sum_j w_j^2$. If all tokens weigh the same, this is
+# the number of tokens.
 
 # %%
 few = [(s, truth) for run, ends in zip(steps, truths, strict=True)
@@ -274,18 +280,20 @@ figures.ratios({name: (over(w, p)[at] / w.sum(), p[at]) for name, p in (
     ("even chances", p_even), ("in proportion to the guess", p_guess))})
 half = len(few) // 2                                    # one text, then the other
 for part in (slice(0, half), slice(half, None)):
-    assert by_guess[part].median() < 0.5 * by_even[part].median() < 0.7 * control[part].median()
+    x, y, z = (float(way[part].median()) for way in (by_guess, by_even, control))
+    print(f"standard error: by guess {x:.0%} of the mass, even {y:.0%}, another's guess {z:.0%}")
+    assert x < 0.5 * y < 0.7 * z
 
 # %% [markdown]
-# The same 64 draws now tell the mass more than twice as well. Wrong guesses do harm: their chances
-# are as uneven, and favour the wrong tokens.
+# With chances by guess, 64 draws have less than half the standard error. Wrong guesses do harm:
+# their chances are as uneven, and favour the wrong tokens.
 #
 # ## Subtract what is known already
 #
 # Here is a second use of what the index knows. The step has counted $e_j$ for each token, and the
 # sum of all $e_j$ is known exactly. So estimate only the rest, $\sum_j (w_j - e_j)$, and add the
-# known sum. If $e_j$ is near $w_j$, the rest is small, and its error too. This is a *control
-# variate*. Our control subtracts the number of another token.
+# known sum. If $e_j$ is near $w_j$, the rest is small, and its error too. Such an $e_j$ is called a
+# *control variate*. As a control in our sense, we subtract the number of another token.
 #
 # **Predict first.** Does it help more with even chances, or with chances by guess?
 
@@ -299,17 +307,17 @@ for name in ("even chances", "in proportion to the guess"):
 figures.ways(ways, "Chances by guess do most of the work", "standard error of the missed mass [%]")
 gain = {name: float((ways[f"{name}, minus what was counted"] / ways[name]).median())
         for name in ("even chances", "in proportion to the guess")}
-print("standard error with the subtraction over without, median:",
+print("median ratio of the standard errors with and without the subtraction:",
       ", ".join(f"{name} {x:.2f}" for name, x in gain.items()))
 assert gain["even chances"] < 0.95 < gain["in proportion to the guess"] < 1.1
 for name in gain:
     assert ways[f"{name}, minus another's"].median() > 1.02 * ways[name].median()
 
 # %% [markdown]
-# With even chances the control variate takes something away. With chances by guess it takes nothing
-# away: a guess that is already in the chances cannot be used a second time. If $p_j$ were in
-# proportion to $e_j$, all $e_j / p_j$ would be one number, and to subtract it would change no
-# spread. The correlation of the noted $w_j / p_j$ with $e_j / p_j$ says how much is left to gain.
+# With even chances the control variate lowers the standard error. With chances by guess it does
+# not: a guess that is already in the chances cannot be used a second time. If $p_j$ were in
+# proportion to $e_j$, all $e_j / p_j$ would be one number, and to subtract one number changes no
+# variance. The correlation of the noted $w_j / p_j$ with $e_j / p_j$ says how much is left to gain.
 
 # %%
 def correlation(s, p):
@@ -334,15 +342,15 @@ assert left_over[0] > 0.4 > 0.15 > left_over[1] > 0
 # $w_j (v_j - o^*) - e_j (m_j - o^*)$, divided by its chance. For *o\** we take the estimate from
 # the same draws.
 #
-# The three query heads of a group share a key head, and so they share draws: their chances are
-# averaged, and a head that missed more mass has a larger say.
+# The three query heads of a group share a kv head, and so they share draws. The chances of the
+# three are averaged. A head whose guesses have a larger sum counts more in this mean.
 
 # %%
 def chances(s):
     """Chances (H, T) for the query heads of each group together."""
     mass = s.guess.sum(-1, keepdim=True)                                        # (H, G, 1)
-    say = (mass / mass.amax(1, keepdim=True)).sqrt()
-    return (1 - EVENLY) * normalized((normalized(s.guess) * say).sum(1)) + EVENLY * even(s)[:, 0]
+    share = (mass / mass.amax(1, keepdim=True)).sqrt()
+    return (1 - EVENLY) * normalized((normalized(s.guess) * share).sum(1)) + EVENLY * even(s)[:, 0]
 
 # %%
 def tokens_at(p, u):
@@ -416,9 +424,10 @@ assert abs(ratio - 1) < 0.05 and n_too_far[1] > 2 * n_too_far[0] and typical < 0
 # %% [markdown]
 # On average over sets the predicted variance is right, so the delta method holds. But a *typical*
 # set predicts too little. A set that misses the heaviest tokens does not know that they exist, so
-# it sees a small spread. A set that hits one sees a very large spread. We will meet this again.
+# it predicts a small error. A set that hits one predicts a very large error. We will meet this
+# again.
 #
-# What do the two tricks bring for the whole output?
+# How much do chances by guess and the subtraction help for the whole output?
 
 # %%
 def output_deviation(s, truth, p, e):
@@ -442,7 +451,7 @@ figures.ways(outputs, "Again the chances matter most, and the subtraction a litt
 plain, subtracted = (outputs[name] for name in (
     "chances of the group, no subtraction", "chances of the group"))
 print(f"the subtraction helps in {(subtracted < plain).float().mean():.0%} of heads and steps, "
-      f"by {1 - float((subtracted / plain).median()):.0%} at the median; chances by guess "
+      f"by {1 - float((subtracted / plain).median()):.0%} at the median;\nchances by guess "
       f"against even ones: {1 - float((subtracted / outputs['even chances']).median()):.0%}")
 assert (subtracted < plain).float().mean() > 0.9 and (subtracted / plain).median() > 0.9
 assert (subtracted / outputs["even chances"]).median() < 0.75
@@ -451,17 +460,18 @@ assert outputs["chances of the group, minus another's"].median() > 1.2 * plain.m
 # %% [markdown]
 # For outputs, the mean values $m_j$ are new knowledge, which is not in the chances. So the
 # subtraction helps nearly always, but only by a few per cent (exercise 2 asks what is missing). It
-# is needed for another reason: what we ask for is the *error of the step*, and the step did count
-# $e_j$.
+# is needed for another reason: we ask for the *error of the step*, and the step did count $e_j$.
 #
 # ## A bar, and how often it holds
 #
 # Draws give a correction of length *c* and its standard error *s*. A bar must cover both: the step
-# is off by about *c*, give or take *s*. In 64 dimensions the two are nearly at right angles, so the
-# bar is $\sqrt{c^2 + (z s)^2}$, with z = 1.64 for a promise of 95 %: a normal number stays below
-# 1.64 standard errors so often. To spread the draws, one falls into each of 64 equal parts.
+# is off by the correction, and the correction is off by about *s*. In 64 dimensions two random
+# directions are nearly at right angles, so the bar is $\sqrt{c^2 + (z s)^2}$. Here z = 1.64, for a
+# promise of 95 %: a normally distributed number is below 1.64 standard deviations in 95 % of cases.
+# To spread the draws, we cut the numbers from 0 to 1 into 64 equal parts, and draw one in each.
 #
-# Now count: in every head, at every step, with four sets of draws. The control draws evenly.
+# Now count in every head, at every step, with four sets of draws. The control has even chances, and
+# two sets.
 
 # %%
 PROMISED = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -512,9 +522,9 @@ assert control[:, :, :, at_95].double().mean() < share[at_95] + 0.005    # wider
 # %% [markdown]
 # Over all heads the promise of 95 % is kept in both texts. But that is a mean of heads in which the
 # bar holds nearly always, and of a few heads in which it often fails. Promises of 50 % are far too
-# cautious, and those of 99 % too bold, which is what heavy tails do. What do the worst heads have
-# in common? For each head, take the ten tokens with the largest part in the variance. How large is
-# that part?
+# cautious, and those of 99 % too bold: very large errors are more frequent than a normal
+# distribution has them. What do the worst heads have in common? For each head, take the ten tokens
+# with the largest share of the variance. How large is their share together?
 
 # %%
 def top_share(s, truth):
@@ -528,8 +538,8 @@ is_worst = heads <= worst.max()
 by_top, by_error = (torch.stack([x.argsort().argsort().double(), heads]).corrcoef()[0, 1]
                     for x in (top, errors.mean(1).flatten()))
 print(f"ten tokens have {top[is_worst].mean():.0%} of the variance in the worst heads, "
-      f"{top[~is_worst].mean():.0%} in the others; correlation of its rank with the bars that hold "
-      f"{by_top:.2f}, of the true error's {by_error:.2f}")
+      f"{top[~is_worst].mean():.0%} in the others;\ncorrelation with the bars that hold: "
+      f"of the rank of this share {by_top:.2f}, of the rank of the true error {by_error:.2f}")
 assert top[is_worst].mean() > 1.3 * top[~is_worst].mean() and by_top < -0.2
 
 # %% [markdown]
@@ -542,9 +552,9 @@ assert top[is_worst].mean() > 1.3 * top[~is_worst].mean() and by_top < -0.2
 # The extreme case: one token left out weighs a hundred times the whole denominator, and the index
 # thinks that its cluster weighs nothing. So only the even tenth of the chances can find it. Among U
 # tokens left out, *n* draws find it with a chance of $1 - (1 - 0.1/U)^n \approx 1 - e^{-0.1 n/U}$.
-# The control is a needle that the index *expects*. A bar sees the needle if it is at least nine
-# tenths of the error. (With one token that outweighs all, the uncertainty is not at right angles to
-# the error, and many bars are a hair too short.)
+# The control is a needle that the index *expects*. A bar *sees* the needle if the bar is at least
+# nine tenths of the error. (Nine tenths, because with one token that outweighs all, the uncertainty
+# is not at right angles to the error, and many bars are slightly too short.)
 
 # %%
 def with_needle(s, is_expected):
@@ -578,9 +588,9 @@ assert all(abs(x - y) < 0.08 for x, y in zip(hidden, theory, strict=True))
 assert hidden[0] < 0.05 < hidden[-1] and min(expected) > 0.95
 
 # %% [markdown]
-# So a bar speaks about tokens like those that the index describes. It does not exclude a needle
-# that the index hides. Even as many draws as there are tokens left out find it in one of ten cases.
-# Only a step that reads all tokens excludes it.
+# So a bar says something about tokens like those that the index describes. It does not exclude a
+# needle that the index hides. Even as many draws as tokens left out find it in about one of ten
+# cases. Only a step that reads all tokens excludes it.
 #
 # ## The library
 #
@@ -591,12 +601,12 @@ assert hidden[0] < 0.05 < hidden[-1] and min(expected) > 0.95
 # %%
 def with_library_draws(layer, t, s):
     """Bars of 95 % (H, G) from the draws that the library takes at step t."""
-    u = uniform((1, H, DRAWS), torch.tensor([layer]), torch.tensor([N + 1 + t]))[0]
+    u = uniform((1, H, DRAWS), torch.tensor([layer]), torch.tensor([PROMPT + 1 + t]))[0]
     return bars(s, u, chances(s))[at_95] + ROUNDING
 
 mine = torch.stack([torch.stack([with_library_draws(layer, t, s) for t, s in enumerate(run)])
                     for (_, layer), run in zip(places, steps, strict=True)])
-kept = torch.arange(N + 1, N + STEPS + 1) % cases[0].cache.widths.shape[-1]
+kept = torch.arange(PROMPT + 1, PROMPT + STEPS + 1) % cases[0].cache.widths.shape[-1]
 theirs = torch.stack([a.cache.widths[0, ..., kept].movedim(-1, 0) for a in cases])
 torch.testing.assert_close(mine, theirs.double(), rtol=0.01, atol=0)
 other = (widths[:, :, 0, at_95] / theirs - 1).abs().median()        # the control: other draws
@@ -605,27 +615,28 @@ print(f"{mine.numel():,} bars are those of CheckedIndex, to {(mine / theirs - 1)
 assert other > 0.05
 
 # %% [markdown]
-# With its defaults the library also leaves out values of retrieved tokens. They are drawn from the
-# same list. `python retroinfer.py --prompt-file x --check` prints the bars of an answer, and
-# [docs/error_bars.md](../docs/error_bars.md) counts coverage on more texts.
+# With its defaults the library also leaves out most values of the retrieved tokens. Its draws then
+# come from these tokens, too. `python retroinfer.py --prompt-file x --check` prints the bars of an
+# answer, and [docs/error_bars.md](../docs/error_bars.md) counts coverage on more texts.
 #
 # ## Takeaway
 #
 # - The error of a step is a sum over the tokens that it left out. A few draws estimate it, because
 #   a noted number w/p is right on average, whatever the chances p are.
-# - Chances in proportion to what the index believes make the noted numbers alike. A tenth of even
-#   chances limits what a wrong belief costs.
-# - Knowledge that is in the chances cannot be used again as a control variate. What is not in them
-#   can, here the mean values of clusters.
+# - Chances in proportion to the guess of the index make the noted numbers more alike. A tenth of
+#   even chances limits what a wrong guess costs.
+# - Knowledge that is in the chances cannot be used again as a control variate. Other knowledge can:
+#   here the mean values of clusters.
 # - A bar of 95 % is about three times as wide as the true error, and over all heads it holds about
 #   as often as promised. In heads where ten tokens make nearly all of the variance of the draws, it
 #   fails much too often.
-# - A token that the index hides is invisible to any few draws.
+# - A few draws almost never find a heavy token that the index hides.
 #
 # ## Exercises
 #
-# **1.** Write `estimate(x, p)`: from n independent draws, with their numbers x (n,) and chances
-# p (n,), the estimate of the sum of x over *all* tokens, and its standard error.
+# **1.** You have n independent draws. x (n,) are the numbers of the drawn tokens, and p (n,) are
+# the chances of these tokens. Write `estimate(x, p)`: the estimate of the sum of x over *all*
+# tokens, and its standard error.
 
 # %%
 def estimate(x, p):
@@ -664,9 +675,9 @@ print("right" if check(estimate) else "not yet")
 # ```
 # </details>
 #
-# **2.** What would make the subtraction help more? Ask two oracles. One knows the tokens' true
+# **2.** What would make the subtraction help more? Compare two oracles. One knows the tokens' true
 # weights, but only the mean values of their clusters. The other knows the true values, but only the
-# weights that the step counted. Which one's subtraction gains more?
+# weights that the step counted. Which oracle's subtraction gains more?
 #
 # <details><summary>Answer</summary>
 #
@@ -690,8 +701,8 @@ print("right" if check(estimate) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# Not quite. The standard error falls, but the true error is a part of the bar, too, and no number
-# of draws takes it away.
+# Not quite. The standard error falls. But the true error is a part of the bar, too, and no
+# number of draws makes it smaller.
 #
 # ```python
 # p = [chances(run[5]) for run in steps]

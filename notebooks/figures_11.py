@@ -10,7 +10,7 @@ def idea():
     note(ax, 0, 5.4, "tokens")
     box(ax, 2.2, 5.1, 2.2, 0.6, "read", DARK)
     box(ax, 4.4, 5.1, 11.4, 0.6, "left out: thousands", LIGHT)
-    note(ax, 0, 3.4, "as wide as\ntheir chance")
+    note(ax, 0, 3.4, "width:\nits chance")
     widths = [3.1, 0.5, 1.7, 0.3, 2.4, 0.3, 0.9, 0.3, 1.3, 0.6]
     left = 4.4
     for n, width in enumerate(widths):
@@ -18,13 +18,13 @@ def idea():
         left += width
     arrow(ax, (4.4, 5.1), (4.4, 3.7), color=MIDDLE)
     arrow(ax, (15.8, 5.1), (15.8, 3.7), color=MIDDLE)
-    note(ax, 10.1, 4.4, "wide: the index thinks that the token may weigh much", ha="center")
+    note(ax, 10.1, 4.4, "each token is as wide as the index thinks that it may weigh", ha="center")
     for n in range(6):
         arrow(ax, (4.4 + 11.4 * (n + 0.35) / 6, 2.2), (4.4 + 11.4 * (n + 0.35) / 6, 3.1),
               color=BLUE)
     note(ax, 0, 1.9, "draws", color=BLUE)
     note(ax, 10.1, 1.9, "only these keys and values are read", ha="center", color=BLUE)
-    box(ax, 2.2, 0.2, 13.6, 0.9, "each: (true term minus what the step counted) / chance.    "
+    box(ax, 2.2, 0.2, 13.6, 0.9, "each draw: (true term - counted term) / chance.    "
         "Mean: the error.    Spread: its standard error.")
     arrow(ax, (10.1, 1.6), (10.1, 1.1), color=BLUE)
     plt.show()
@@ -97,8 +97,8 @@ def predicted(observed, mean, typical):
 def coverage(promised, reached, heads, names):
     """reached (texts, layers, promises), and shares (heads,) at 95 %."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    figure.suptitle("Over all heads 95 % is kept; a few heads break it", x=0.01, ha="left",
-                    fontsize=11.5, fontweight="bold")
+    figure.suptitle("Over all heads, 95 % of the bars hold; in a few heads many fail", x=0.01,
+                    ha="left", fontsize=11.5, fontweight="bold")
     x = [100 * p for p in promised]
     left.plot(x, x, color=MIDDLE, linewidth=1)
     label(left, x[2], x[2], "equal", dy=-8, color=MIDDLE)
