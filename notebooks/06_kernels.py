@@ -237,8 +237,8 @@ assert split_bytes == split_traffic(7, H, G, D, T, q.element_size())
 # %% [markdown]
 # How busy is the device? We hand out the programs as a scheduler does: the next program goes to the
 # multiprocessor that is free first. The time of a program is its number of blocks, counted from the
-# loop of `walk`. (One program at a time on a multiprocessor. If it holds several, they share its
-# bandwidth, and the last of them still end late.)
+# loop of `walk`. This is a model, and no measurement: a multiprocessor runs one program at a time,
+# and the memory that all of them share is no limit.
 
 # %%
 LLAMA, N_PROCESSORS = (8, 4, 128, 131072, 2), 132                       # H, G, D, T, e
@@ -282,8 +282,10 @@ assert busy_at[0] < 10 and busy_at[enough - 1] > 90 > 60 > busy_at[enough] and e
 #
 # So there are three ways to count. For eager PyTorch, a *mode* sees every operation with the
 # tensors that it reads and writes (`Ledger`). For a compiled step, Inductor plans which loops it
-# fuses, and what each loop reads and writes (`fused_bytes`): a plan, not a measurement. For Triton,
-# the interpreter counts what kernels load and store. `ledger.py` has the first two.
+# fuses, and what each loop reads and writes (`fused_bytes`): a plan for a CPU, not a measurement.
+# The plan for a GPU may differ. For Triton, the interpreter counts what kernels load and store. All
+# three count every byte, also of a small tensor that would stay in a chip's cache. `ledger.py` has
+# the first two.
 
 # %%
 def budget_of(n):
@@ -371,7 +373,8 @@ assert 2 * handed > (our_bytes - floor) / 2
 # The names in the first bar are PyTorch's: `sub` and `_to_copy` belong to the centroids, which are
 # unpacked; `index_select` gathers the retrieved tokens; `bmm` multiplies.
 #
-# That was one step of one layer. Three others show whether the ratio depends on the text:
+# That was one step of one layer. Three others, of the same text, show whether the ratio depends on
+# the layer:
 
 # %%
 ratios = []
@@ -423,12 +426,12 @@ assert llama["eager"] > llama["dense"] > llama["compiled"] > 5 * llama["least"]
 # %% [markdown]
 # So the eager step moves more bytes than dense attention, which the index was to save. The compiled
 # step moves fewer than dense attention, and still many times the least. Why does the compiler not
-# find the rest? It fuses through a softmax and through a gather (notebook 05). It does not fuse
-# through matrix products, sorts and top-k. A product needs its two matrices in memory: the unpacked
-# centroids, and the gathered keys and values. The third bar of the figure agrees: with sums in
-# place of products, the same step moves fewer bytes. A kernel unpacks in registers what it has just
-# read, and can use the matrix units too. Most of what the kernels move beyond the least is what one
-# of them leaves for the next.
+# find the rest? It fuses through a softmax and through a gather (notebook 05). By default it does
+# not fuse through matrix products, sorts and top-k. A product needs its two matrices in memory: the
+# unpacked centroids, and the gathered keys and values. The third bar of the figure agrees: with
+# sums in place of products, the same step moves fewer bytes. A kernel unpacks in registers what it
+# has just read, and can use the matrix units too. Most of what the kernels move beyond the least is
+# what one of them leaves for the next.
 #
 # ## Machine code
 #
@@ -463,7 +466,8 @@ assert held["a T4"] > fits["a T4"] and held["an H100"] == fits["an H100"]
 
 # %% [markdown]
 # On the H100 and on the RTX 4090 shared memory is the limit. On the T4 registers are: its shared
-# memory would hold a larger block, but the program spills.
+# memory would hold a larger block, but the program spills. The code for the T4 has no instruction
+# for matrix units. It multiplies number by number, and that takes the registers.
 #
 # The library chooses its tiles by shape (`tile_rows`) so that 99 KB hold them, which leaves out a
 # T4. A test compiles every kernel for every shape and reads the same numbers. `python -m

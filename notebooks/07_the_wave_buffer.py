@@ -165,20 +165,17 @@ def repeated(steps):
     """Share of what steps ask for that the step before asked for too."""
     return sum(len(a & b) for a, b in pairwise(steps)) / sum(map(len, steps[1:]))
 
-repeats = np.mean([repeated(clusters_of(layer, head)) for layer in range(len(LAYERS))
-                   for head in range(H)])
-
 # %%
 LAYER, HEAD = 2, 1
 sets, n_clusters = clusters_of(LAYER, HEAD), int(indexes[LAYER].n_clusters[0])
-plot_asked(sets, n_clusters, repeats, round_up(n_clusters))
+plot_asked(sets, n_clusters, repeated(sets), round_up(n_clusters))
 by_head = [repeated(clusters_of(layer, head)) for layer in range(len(LAYERS)) for head in range(H)]
 by_chance = np.mean([len(sets[t]) / n_clusters for t in range(N_STEPS)])
 print(f"this head: {len(sets[-1])} clusters in the last step, {len(set.union(*sets))} of "
       f"{n_clusters} in all steps")
-print(f"asked for again: {min(by_head):.0%} to {max(by_head):.0%} by head; "
-      f"clusters drawn at random would be by {by_chance:.0%}")
-assert min(by_head) > 3 * by_chance
+print(f"asked for again: {np.mean(by_head):.0%}, {min(by_head):.0%} to {max(by_head):.0%} by head; "
+      f"of clusters drawn at random it would be {by_chance:.0%}")
+assert min(by_head) > 3 * by_chance and np.mean(by_head) > 0.5
 
 
 # %% [markdown]
@@ -246,7 +243,7 @@ each = mine.sum(-1) / torch.from_numpy(trace.n_blocks.sum((0, 3))).view_as(mine[
 print(f"{S} slots a head, {asked_for.sum() / mine.numel():.0f} blocks a step: {hit:.1%} are hits. "
       "What was your number?")
 print(f"by layer and head: {each.min():.0%} to {each.max():.0%}")
-assert 0.5 < hit < 1
+assert 0.75 < hit < 0.9
 
 # %% [markdown]
 # ## How large, and which policy?
@@ -329,7 +326,8 @@ print(f"a byte over the bus takes as long as {pace:.0f} bytes of device memory; 
 # the ranking, and attention needs the copy. `fetch_overlapped` copies the misses on a second
 # stream, while the hits are copied. That hides the shorter of the two copies. A step that knew its
 # misses in advance could copy them during all its other work. That is look-ahead. The
-# library does not do it; it is drawn as a bound.
+# library does not do it; it is drawn as a bound. (No GPU is here, so the test below sees that
+# `fetch_overlapped` copies the right rows. It cannot see a race of two streams.)
 
 # %%
 def overlapped(work, hit, gpu):
@@ -344,7 +342,7 @@ def hidden(work, hit, gpu):
     return max(sum(device), misses)
 
 same = read(LAYERS[0], partial(WaveBuffer, cache_ratio=RATIO, overlap=True))[1]
-assert torch.equal(same, outputs[0])            # another order of copies, and not another bit
+assert torch.equal(same, outputs[0])            # the same bits
 
 # %%
 def in_ms(work, hit, gpu):
@@ -475,9 +473,9 @@ assert max(x / y for x, y in zip(by_both, measured.values(), strict=True)) < 1
 #
 # ## Takeaway
 #
-# - On this text, which the model mostly reads, a step asks again for most of what the step before
-#   asked for. A cache of a tenth of the store finds most of it. LRU finds more than FIFO and CLOCK,
-#   and less than a rule that knows the future.
+# - On this text, which the model mostly reads, more than half of what a step asks for was asked for
+#   by the step before, on average over heads. A cache of a tenth of the store hits four of five
+#   blocks. LRU hits more than FIFO and CLOCK, and less than a rule that knows the future.
 # - In 1,280 fetches the cache changed no bit, and the test of that sees a wrong channel.
 # - A miss is a few bytes and much time. First make misses rare. To copy them at the same time as
 #   the hits brings little, because the copy of the hits is short.
@@ -550,7 +548,8 @@ print("right" if check(needed) else "not yet")
 #
 # <details><summary>Answer</summary>
 #
-# Twice the bus halves the time of the misses; twice the cache has to halve the misses themselves.
+# About the same. Twice the bus halves the time of the misses, and twice the cache nearly halves the
+# misses.
 #
 # ```python
 # from dataclasses import replace
@@ -560,6 +559,6 @@ print("right" if check(needed) else "not yet")
 # cache = overlapped(work, lru_hits[2 * RATIO], small)
 # now = overlapped(work, hit, small)
 # print(f"{1 / now:.0f} tokens/s; twice the cache {1 / cache:.0f}, twice the bus {1 / bus:.0f}")
-# assert max(bus, cache) < now
+# assert max(bus, cache) < now and abs(bus / cache - 1) < 0.05
 # ```
 # </details>

@@ -2,7 +2,7 @@
 # # Why do vector indexes fail on attention?
 #
 # **Goal.** A decode step wants the keys with the largest products q·k. Vector indexes find such
-# vectors fast, for search engines. Measure that they fail here, and why. Build the graph of
+# vectors fast, for search engines. Measure which of them fail here, and why. Build the graph of
 # RetrievalAttention, which is made for queries, in stages. Ask what the keys that are left out
 # would have said.
 #
@@ -360,8 +360,8 @@ assert compared[whole] < 0.2 and now[whole] > at["IVF"]["queries"].mean()
 assert last["training queries"] > last["next queries"]
 
 # %% [markdown]
-# Queries train a better graph than keys in every head (the dots), for fewer comparisons. In one
-# head the difference is large. The second stage gains most. The third and the fourth gain less than
+# Queries train a better graph than keys in each of these four heads (the dots), for fewer
+# comparisons. In one head the difference is large. The second stage gains most. The third and the fourth gain less than
 # the heads differ. The whole graph compares fewer vectors than IVF did above, and finds more.
 #
 # The queries that trained the graph find most, since it was made for them. So always test with

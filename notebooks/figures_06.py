@@ -22,8 +22,8 @@ def draw_split():
 
 def plot_parts(S, busy, extra, enough):
     """The share of time that processors work, and the bytes added, by parts a head."""
-    ax = axes(f"{enough} parts a head keep the device {busy[enough - 1]:.0f} % busy; one more "
-              "would start a second round", "parts S of each of 8 heads", "share [%]")
+    ax = axes(f"Model: {enough} parts a head keep the device {busy[enough - 1]:.0f} % busy; "
+              "one more starts a second round", "parts S of each of 8 heads", "share [%]")
     ax.plot(S, busy, color=DARK, linewidth=1.2)
     ax.plot(S, extra, color=BLUE, linestyle="--")
     label(ax, 20, 38, "work done, of what 132\nmultiprocessors could do", dx=0)

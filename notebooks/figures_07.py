@@ -21,7 +21,7 @@ from plots import (
 
 def draw_buffer():
     """Where the blocks of a step come from, and where missing ones go."""
-    ax = canvas("A step finds most blocks on the device; the others cross the bus once", 15, 5.6)
+    ax = canvas("A step finds most blocks on the device; the others cross the bus", 15, 5.6)
     box(ax, 0.2, 0.3, 8.2, 4.6, "", "white")
     note(ax, 0.4, 4.6, "device")
     box(ax, 10.6, 0.3, 4.2, 4.6, "", "white")
@@ -47,8 +47,8 @@ def plot_asked(sets, n_clusters, repeats, n_rows, lot=8):
     for t, clusters in enumerate(sets):
         grid[list(clusters), t] = 1
     lots = grid.view(-1, lot, len(sets)).sum(1)
-    ax = axes(f"{repeats:.0%} of the clusters of a step were asked for by the step before", "step",
-              "cluster, along the text")
+    ax = axes(f"One head: {repeats:.0%} of a step's clusters were asked for by the step before",
+              "step", "cluster, along the text")
     heatmap(ax, lots.masked_fill(lots == 0, torch.nan), f"asked for, of {lot}", vmin=1, vmax=lot,
             cmap=SHADES, extent=(0, len(sets), 0, len(grid)))
     ax.set_ylim(0, n_clusters)
