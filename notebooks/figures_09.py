@@ -27,8 +27,9 @@ def plot_truth(truth, scores, claim):
     """truth (n,), scores {name: (n,)} of tokens of one head: a panel for each score."""
     def ranks(x):
         return x.argsort().argsort().double()
-    names = [f"{name}: {torch.corrcoef(torch.stack([ranks(truth), ranks(score)]))[0, 1]:.2f}"
-             for name, score in scores.items()]
+    alike = [torch.corrcoef(torch.stack([ranks(truth), ranks(score)]))[0, 1]
+             for score in scores.values()]
+    names = [f"{name}, rank corr. {x:.2f}" for name, x in zip(scores, alike, strict=True)]
     every = panels(claim, names, "score, share of the largest",
                    "true damage,\nshare of the largest", size=(9.5, 3.0))
     for ax, score in zip(every, scores.values(), strict=True):
@@ -74,7 +75,8 @@ def plot_kl(anchors, found, claim):
 
 def plot_ladder(ladder, claim):
     """ladder {rung: (bytes read for a token, errors (n,))}: medians, and 8 of 10 errors."""
-    ax = axes(claim, "bytes read for a token of the past", "output error, relative")
+    ax = axes(claim, "bytes read for a token of the past",
+              "output error, relative\n(line: 8 of 10 queries)")
     for name, (size, errors) in ladder.items():
         low, middle, high = (float(errors.quantile(p)) for p in (0.1, 0.5, 0.9))
         ax.plot([size, size], [low, high], color=MIDDLE, linewidth=1)
