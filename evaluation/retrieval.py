@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from app.command import Parser, run_command
 from bench.timing import positive, table, where
-from evaluation import fidelity, texts
+from evaluation import fidelity, kept, texts
 from generate import prefill
 from model import DEFAULT_NAME, DenseCache, load
 from retrieval_attention import (
@@ -60,30 +60,27 @@ RARE = 12                       # scan: the first head of so many layers has the
 # ---------------------------------------------------------------- real queries and keys
 
 class WithQueries(DenseCache):
-    """A dense cache that keeps its queries."""
+    """A dense cache that keeps the queries of the latest call."""
 
     def prefill(self, q, k, v, row=0):
-        self.q = torch.cat([self.q, q], 2) if hasattr(self, "q") else q
+        self.q = q
         return super().prefill(q, k, v, row)
 
-    def past(self, n):
-        """q, k, v of the first n tokens."""
-        return self.q[:, :, :n], self.k[:, :, :n], self.v[:, :, :n]
 
-
-def read(model, ids, n_steps):
-    """fidelity.read, with all queries of the text in place of their energy."""
-    fidelity.refuse_windows(model)
-    n, steps = len(ids) - n_steps - 1, []
-    caches = [WithQueries(len(ids)) for _ in model.layers]
-    prefill(model, caches, [ids[:n]], chunk=2048)
-    past = [cache.past(n) for cache in caches]
-
-    def keep(cache, q, k, v):
-        steps.append((q, k, v, DenseCache.prefill(cache, q, k, v)))
-        return steps[-1][-1]
-    hidden = fidelity.follow(model, ids[n:-1], n, [functools.partial(keep, c) for c in caches])
-    return fidelity.Case(ids, past, steps, hidden, [0] * len(past))
+def read(args, tokenizer):
+    """The text's Case, of which only the first --asked steps are left. In place of the energy of
+    its first queries, each layer has those queries that build an index."""
+    fidelity.refuse_windows(args.model)
+    ids = texts.ids(tokenizer, args.text, "final", args.length)
+    case, = kept.cases(args.model, tokenizer, ids, [len(ids)], args.steps, args.keep)
+    T, n = min(args.asked or args.steps, args.steps), case.n
+    start, caches = max(n - GraphConfig().train, 0), [WithQueries(n) for _ in case.past]
+    for cache, (_, k, v) in zip(caches, case.past, strict=True):
+        cache.prefill(None, k[:, :, :start], v[:, :, :start])
+    prefill(args.model, caches, [ids[start:n]], chunk=n)
+    past = [(cache.q, k, v) for cache, (_, k, v) in zip(caches, case.past, strict=True)]
+    steps = [tuple(x[:, :, :T] for x in step) for step in case.steps]
+    return replace(case, ids=ids[:n + T + 1], past=past, steps=steps, hidden=case.hidden[:T])
 
 
 def mahalanobis(x, k):
@@ -289,7 +286,8 @@ def errors(case, caches):
     """Of every layer, step and query head: the output's relative error, and the error bar's size
     (0: there is none), with dense attention's queries. (layers, T, H*G) each."""
     found = []
-    for cache, (q, k, v, dense) in zip(copy.deepcopy(caches), case.steps, strict=True):
+    for cache, (q, k, v, dense) in zip(caches, case.steps, strict=True):
+        cache = copy.deepcopy(cache)
         for t, o in enumerate(fidelity.feed(cache, q, k, v)):
             length = dense[0, :, t].norm(dim=-1)
             bar = getattr(cache, "error", torch.zeros(1, len(length))).flatten()
@@ -300,8 +298,7 @@ def errors(case, caches):
 
 def tail(case, args):
     """KL to dense and output errors by method and keys retrieved, and what error bars hold."""
-    rows, case = [], replace(case, past=[(q[:, :, -GraphConfig().train:], k, v)
-                                         for q, k, v in case.past])
+    rows = []
     for top in args.tops:
         for name, make in methods(case.n, top, case.T).items():
             if name.split(",")[0] not in args.methods or ("graph" in name and top != TOP):
@@ -350,7 +347,7 @@ def seconds(function, *args):
     return result, time.process_time() - start
 
 
-def synthetic(args):
+def synthetic(case, args):
     """Build by stage, and search, over keys in two cones."""
     rows, config = [], GraphConfig(top=TOP, fallback=0)
     for n in args.keys:
@@ -403,13 +400,18 @@ def search_ms(head, index, config):
 
 # ---------------------------------------------------------------- the command line
 
+SECTIONS = {"scan": scan, "tail": tail, "synthetic": synthetic}
+
 def parse_args(argv):
     parser = Parser(prog="python -m evaluation.retrieval", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("sections", nargs="*", help="scan, tail, synthetic; all if none is named")
+    add("--model", dest="name", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--text", choices=texts.KINDS, default="code")
     add("--length", type=positive, default=7000, help="tokens of the text, its steps among them")
     add("--steps", type=positive, default=32, help="tokens fed one by one behind the text")
+    add("--asked", type=positive, help="only the first so many of these steps ask")
+    add("--keep", metavar="DIR", help="keep there what dense attention makes of the text")
     add("--every", type=positive, default=1, help="scan: only every so many layers")
     add("--tops", type=positive, nargs="+", default=[50, TOP, 200], help="tail: keys retrieved")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
@@ -421,7 +423,7 @@ def parse_args(argv):
     add("--save", type=Path, default=OUT, help="file of the results")
     args = parser.parse_args(argv)
     for section in args.sections:
-        if section not in ("scan", "tail", "synthetic"):
+        if section not in SECTIONS:
             raise InputError(f"section {section}: give scan, tail or synthetic")
     if args.length < 2048:
         raise InputError(f"--length is {args.length}: give 2,048 or more, or little is indexed")
@@ -429,25 +431,24 @@ def parse_args(argv):
 
 
 def run(args):
-    sections = args.sections or ["scan", "tail", "synthetic"]
-    kept = json.loads(args.save.read_text("utf-8")) if args.save.exists() else {}
+    sections = args.sections or SECTIONS
+    results = json.loads(args.save.read_text("utf-8")) if args.save.exists() else {}
     if importlib.util.find_spec("faiss") is None:
         print("faiss is not installed, so there are no figures of HNSW: "
               "pip install --no-deps faiss-cpu", file=sys.stderr)
     torch.set_grad_enabled(False)
-    case = None
+    case, shown = None, Path(args.name).name.removesuffix(".gguf")
     if set(sections) & {"scan", "tail"}:
-        args.model, tokenizer = load(dtype=torch.float32, device="cpu")
-        ids = tokenizer.encode(texts.KINDS[args.text]("final")[:12 * args.length])[:args.length]
-        case = read(args.model, torch.tensor(ids), args.steps)
+        args.model, tokenizer = load(args.name, dtype=torch.float32, device="cpu")
+        case = read(args, tokenizer)
+        text = f"{shown}, float32, {args.text}, {case.n:,} tokens, {case.T} steps"
     for section in sections:
-        what = where(f"{DEFAULT_NAME}, float32, {args.text}, {args.length:,} tokens, "
-                     f"{args.steps} steps" if section != "synthetic" else "two cones, 128 dims")
-        found = synthetic(args) if section == "synthetic" else {"scan": scan, "tail": tail}[
-            section](case, args)
+        is_made_up = section == "synthetic"
+        what = where("two cones, 128 dims" if is_made_up else text)
+        key = section if is_made_up or shown == DEFAULT_NAME else f"{section}, {shown}"
         command = " ".join(["python -m evaluation.retrieval", *sys.argv[1:]])
-        kept[section] = {"command": command, "where": what, **found}
-        args.save.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+        results[key] = {"command": command, "where": what, **SECTIONS[section](case, args)}
+        args.save.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 def main(argv=None):
