@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from app.command import Parser, run_command
 from bench.timing import positive, table, where
 from evaluation import fidelity, kept, texts
-from generate import prefill
-from model import DEFAULT_NAME, DenseCache, load
+from model import DEFAULT_NAME, load
 from retrieval_attention import (
     INDEXES,
     GraphCache,
@@ -47,7 +46,7 @@ from retrieval_attention import (
     project,
     search,
 )
-from retroinfer import InputError, RetroConfig, WaveIndex, spherical_kmeans
+from retroinfer import InputError, RetroConfig, WaveIndex, attend_causally, spherical_kmeans
 
 TOP, WANTED = 100, 0.95         # the best keys, and the share of them that must be found
 OUT = Path(__file__).parent.parent / "results" / "retrieval.json"
@@ -59,26 +58,20 @@ RARE = 12                       # scan: the first head of so many layers has the
 
 # ---------------------------------------------------------------- real queries and keys
 
-class WithQueries(DenseCache):
-    """A dense cache that keeps the queries of the latest call."""
-
-    def prefill(self, q, k, v, row=0):
-        self.q = q
-        return super().prefill(q, k, v, row)
-
-
 def read(args, tokenizer):
     """The text's Case, of which only the first --asked steps are left. In place of the energy of
-    its first queries, each layer has those queries that build an index."""
+    its first queries, each layer has the latest queries: those that build an index."""
     fidelity.refuse_windows(args.model)
     ids = texts.ids(tokenizer, args.text, "final", args.length)
     case, = kept.cases(args.model, tokenizer, ids, [len(ids)], args.steps, args.keep)
     T, n = min(args.asked or args.steps, args.steps), case.n
-    start, caches = max(n - GraphConfig().train, 0), [WithQueries(n) for _ in case.past]
-    for cache, (_, k, v) in zip(caches, case.past, strict=True):
-        cache.prefill(None, k[:, :, :start], v[:, :, :start])
-    prefill(args.model, caches, [ids[start:n]], chunk=n)
-    past = [(cache.q, k, v) for cache, (_, k, v) in zip(caches, case.past, strict=True)]
+    start, past = max(n - GraphConfig().train, 0), []
+
+    def attend(k, v, q, *_):
+        past.append((q, k, v))
+        return attend_causally(q, k, v)
+    fidelity.follow(args.model, ids[start:n], start,
+                    [functools.partial(attend, k, v) for _, k, v in case.past])
     steps = [tuple(x[:, :, :T] for x in step) for step in case.steps]
     return replace(case, ids=ids[:n + T + 1], past=past, steps=steps, hidden=case.hidden[:T])
 
@@ -287,10 +280,10 @@ def errors(case, caches):
     (0: there is none), with dense attention's queries. (layers, T, H*G) each."""
     found = []
     for cache, (q, k, v, dense) in zip(caches, case.steps, strict=True):
-        cache = copy.deepcopy(cache)
-        for t, o in enumerate(fidelity.feed(cache, q, k, v)):
+        mine = copy.deepcopy(cache)
+        for t, o in enumerate(fidelity.feed(mine, q, k, v)):
             length = dense[0, :, t].norm(dim=-1)
-            bar = getattr(cache, "error", torch.zeros(1, len(length))).flatten()
+            bar = getattr(mine, "error", torch.zeros(1, len(length))).flatten()
             found.append(torch.stack([(o[0, :, 0] - dense[0, :, t]).norm(dim=-1), bar]) / length)
     shape = len(case.past), case.T
     return torch.stack(found, 1).unflatten(1, shape)
@@ -441,6 +434,8 @@ def run(args):
     if set(sections) & {"scan", "tail"}:
         args.model, tokenizer = load(args.name, dtype=torch.float32, device="cpu")
         case = read(args, tokenizer)
+        if "tail" not in sections:
+            args.model = None                   # gigabytes that nothing asks any more
         text = f"{shown}, float32, {args.text}, {case.n:,} tokens, {case.T} steps"
     for section in sections:
         is_made_up = section == "synthetic"
