@@ -266,21 +266,22 @@ def search(q, k, index, config):
 
     Its shapes and its number of operations do not depend on how many keys are indexed.
     """
-    seen = torch.full((*q.shape[:3], k.shape[2] + 1), -1, dtype=torch.int16, device=q.device)
+    B, H, G, _ = q.shape
+    seen = torch.full((B * H * G * (k.shape[2] + 1),), -1, dtype=torch.int16, device=q.device)
     if config.index == "flat":
         scores = q @ k.float().mT + index.bias[:, :, None]      # (B, H, G, T)
         best = scores.topk(min(config.returned, k.shape[2]))
-        return Found(best.indices, best.values, seen.fill_(0))
+        return Found(best.indices, best.values, seen.fill_(0).view(B, H, G, -1))
     n_lists = config.visits if config.index == "qcivf" else config.fallback
     rows = listed(q, index, n_lists)                            # (B, H, G, lists*P)
     if config.index == "graph":
-        entries = index.entries[:, :, None].expand(-1, -1, q.shape[2], -1)
+        entries = index.entries[:, :, None].expand(-1, -1, G, -1)
         rows = torch.cat([entries, rows], -1)
     rows, scores = read_keys(q, k, index.bias, rows, seen)
     if config.index == "graph":
         rows, scores = walk(q, k, index, Found(rows, scores, seen), config)
     best = scores.topk(min(config.returned, scores.shape[-1]))
-    return Found(rows.gather(-1, best.indices), best.values, seen)
+    return Found(rows.gather(-1, best.indices), best.values, seen.view(B, H, G, -1))
 
 
 def listed(q, index, n):
@@ -295,20 +296,26 @@ def listed(q, index, n):
 def read_keys(q, k, bias, rows, seen):
     """Rows (B, H, G, n) and their scores, -inf of one that is none or was read before.
 
-    A row that occurs twice counts once. seen (B, H, G, T + 1) is brought up to date: without it,
-    the bytes that a search reads would be those of its hops, and not of the keys.
+    A row that occurs twice counts once. seen, flat, is brought up to date: without it, the bytes
+    that a search reads would be those of its hops, and not of the keys.
     """
-    B, H, G, n = rows.shape
+    (B, H, G, n), T = rows.shape, k.shape[2]
+    first = torch.arange(0, seen.numel(), T + 1, device=q.device).view(B, H, G, 1)
+    spot = first + torch.where(rows < 0, T, rows)               # (B, H, G, n), in seen
     place = torch.arange(n, dtype=torch.int16, device=q.device).expand_as(rows)
-    spot = torch.where(rows < 0, k.shape[2], rows)
-    is_new = (seen.gather(-1, spot) < 0) & (rows >= 0)
-    seen.scatter_(-1, spot, place)
-    is_new = is_new & (seen.gather(-1, spot) == place)
-    spot = spot.masked_fill(~is_new, 0)                         # old ones read the same key
-    keys = take(k, spot.flatten(2)).view(B, H, G, n, -1)
+    is_new = (seen[spot] < 0) & (rows >= 0)
+    seen[spot] = place          # where scatter_ stands here, Inductor copies all of seen first
+    is_new = is_new & (seen[spot] == place)
+    rows = stored(rows.masked_fill(~is_new, 0))                 # old ones read the same key
+    keys = take(k, rows.flatten(2)).view(B, H, G, n, -1)
     scores = (keys.float() * q[..., None, :]).sum(-1)           # (B, H, G, n)
-    scores = scores + bias.gather(-1, spot.flatten(2)).view_as(rows)
-    return spot, scores.masked_fill(~is_new, -math.inf)
+    scores = scores + bias.gather(-1, rows.flatten(2)).view_as(rows)
+    return rows, scores.masked_fill(~is_new, -math.inf)
+
+
+def stored(x):
+    """x, but forces Inductor to store it: otherwise it is computed anew for every dim of a key."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def walk(q, k, index, found, config):
@@ -331,7 +338,7 @@ def walk(q, k, index, found, config):
         more = read_keys(q, k, index.bias, ahead, seen)
         rows, scores = (torch.cat(x, -1) for x in zip((rows, scores), more, strict=True))
         is_open = F.pad(is_open, (0, ahead.shape[-1]), value=True)
-        scores, best = scores.topk(config.beam)
+        scores, best = scores.topk(config.beam, sorted=False)
         rows, is_open = rows.gather(-1, best), is_open.gather(-1, best)
     return rows, scores
 
