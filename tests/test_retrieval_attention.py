@@ -1,4 +1,5 @@
 """RetrievalAttention: the graph, its search, the sample, and the cache that holds them."""
+import argparse
 import json
 import math
 from collections import Counter
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from steps import EVERYTHING, generated, qkv
 
 import retrieval_attention as ra
-from evaluation import retrieval
+from evaluation import fidelity, retrieval
+from model import load
 from retrieval_attention import GraphCache, GraphConfig, Index
-from retroinfer import InputError
+from retroinfer import InputError, attend_causally
 
 TINY = {"sink": 2, "local": 4, "update": 32, "top": 12, "beam": 24, "degree": 6, "candidates": 16,
         "entries": 4, "width": 4, "hops": 6, "coarse": 8, "wanted": 10, "centroids": 12,
@@ -480,3 +482,36 @@ def test_the_page_repeats_what_was_measured():
     seconds = " | ".join(f"{row['build_s']:.1f}" for row in found["synthetic"]["sizes"])
     assert f"| build a graph, seconds | {seconds} |" in page
     assert sum(head["graph"] is None for head in found["scan"]["heads"]) == 6
+
+
+def test_queries_behind_a_kept_text_are_those_of_the_whole(checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
+    ids = torch.randint(3, 300, (120,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(retrieval.texts, "ids", lambda *args: ids)
+    monkeypatch.setattr(retrieval, "GraphConfig", lambda: GraphConfig(train=40))
+    args = argparse.Namespace(model=model, text="code", length=120, steps=9, asked=3,
+                              keep=tmp_path)
+    whole, heard = fidelity.read(model, ids, 9), []
+
+    def attend(q, k, v):
+        heard.append(q)
+        return attend_causally(q, k, v)
+    fidelity.follow(model, ids[:110], 0, [attend] * len(model.layers))
+    for _ in "read", "kept":
+        case = retrieval.read(args, tokenizer)
+        assert case.T == 3 and case.n == 110 and torch.equal(case.ids, ids[:114])
+        for mine, theirs, q in zip(case.past, whole.past, heard, strict=True):
+            torch.testing.assert_close(mine[0], q[:, :, 70:])
+            assert torch.equal(mine[1], theirs[1]) and torch.equal(mine[2], theirs[2])
+        assert torch.equal(case.hidden, whole.hidden[:3])
+        for mine, theirs in zip(case.steps, whole.steps, strict=True):
+            assert all(torch.equal(x, y[:, :, :3]) for x, y in zip(mine, theirs, strict=True))
+
+
+def test_without_faiss_the_command_goes_on_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(retrieval.SECTIONS, "synthetic", lambda case, args: {"sizes": []})
+    assert retrieval.hnsw_curve(None, None) == []
+    assert retrieval.main(["synthetic", "--save", str(tmp_path / "x.json")]) == 0
+    assert "pip install --no-deps faiss-cpu" in capsys.readouterr().err
+    assert json.loads((tmp_path / "x.json").read_text())["synthetic"]["sizes"] == []
