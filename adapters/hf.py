@@ -26,7 +26,7 @@ def adopt(model, config, capacity):
     tokens, for its generate(). Attention that we do not have is an InputError when it runs."""
     theirs = model.config.get_text_config(decoder=True)
     kind, = (cache for numbers, cache in map(classes, METHODS) if numbers is type(config))
-    cache = DynamicCache(config=theirs)
+    cache = Cache(config=theirs)
     for n, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[n] = Layer(theirs, kind, config, capacity)
@@ -34,9 +34,19 @@ def adopt(model, config, capacity):
     return cache
 
 
+class Cache(DynamicCache):
+    """transformers' cache. Its generate() can compile a step if all of its layers are ours."""
+
+    def get_mask_sizes(self, *args, **kwargs):      # a step begins so, outside of its graph
+        for layer in self.layers:
+            if isinstance(layer, Layer) and layer.has_read and not layer.room:
+                layer.room = layer.cache.update()   # steps until the next update
+        return super().get_mask_sizes(*args, **kwargs)
+
+
 class Layer(DynamicLayer):
     """A layer of transformers' cache, with one of ours in it, of a class `kind`."""
-    is_croppable = False
+    is_croppable, is_compileable = False, True
 
     def __init__(self, theirs, kind, config, capacity):
         self.theirs, self.made_of = theirs, (kind, config, capacity)
@@ -62,7 +72,9 @@ class Layer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, new):          # tokens: their number, or their positions
-        return self.seen + (new if isinstance(new, int) else len(new)), 0
+        end = self.seen + (new if isinstance(new, int) else len(new))
+        noted.new = slice(self.seen, end)
+        return end, 0
 
     def refuse(self, *args, **kwargs):
         raise InputError("beams and assisted decoding take tokens back, this cache cannot")
@@ -70,6 +82,8 @@ class Layer(DynamicLayer):
 
     def read(self, q, k, v, is_token):
         """Exact causal attention (B, H*G, T, D) of new tokens. is_token (B, T): not padding."""
+        is_token = torch.ones_like(q[:, 0, :, 0]) if is_token is None else is_token[:, 0, 0]
+        is_token = is_token.bool()
         o, falls = torch.zeros_like(q), (is_token[:, 1:] < is_token[:, :-1]).any(-1)
         for row, some in enumerate(is_token):
             if falls[row] or (self.cache.n_tokens[row] and not some.any()):
@@ -82,7 +96,6 @@ class Layer(DynamicLayer):
 
     def step(self, q, k, v):
         """The attention (B, H*G, 1, D) of a token of each sequence."""
-        self.room = self.room or self.cache.update()        # steps until the next update
         if not self.room:
             raise InputError(f"the cache is full: its capacity is {self.cache.capacity}")
         self.room -= 1
@@ -96,14 +109,13 @@ def attend(module, q, k, v, mask=None, **facts):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **facts)
     if layer is None:
         raise InputError("an adopted model needs a cache of adopt(), and layers of full attention")
-    mask = k.new_ones(len(k), layer.seen) if mask is None else mask
-    is_ours = not facts.get("softcap") and facts.get("s_aux") is None and mask.ndim == 2
-    if not is_ours or q.shape[3] != v.shape[3]:
+    is_ours = mask is None or (mask.shape[1:] == (1, 1, k.shape[2]) and mask.dtype == torch.bool)
+    if facts.get("softcap") or facts.get("s_aux") is not None or not is_ours or (
+            q.shape[3] != v.shape[3]):
         raise InputError("we have no soft caps, latent attention, sinks, masks of four dimensions")
     q = q * (facts["scaling"] * q.shape[3] ** 0.5)      # our caches divide by the root
-    is_token = mask[:, layer.seen - k.shape[2]:layer.seen].bool()
-    is_step = k.shape[2] == 1 and layer.has_read and is_token.all()
-    o = layer.step(q, k, v) if is_step else layer.read(q, k, v, is_token)
+    is_step = k.shape[2] == 1 and layer.has_read and mask is None
+    o = layer.step(q, k, v) if is_step else layer.read(q, k, v, mask)
     return o.transpose(1, 2), None
 
 
@@ -113,7 +125,10 @@ def mask_of(*args, **facts):
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **facts)
     if facts["mask_function"] is not masking_utils.causal_mask_function:
         raise InputError("we have causal attention alone, and this input asks for another")
-    return facts.get("attention_mask")
+    if (mask := facts.get("attention_mask")) is None:
+        return None
+    is_token = mask[:, None, None, noted.new].bool()
+    return None if is_token.all() else is_token
 
 
 AttentionInterface.register(NAME, attend)
