@@ -37,10 +37,11 @@ def adopt(model, config, capacity):
 class Cache(DynamicCache):
     """transformers' cache. Its generate() can compile a step if all of its layers are ours."""
 
-    def get_mask_sizes(self, *args, **kwargs):      # a step begins so, outside of its graph
-        for layer in self.layers:
-            if isinstance(layer, Layer) and layer.has_read and not layer.room:
-                layer.room = layer.cache.update()   # steps until the next update
+    def get_mask_sizes(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():       # what a graph cannot do is done before it
+            for layer in self.layers:
+                if isinstance(layer, Layer):
+                    layer.make_room()
         return super().get_mask_sizes(*args, **kwargs)
 
 
@@ -53,7 +54,7 @@ class Layer(DynamicLayer):
         self.reset()
 
     def reset(self):
-        self.cache, self.seen, self.has_read, self.room = None, 0, False, 0
+        self.cache, self.padding, self.has_read, self.full_at = None, 0, False, 0
 
     def update(self, k, v, *args, **kwargs):
         """Note this layer for attend(), which gets k, v (B, H, T, D) of the new tokens alone."""
@@ -65,16 +66,17 @@ class Layer(DynamicLayer):
             self.cache.hot = hot_functions(k.device)    # a WaveIndex attends by it
         if (batch := len(self.cache.n_tokens)) != len(k):
             raise InputError(f"this cache is of a batch of {batch}, given are {len(k)}: adopt anew")
-        noted.layer, self.seen = self, self.seen + k.shape[2]
+        noted.layer = self
         return k, v
 
     def get_seq_length(self, *args):
-        return self.seen
+        return 0 if self.cache is None else self.cache.n_tokens[0] + self.padding
 
     def get_mask_sizes(self, new):          # tokens: their number, or their positions
-        end = self.seen + (new if isinstance(new, int) else len(new))
-        noted.new = slice(self.seen, end)
-        return end, 0
+        seen, new = self.get_seq_length(), new if isinstance(new, int) else len(new)
+        if not torch.compiler.is_compiling():
+            noted.new = slice(int(seen), int(seen) + new)
+        return seen + new, 0
 
     def refuse(self, *args, **kwargs):
         raise InputError("beams and assisted decoding take tokens back, this cache cannot")
@@ -91,15 +93,17 @@ class Layer(DynamicLayer):
             if some.any():
                 new = (x[row:row + 1, :, some] for x in (q, k, v))
                 o[row, :, some] = self.cache.prefill(*new, row=row)[0]
-        self.room, self.has_read = 0, bool(self.cache.n_tokens.all())
+        self.padding, self.full_at = self.padding + (~is_token[0]).sum(), 0
+        self.has_read = bool(self.cache.n_tokens.all())
         return o
 
-    def step(self, q, k, v):
-        """The attention (B, H*G, 1, D) of a token of each sequence."""
-        if not self.room:
+    def make_room(self):
+        """Prepare the next step. An InputError if the cache is full."""
+        if not self.has_read or (seen := int(self.get_seq_length())) < self.full_at:
+            return
+        self.full_at = seen + self.cache.update()
+        if self.full_at == seen:
             raise InputError(f"the cache is full: its capacity is {self.cache.capacity}")
-        self.room -= 1
-        return self.cache.decode(q, k, v)
 
 
 def attend(module, q, k, v, mask=None, **facts):
@@ -115,7 +119,7 @@ def attend(module, q, k, v, mask=None, **facts):
         raise InputError("we have no soft caps, latent attention, sinks, masks of four dimensions")
     q = q * (facts["scaling"] * q.shape[3] ** 0.5)      # our caches divide by the root
     is_step = k.shape[2] == 1 and layer.has_read and mask is None
-    o = layer.step(q, k, v) if is_step else layer.read(q, k, v, mask)
+    o = layer.cache.decode(q, k, v) if is_step else layer.read(q, k, v, mask)
     return o.transpose(1, 2), None
 
 
