@@ -1,56 +1,40 @@
 """Our attention under a model of Hugging Face's transformers, in its layers of full attention.
 
     cache = adopt(model, RetroConfig(), capacity=8192)      # or GraphConfig(), or AnchorConfig()
-    model.generate(**inputs, past_key_values=cache)         # padded on the left
+    model.generate(**inputs, past_key_values=cache)         # padded on the left; 5.24: cache=cache
 
-Does not include: beams, assisted decoding, latent attention, soft caps, learned sinks, masks of
-four dimensions, saved indexes, a step as one graph.
+Does not include: beams, assisted decoding, latent attention, soft caps, sinks, saved indexes.
 """
 import threading
 
 import torch
 from transformers import AttentionInterface, masking_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from app.method import METHODS, classes
 from generate import hot_functions
 from retroinfer import InputError
 
 NAME = "retroinfer"
-noted = threading.local()       # .layer: the one that update() has just met, for attend
+noted = threading.local()   # .layer that update() has just met; .new: which tokens are read now
 
 
 def adopt(model, config, capacity):
-    """Switch a loaded model to our attention. An empty cache, of sequences of up to `capacity`
-    tokens, for its generate(). Attention that we do not have is an InputError when it runs."""
-    theirs = model.config.get_text_config(decoder=True)
+    """Switch a loaded model to our attention. An empty cache of `capacity` tokens."""
+    peers, theirs = [], model.config.get_text_config(decoder=True)
     kind, = (cache for numbers, cache in map(classes, METHODS) if numbers is type(config))
-    cache = Cache(config=theirs)
-    for n, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[n] = Layer(theirs, kind, config, capacity)
     model.set_attn_implementation(NAME)
-    return cache
-
-
-class Cache(DynamicCache):
-    """transformers' cache. Its generate() can compile a step if all of its layers are ours."""
-
-    def get_mask_sizes(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():       # what a graph cannot do is done before it
-            for layer in self.layers:
-                if isinstance(layer, Layer):
-                    layer.make_room()
-        return super().get_mask_sizes(*args, **kwargs)
+    return Cache(layers=[Layer(peers, theirs, kind, config, capacity) if type(x) is DynamicLayer
+                         else x for x in DynamicCache(config=theirs).layers])
 
 
 class Layer(DynamicLayer):
     """A layer of transformers' cache, with one of ours in it, of a class `kind`."""
     is_croppable, is_compileable = False, True
 
-    def __init__(self, theirs, kind, config, capacity):
-        self.theirs, self.made_of = theirs, (kind, config, capacity)
+    def __init__(self, peers, theirs, kind, *numbers):
+        self.peers, self.theirs, self.kind, self.numbers = peers, theirs, kind, numbers
+        peers.append(self)
         self.reset()
 
     def reset(self):
@@ -61,8 +45,7 @@ class Layer(DynamicLayer):
         if (given := self.theirs._attn_implementation) != NAME:
             raise InputError(f"attn_implementation is now {given}: this cache needs {NAME}")
         if self.cache is None:
-            kind, config, capacity = self.made_of
-            self.cache = kind(config, capacity, len(k))
+            self.cache = self.kind(*self.numbers, len(k))
             self.cache.hot = hot_functions(k.device)    # a WaveIndex attends by it
         if (batch := len(self.cache.n_tokens)) != len(k):
             raise InputError(f"this cache is of a batch of {batch}, given are {len(k)}: adopt anew")
@@ -74,18 +57,28 @@ class Layer(DynamicLayer):
 
     def get_mask_sizes(self, new):          # tokens: their number, or their positions
         seen, new = self.get_seq_length(), new if isinstance(new, int) else len(new)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():       # what a graph cannot do is done before it
             noted.new = slice(int(seen), int(seen) + new)
+            for layer in self.peers:
+                layer.make_room(int(seen))
         return seen + new, 0
+
+    def make_room(self, seen):
+        """Index what may be, if no step fits. An InputError if then too none does."""
+        if self.has_read and seen >= self.full_at:
+            self.full_at = seen + self.cache.update()
+            if self.full_at == seen:
+                raise InputError(f"the cache is full: its capacity is {self.cache.capacity}")
 
     def refuse(self, *args, **kwargs):
         raise InputError("beams and assisted decoding take tokens back, this cache cannot")
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = refuse
 
-    def read(self, q, k, v, is_token):
-        """Exact causal attention (B, H*G, T, D) of new tokens. is_token (B, T): not padding."""
-        is_token = torch.ones_like(q[:, 0, :, 0]) if is_token is None else is_token[:, 0, 0]
-        is_token = is_token.bool()
+    def attend(self, q, k, v, mask):
+        """The attention (B, H*G, T, D) of new tokens. mask (B, 1, 1, T): which are no padding."""
+        if k.shape[2] == 1 and self.has_read and mask is None:
+            return self.cache.decode(q, k, v)
+        is_token = (torch.ones_like(q[:, 0, :, 0]) if mask is None else mask[:, 0, 0]).bool()
         o, falls = torch.zeros_like(q), (is_token[:, 1:] < is_token[:, :-1]).any(-1)
         for row, some in enumerate(is_token):
             if falls[row] or (self.cache.n_tokens[row] and not some.any()):
@@ -93,46 +86,34 @@ class Layer(DynamicLayer):
             if some.any():
                 new = (x[row:row + 1, :, some] for x in (q, k, v))
                 o[row, :, some] = self.cache.prefill(*new, row=row)[0]
-        self.padding, self.full_at = self.padding + (~is_token[0]).sum(), 0
-        self.has_read = bool(self.cache.n_tokens.all())
+        self.padding += (~is_token[0]).sum()
+        self.full_at, self.has_read = 0, bool(self.cache.n_tokens.all())
         return o
-
-    def make_room(self):
-        """Prepare the next step. An InputError if the cache is full."""
-        if not self.has_read or (seen := int(self.get_seq_length())) < self.full_at:
-            return
-        self.full_at = seen + self.cache.update()
-        if self.full_at == seen:
-            raise InputError(f"the cache is full: its capacity is {self.cache.capacity}")
 
 
 def attend(module, q, k, v, mask=None, **facts):
     """The attention (B, T, H*G, D) of the layer that update() noted; of a sliding layer, SDPA's."""
     layer, noted.layer = getattr(noted, "layer", None), None
     if layer is None and facts.get("sliding_window"):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **facts)
+        return AttentionInterface()["sdpa"](module, q, k, v, mask, **facts)
     if layer is None:
         raise InputError("an adopted model needs a cache of adopt(), and layers of full attention")
-    is_ours = mask is None or (mask.shape[1:] == (1, 1, k.shape[2]) and mask.dtype == torch.bool)
-    if facts.get("softcap") or facts.get("s_aux") is not None or not is_ours or (
-            q.shape[3] != v.shape[3]):
+    is_ours = not facts.get("softcap") and facts.get("s_aux") is None and q.shape[3] == v.shape[3]
+    if not is_ours or (mask is not None and mask.shape[1:] != (1, 1, k.shape[2])):
         raise InputError("we have no soft caps, latent attention, sinks, masks of four dimensions")
     q = q * (facts["scaling"] * q.shape[3] ** 0.5)      # our caches divide by the root
-    is_step = k.shape[2] == 1 and layer.has_read and mask is None
-    o = layer.cache.decode(q, k, v) if is_step else layer.read(q, k, v, mask)
-    return o.transpose(1, 2), None
+    return layer.attend(q, k, v, mask).transpose(1, 2), None
 
 
 def mask_of(*args, **facts):
-    """Which tokens are no padding (B, T), or None. For a layer with a window, SDPA's mask."""
+    """Which new tokens are no padding (B, 1, 1, T); None if all. With a window, SDPA's mask."""
     if facts.get("local_size") is not None:
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **facts)
     if facts["mask_function"] is not masking_utils.causal_mask_function:
         raise InputError("we have causal attention alone, and this input asks for another")
-    if (mask := facts.get("attention_mask")) is None:
-        return None
-    is_token = mask[:, None, None, noted.new].bool()
-    return None if is_token.all() else is_token
+    if (mask := facts.get("attention_mask")) is not None:
+        mask = mask[:, None, None, noted.new].bool()
+    return None if mask is None or mask.all() else mask
 
 
 AttentionInterface.register(NAME, attend)

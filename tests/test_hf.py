@@ -89,6 +89,20 @@ def test_other_ways_of_generate(how):
     assert run(model, adopt(model, ALL, 500)).equal(want)
 
 
+@pytest.mark.parametrize("config", [
+    ALL, GraphConfig(sink=4, local=8, update=16, index="flat", listed=400, top=400),
+    AnchorConfig(bits=4, anchors=1.0)], ids=["wave", "graph", "antkv"])
+def test_a_step_is_one_graph(config):
+    """Which transformers compiles; traced here, for Inductor is slow."""
+    how = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=None)
+    how._compile_all_devices = True
+    model, given = random_model("Llama"), texts(70, 100)
+    want = dense(model, say, *given, n=20)
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    assert say(model, adopt(model, config, 200), *given, n=20, compile_config=how).equal(want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_streamer_hears_every_token():
     heard, (ids, mask) = [], texts(100)
     model = random_model("Llama")
@@ -165,6 +179,9 @@ def test_what_is_refused():
     refused("do not fit a cache of 90", model, adopt(model, ALL, 90), ids, mask)
     refused("the cache is full: its capacity is 110", model, adopt(model, ALL, 110), ids, mask)
     refused("beams", model, adopt(model, ALL, 200), ids, mask, num_beams=2)
+    refused("assisted", model, adopt(model, ALL, 200), ids[:1], mask[:1], assistant_model=model)
+    refused("assisted", model, adopt(model, ALL, 200), ids[:1], mask[:1],
+            prompt_lookup_num_tokens=2)
     cache = adopt(model, ALL, 200)
     say(model, cache, ids, mask, n=1)
     with pytest.raises(InputError, match="of a batch of 2, given are 1"):
