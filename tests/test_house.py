@@ -1,6 +1,8 @@
 """What the prose promises: the root's list, import arrows, files that work when copied alone."""
 import ast
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +209,21 @@ def test_readme_snippets_run():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path):
+    """The lines that save an index, ask it many questions, and start two processes."""
+    (tmp_path / "notes.txt").write_text("Ada wrote the notes on a Monday in May. " * 9, "utf-8")
+    (tmp_path / "lines.txt").write_text("Who wrote?\nWhen?\n", "utf-8")
+    runs = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
+    text = (ROOT / "README.md").read_text("utf-8")
+    for words in ("--save-index", "--questions", "--nproc-per-node"):
+        line, = re.findall(rf"\n    (.*{words} .*)", text)
+        first, *rest = shlex.split(line.replace("retroinfer.py", str(ROOT / "retroinfer.py")))
+        done = subprocess.run([sys.executable, *runs[first], *rest, "--max-new-tokens", "4"],
+                              cwd=tmp_path, env=os.environ | {"PET_STANDALONE": "1"},
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        if words == "--questions":
+            assert "== Who wrote?" in done.stdout and "== When?" in done.stdout
