@@ -181,8 +181,8 @@ def test_what_is_refused():
     refused("the cache is full: its capacity is 110", model, adopt(model, ALL, 110), ids, mask)
     refused("beams", model, adopt(model, ALL, 200), ids, mask, num_beams=2)
     (helper := random_model("Qwen2")).set_attn_implementation("sdpa")
-    for how in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 2}):
-        refused("(?i)assisted", model, adopt(model, ALL, 200), ids[:1], mask[:1], **how)
+    refused("(?i)assisted", model, adopt(model, ALL, 200), ids[:1], mask[:1],
+            assistant_model=helper)
     cache = adopt(model, ALL, 200)
     say(model, cache, ids, mask, n=1)
     with pytest.raises(InputError, match="of a batch of 2, given are 1"):
