@@ -13,6 +13,7 @@ a plot beside it. bench/timing.py says how times are taken.
     T tokens   H kv heads   G query heads per kv head   D head dim
 """
 import functools
+import itertools
 import math
 import multiprocessing
 import resource
@@ -324,21 +325,29 @@ class Transformers:
 
 
 class Adopted(Transformers):
-    """Transformers again, with our attention in it (adapters/hf.py)."""
+    """Transformers' generate() with our attention in it (adapters/hf.py): eager, or compiled."""
 
-    @torch.no_grad()
+    def __init__(self, dtype, is_compiled):
+        super().__init__(dtype)
+        from transformers import CompileConfig
+        self.how = CompileConfig(mode=None)
+        self.how._compile_all_devices = is_compiled
+
     def __call__(self, ids, n_steps):
         from adapters.hf import adopt
-        cache = adopt(self.model, RetroConfig(), len(ids) + n_steps)
-        start = time.perf_counter()
-        out = self.model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seconds = time.perf_counter() - start
+        cache, self.ticks = adopt(self.model, RetroConfig(), len(ids) + n_steps + 1), []
+        self.model.generate(ids[None], past_key_values=cache, compile_config=self.how,
+                            max_new_tokens=n_steps + 1, min_new_tokens=n_steps + 1,
+                            do_sample=False, streamer=self)
+        seconds = [after - before for before, after in itertools.pairwise(self.ticks)]
+        return seconds[0], seconds[3:]
 
-        def step():
-            nonlocal out
-            token = out.logits[:, -1:].argmax(-1)
-            out = self.model(token, past_key_values=cache, use_cache=True)
-        return seconds, [clock(step) for _ in range(n_steps)][2:]
+    def put(self, tokens):
+        """The streamer of generate(): it hears the prompt, and then each token."""
+        self.ticks.append(time.perf_counter())
+
+    def end(self):
+        """Of the streamer."""
 
 
 class LlamaCpp:
@@ -384,8 +393,9 @@ def model_runners(ours, dtype, T, n_steps):
     runners = {"dense, compiled": Ours(ours, DenseCache), "wave index": Ours(ours, wave)}
     if T > REAL:
         return runners
-    return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype),
-            **llama_cpp(T + n_steps), "dense, eager": Ours(ours, DenseCache, eager_step),
+    return {"transformers": Transformers(dtype), "transformers, adopted": Adopted(dtype, False),
+            "transformers, adopted, compiled": Adopted(dtype, True), **llama_cpp(T + n_steps),
+            "dense, eager": Ours(ours, DenseCache, eager_step),
             "wave index, checked": Ours(ours, checked), **runners}
 
 
