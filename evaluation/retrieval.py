@@ -61,21 +61,27 @@ RARE = 12                       # scan: the first head of so many layers has the
 # ---------------------------------------------------------------- real queries and keys
 
 def read(args, tokenizer):
-    """The text's Case, of which only the first --asked steps are left. In place of the energy of
-    its first queries, each layer has the latest queries: those that build an index."""
+    """The text's Case, of which only the first --asked steps are left, with the latest queries:
+    those that build an index."""
     fidelity.refuse_windows(args.model)
     ids = texts.ids(tokenizer, args.text, "final", args.length)
     case, = kept.cases(args.model, tokenizer, ids, [len(ids)], args.steps, args.keep)
-    T, n = min(args.asked or args.steps, args.steps), case.n
-    start, past = max(n - GraphConfig().train, 0), []
+    T = min(args.asked or args.steps, args.steps)
+    steps = [tuple(x[:, :, :T] for x in step) for step in case.steps]
+    case = replace(case, ids=ids[:case.n + T + 1], steps=steps, hidden=case.hidden[:T])
+    return with_queries(args.model, case, GraphConfig().train)
+
+
+def with_queries(model, case, n):
+    """The Case with each layer's latest n queries (1, H*G, n, D), in place of their energy."""
+    start, past = max(case.n - n, 0), []
 
     def attend(k, v, q, *_):
         past.append((q, k, v))
         return attend_causally(q, k, v)
-    fidelity.follow(args.model, ids[start:n], start,
+    fidelity.follow(model, case.ids[start:case.n], start,
                     [functools.partial(attend, k, v) for _, k, v in case.past])
-    steps = [tuple(x[:, :, :T] for x in step) for step in case.steps]
-    return replace(case, ids=ids[:n + T + 1], past=past, steps=steps, hidden=case.hidden[:T])
+    return replace(case, past=past)
 
 
 def mahalanobis(x, k):

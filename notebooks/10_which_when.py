@@ -42,7 +42,7 @@ import retrieval_attention as ra
 from antkv import AnchorCache, AnchorConfig
 from evaluation import fidelity, texts
 from evaluation.fidelity import Chosen
-from evaluation.retrieval import read
+from evaluation.retrieval import with_queries
 from model import DenseCache, load
 from retroinfer import RetroConfig, WaveIndex, cluster_segment, limits_of
 
@@ -65,8 +65,10 @@ draw_harness()
 LENGTH, STEPS = 1200, 12
 story = Path("../examples/lighthouse.txt").read_text("utf-8")
 TEXTS = {"story": story, "code": texts.code("final")}
-cases = {name: read(model, torch.tensor(tokenizer.encode(text)[:LENGTH]), STEPS)
-         for name, text in TEXTS.items()}
+cases = {}
+for name, text in TEXTS.items():
+    case = fidelity.read(model, torch.tensor(tokenizer.encode(text)[:LENGTH]), STEPS)
+    cases[name] = with_queries(model, case, case.n)             # of all its tokens
 dense_rows = 2 * (LENGTH - 1)                   # of a head: keys and values of a step
 
 def energy(q):
