@@ -204,32 +204,34 @@ for name, x in retrieved.items():
 # %% [markdown]
 # ## A number that says nothing
 #
-# In how many layers does some head retrieve some token of the sentence? The control is every other
-# passage of as many tokens.
+# In how many layers does some head retrieve some token of the sentence? The controls are passages
+# of as many tokens that begin at most 1,000 tokens away. Passages near the end would be no fair
+# controls: steps read more of them, whatever they say (the map below shows it).
 
 # %%
+NEAR = 1000                                             # tokens; the sentence is passage NEAR
 def passages(name):
-    """Tokens read (layers, H, passages) of every passage of the text as long as the sentence."""
-    T = texts[name].n_prompt - config.local
-    return retrieved[name][:, :, :T].unfold(2, len(needles[name]), 1).sum(-1)
+    """Tokens read (layers, H, passages) of the sentence and of passages as long, near it."""
+    every = retrieved[name].unfold(2, len(needles[name]), 1).sum(-1)
+    return every[:, :, needles[name][0] - NEAR:][:, :, :2 * NEAR + 1]
 
 counts = {name: passages(name) for name in texts}
 n_any = (counts["lighthouse"].amax(1) > 0).sum(0)                       # (passages,)
-figures.any_token(n_any, int(n_any[needles["lighthouse"][0]]))
+figures.any_token(n_any, int(n_any[NEAR]))
 for name, x in counts.items():
     n_any = (x.amax(1) > 0).sum(0).float()                              # (passages,)
-    more = (n_any > n_any[needles[name][0]]).float().mean()
+    more = (n_any > n_any[NEAR]).float().mean()
     print(f"{name}: {more:.0%} of the passages have a token read in more layers")
-    assert more > 0.2, "so this number shows nothing"
+    assert more > 0.15, "so this number shows nothing"
 
 # %% [markdown]
-# The sentence with the answer is no exception: many passages have a token read in more layers. We
-# need a number that is rarely large by chance.
+# The sentence with the answer is no exception: a fifth of the passages have a token read in
+# more layers. We need a number that is rarely large by chance.
 #
 # ## A number that says something
 #
-# For each layer, count the tokens of the sentence that its heads read. Count the same for every
-# other passage. What share of the passages has a smaller count than the sentence? If the sentence
+# For each layer, count the tokens of the sentence that its heads read. Count the same for the
+# other passages. What share of the passages has a smaller count than the sentence? If the sentence
 # were a passage like all others, this share would be above 95 % in one layer of twenty on average,
 # or in fewer.
 
@@ -237,7 +239,7 @@ for name, x in counts.items():
 above, found = {}, {}
 for name, x in counts.items():
     per_layer = x.sum(1)                                                # (layers, passages)
-    ours = per_layer[:, needles[name][0]]
+    ours = per_layer[:, NEAR]
     above[name] = (per_layer < ours[:, None]).float().mean(1) * 100
     found[name] = (above[name] > 95).nonzero().flatten().tolist()
 chance = n_layers / 20
@@ -248,21 +250,20 @@ for name, x in found.items():
 assert len({*found["lighthouse"]} & {*found["expedition"]}) >= 2, "the same layers in both texts"
 
 # %% [markdown]
-# In a few layers the sentence is read more than 95 % of the passages. These layers are in the upper
-# half, and some are the same in both texts. Now take all reads of the sentence. Which share of them
-# comes from the upper half of the layers? Is this share larger than for other passages? The
-# controls are the passages at most 1,000 tokens away.
+# In a few layers the sentence is read more than 95 % of the passages near it. Nearly all of these
+# layers are in the upper half, and some are the same in both texts. Now take all reads of the
+# sentence. Which share of them comes from the upper half of the layers? Is this share larger than
+# for the other passages?
 
 # %%
 for name, x in counts.items():
-    place, by_layer = needles[name][0], x.sum(1)                        # (layers, passages)
-    near = slice(max(place - 1000, 0), place + 1000)
+    by_layer = x.sum(1)                                                 # (layers, passages)
     upper = by_layer[n_layers // 2:].sum(0) / by_layer.sum(0)           # (passages,)
-    typical = upper[near].nanmedian()
-    print(f"{name}: {upper[place]:.0%} of the sentence's reads come from the upper half; of the "
+    typical = upper.nanmedian()
+    print(f"{name}: {upper[NEAR]:.0%} of the sentence's reads come from the upper half; of the "
           f"median passage near it, {typical:.0%}")
     assert typical > 0.5, "so this number shows little"
-    assert min(found[name]) >= n_layers // 2
+    assert sum(n >= n_layers // 2 for n in found[name]) >= len(found[name]) - 1
 rows, needle = retrieved["lighthouse"].mean(1), needles["lighthouse"]   # (layers, T)
 figures.map_of_reads(rows, needle)
 
@@ -284,8 +285,8 @@ figures.passages(text.pieces[scope], {n: rows[n, scope] for n in best})
 #   enough of them have left the local window. Then they are clustered together. Old clusters stay
 #   as they are.
 # - On this text, an index that grew by small lots errs about as much as a fresh one.
-# - A step retrieves a few per cent of the text. In a few layers of the upper half, the sentence
-#   that answers the question is retrieved more than other passages.
+# - A step retrieves a few per cent of the text. In a few layers, nearly all of them in the upper
+#   half, the sentence that answers the question is read more than 95 % of the passages near it.
 # - A count needs a control: "some layer reads a token of it" is true of nearly every passage.
 #
 # ## Exercises
@@ -327,18 +328,18 @@ print("right" if check(n_updates) else "not yet")
 # </details>
 #
 # **2.** Take the layers of the log book in which the sentence is read more than 95 % of the
-# passages. Let a head retrieve an eighth as many clusters. In which of the layers is the sentence
-# still read more than 95 % of the passages?
+# passages near it. Let a head retrieve an eighth as many clusters. In which of the layers is the
+# sentence still read more than 95 % of the passages near it?
 #
 # <details><summary>Answer</summary>
 #
 # ```python
 # config = RetroConfig(retrieve=config.retrieve / 8, min_retrieve=1)
-# n_text = text.n_prompt - config.local
 # still = []
 # for n in found["lighthouse"]:
-#     read = retrieved_by(n)[:, :n_text].unfold(1, len(needle), 1).sum((0, -1))
-#     still += [n] if (read < read[needle[0]]).float().mean() > 0.95 else []
+#     read = retrieved_by(n).unfold(1, len(needle), 1).sum((0, -1))
+#     read = read[needle[0] - NEAR:][:2 * NEAR + 1]
+#     still += [n] if (read < read[NEAR]).float().mean() > 0.95 else []
 # print(f"{still} of {found['lighthouse']}")
 # config = RetroConfig()
 # assert still, "at least one layer finds it among so few"
