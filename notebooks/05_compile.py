@@ -349,9 +349,9 @@ assert len(made) < n_ops and "bool" not in "".join(made)
 # ## What does it not fuse?
 #
 # One example shows little. Here are five functions. Each does elementwise work before and after one
-# operation: a softmax, a gather, a matrix product, a sort or a top-k. For the last three, Inductor
-# calls a function of a library. A kernel must end before such a call, because the call needs all of
-# its input in memory.
+# operation: a softmax, a gather, a matrix product, a sort or a top-k. On a CPU, Inductor calls a
+# function of a library for the last three. A kernel must end before such a call, because the call
+# needs all of its input in memory. (For a GPU, Inductor may write some of the three itself.)
 
 # %%
 rows, counts = torch.arange(0, T, 7), {}
