@@ -380,9 +380,9 @@ assert ratio["wave, eager"][-1] > 2 * ratio["dense attention"][-1]
 
 # %% [markdown]
 # Dense attention stands above its line too. Eager operations cost time of their own, so the wave
-# step stands much further above: at these lengths the eager step saves little time or none, though
-# it reads far less. Notebooks [05](05_compile.ipynb) and [06](06_kernels.ipynb) bring a step nearer
-# to its line, and `make bench` measures it.
+# step stands much further above. It saves a far smaller share of the time than of the bytes, and
+# for the shortest text it takes longer than dense attention. Notebooks [05](05_compile.ipynb) and
+# [06](06_kernels.ipynb) bring a step nearer to its line, and `make bench` measures it.
 #
 # ## Which, when?
 #
