@@ -110,7 +110,7 @@ figures.life()
 # | segment | tokens that are clustered together |
 # | store | keys and values; those of a cluster lie side by side |
 # | wave index | centroids, mean values and sizes of the clusters: a step ranks clusters by it |
-# | wave buffer | the store on the host, and a cache of their blocks on the GPU (notebook 07) |
+# | wave buffer | the store on the host, and a cache of its blocks on the GPU (notebook 07) |
 # | dense attention | the exact result, from all tokens: what we compare with |
 # | KL | Kullback-Leibler divergence of next-token probabilities from dense attention's; 0: equal |
 #

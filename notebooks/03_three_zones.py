@@ -2,9 +2,9 @@
 # # What is lost if most tokens are only estimated?
 #
 # **Goal.** Put three zones into one softmax: the steady zone, the tokens of retrieved clusters, and
-# estimated clusters, of which one entry stands for all tokens. The other clusters are dropped. See
-# why an estimate is never too large. Compare estimates with an oracle that knows beforehand which
-# tokens weigh most. Find where estimates fail.
+# estimated clusters. One entry stands for all tokens of an estimated cluster. The other clusters
+# are dropped. See why an estimate is never too large. Compare estimates with an oracle that knows
+# beforehand which tokens weigh most. Find where estimates fail.
 #
 # **You need.** Notebook 02: keys in clusters, ranked by their centroids.
 #
