@@ -269,9 +269,8 @@ assert best < 0.15 and min(others) > 2 * best
 # ## Where the few are
 #
 # Some of the few need no search. In most layers the latest tokens weigh much. In the upper half of
-# the layers the very first tokens weigh much, too: in every text, whatever they say. They are
-# called the *sink*. A head is thought to attend to them when it finds nothing else (Xiao et al.,
-# 2023).
+# the layers the very first tokens weigh much, too, in both texts. The first tokens are called the
+# *sink*. A head is thought to attend to them when it finds nothing else (Xiao et al., 2023).
 
 # %%
 def zones(text, t):
