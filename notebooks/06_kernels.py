@@ -26,8 +26,8 @@
 # tokens.
 #
 # Kernels are written in Triton: Python that a compiler turns into code for a GPU. Without a GPU
-# Triton can *interpret* the same source with NumPy, slowly and exactly; it has to be told before it
-# is imported.
+# Triton can *interpret* the same source with NumPy, slowly. The first line below asks for that. The
+# line must come before Triton is imported.
 
 # %%
 import os; os.environ["TRITON_INTERPRET"] = "1"

@@ -183,8 +183,8 @@ assert min(by_head) > 3 * by_chance and np.mean(by_head) > 0.5
 #
 # A cluster is cut into blocks of 8 tokens. The block is the unit of the cache, so all slots have
 # one size. A step looks up all its blocks. Then these blocks count as the most recent ones, those
-# of the best cluster as the latest. When slots are lacking, the block goes that was not asked for
-# longest: LRU (*least recently used*). An `OrderedDict` is all it takes.
+# of the best cluster as the latest. When slots are lacking, the cache drops the block whose latest
+# request is the oldest: LRU (*least recently used*). An `OrderedDict` is all it takes.
 
 # %%
 def blocks_of(layer, head):
@@ -212,9 +212,9 @@ mine = torch.tensor([[hits_by_hand(blocks_of(layer, head), S) for head in range(
                      for layer in range(len(LAYERS))])                      # (layers, H, N_STEPS)
 
 # %% [markdown]
-# The library has it three times: `replay` runs a policy over a trace. `BlockCache` is made of
-# tensors only, so that a GPU can look up and admit without a word to the host; and the buffers that
-# we listened to counted.
+# The library has such a cache three times, and all three must count the same hits. `replay` runs a
+# policy over a trace. The buffers that we listened to have counted their hits. `BlockCache` is made
+# of tensors only, so that a GPU can look up and admit without a word to the host.
 
 # %%
 theirs = torch.from_numpy(replay(trace, POLICIES["LRU"], S)).permute(1, 2, 0)
