@@ -396,6 +396,7 @@ RUNS = {                    # config, texts of texts.py, tokens of each that are
        for n in (4, 2, 1)}}
 
 
+@torch.no_grad()
 def main():
     """Examine every layer and head of the default model in each of RUNS. Saves after each text."""
     import json
@@ -405,7 +406,6 @@ def main():
     from evaluation import texts
     from evaluation.fidelity import read
     from model import DEFAULT_NAME, load
-    torch.set_grad_enabled(False)
     model, tokenizer = load(dtype=torch.float32, device="cpu")
     out = Path(__file__).parent.parent / "results" / "certificate.json"
     results = {"command": "python -m evaluation.bounds", "versions": {

@@ -333,6 +333,7 @@ def cases(model, tokenizer, args):
         yield kind, *kept.cases(model, tokenizer, ids, [len(ids)], args.queries, args.keep)
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(prog="evaluation.coverage", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -344,7 +345,6 @@ def main():
     add("--keep", metavar="DIR", help="keep there what dense attention makes of a text")
     add("--draws", type=int, default=DRAWS, help="of a kv head in a step")
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
     model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
     refuse_windows(model)
     shown = Path(args.model).name.removesuffix(".gguf")

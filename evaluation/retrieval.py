@@ -437,13 +437,13 @@ def parse_args(argv):
     return args
 
 
+@torch.no_grad()
 def run(args):
     sections = args.sections or SECTIONS
     results = json.loads(args.save.read_text("utf-8")) if args.save.exists() else {}
     if importlib.util.find_spec("faiss") is None:
         print("faiss is not installed, so there are no figures of HNSW: "
               "pip install --no-deps faiss-cpu", file=sys.stderr)
-    torch.set_grad_enabled(False)
     case, shown = None, Path(args.name).name.removesuffix(".gguf")
     if set(sections) & {"scan", "tail"}:
         args.model, tokenizer = load(args.name, dtype=torch.float32, device="cpu")

@@ -30,6 +30,14 @@ def load_kernels():
 load_kernels()
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """A command that a test runs leaves the process as it was: later tests need gradients."""
+    import torch
+    yield
+    assert torch.is_grad_enabled()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """checkpoint(arch, rope, **overrides): directory of a random model, made once: do not edit."""
