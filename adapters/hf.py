@@ -1,7 +1,7 @@
 """Our attention under a model of Hugging Face's transformers, in its layers of full attention.
 
     cache = adopt(model, RetroConfig(), capacity=8192)      # or GraphConfig(), or AnchorConfig()
-    model.generate(**inputs, past_key_values=cache)         # padded on the left; 5.24: cache=cache
+    model.generate(**inputs, past_key_values=cache)         # padded on the left; from 5.24: cache=
 
 Does not include: beams, assisted decoding, latent attention, soft caps, sinks, saved indexes.
 """
@@ -16,7 +16,7 @@ from generate import hot_functions
 from retroinfer import InputError
 
 NAME = "retroinfer"
-noted = threading.local()   # .layer that update() has just met; .new: which tokens are read now
+noted = threading.local()   # layer: the one that update() met last; new: the slice of new tokens
 
 
 def adopt(model, config, capacity):
@@ -29,7 +29,7 @@ def adopt(model, config, capacity):
 
 
 class Layer(DynamicLayer):
-    """A layer of transformers' cache, with one of ours in it, of a class `kind`."""
+    """A layer of transformers' cache, with one of ours, of class `kind`. peers: all such layers."""
     is_croppable, is_compileable = False, True
 
     def __init__(self, peers, theirs, kind, *numbers):

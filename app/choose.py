@@ -15,13 +15,7 @@ from pathlib import Path
 import torch
 
 from app.relay import TITLES, Relay, best_hot
-from generate import (
-    CapturedStep,
-    compiled_step,
-    eager_step,
-    hot_functions,
-    try_compiler,
-)
+from generate import CapturedStep, compiled_step, eager_step, hot_functions, try_compiler
 from model import SLOW_DTYPES
 from parallel import LOCAL_SIZE, SIZE
 from retroinfer import PLAIN, InputError
@@ -68,8 +62,8 @@ def choose_step(args, spec, device):
     words = f"{TITLES[hot.attend.__module__]} and torch.compile on {device}, {reason}"
     if device.type != "cuda":
         return compiled_step, hot, lambda: words
-    captured = CapturedStep()
-    return captured, hot, lambda: f"{words}; {captured.words()}"
+    step = CapturedStep()
+    return step, hot, lambda: f"{words}; {step.words()}"
 
 
 def choose_plain(args, device):

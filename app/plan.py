@@ -254,12 +254,12 @@ def prefill_bytes(model, run):
         return o
 
     def work():
-        n = 0       # copies of K and V: all of them in 16 bits; those of two layers on their way
+        n_layers = 0        # a prefill holds copies of all K and V of so many layers
         if run.retro.store_bits == 8:
-            n = 2
+            n_layers = 1    # a store of bytes is widened
         elif run.cache_ratio is not None and not run.is_cpu:
-            n = 4
-        past = [keys_on_meta(run, 1, round_up(run.capacity)) for _ in range(n)]
+            n_layers = 2    # one layer's are brought, while those of the layer before go back
+        past = [keys_on_meta(run, 1, round_up(run.capacity)) for _ in range(2 * n_layers)]
         model.logits(model(ids, ids, [attend])[:, -1])
         del past
 

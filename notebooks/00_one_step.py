@@ -108,7 +108,7 @@ figures.life()
 # | sink | the first tokens: many heads give them much attention, whatever the text says |
 # | steady zone | the first and the latest tokens, and tokens not in a cluster yet: always exact |
 # | segment | tokens that are clustered together |
-# | store | keys and values; those of a cluster lie side by side |
+# | store | all keys and values; the tokens of a cluster lie side by side in it |
 # | wave index | centroids, mean values and sizes of the clusters: a step ranks clusters by it |
 # | wave buffer | the store on the host, and a cache of its blocks on the GPU (notebook 07) |
 # | dense attention | the exact result, from all tokens: what we compare with |
