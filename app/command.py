@@ -73,6 +73,9 @@ def run_command(name, work):
             raise
         said = str(e).splitlines() or ["no more is said"]
         return complain(name, f"the memory or the device failed: {said[0]}")
+    finally:                        # the interpreter takes itself down: nothing is left to unwind
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_of_the_machine(e):

@@ -142,6 +142,15 @@ def test_a_stopped_run_leaves_nothing_half_written(command, tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=lambda x: x.name)
+def test_a_signal_while_the_interpreter_ends_prints_nothing(kind):
+    code = ("import atexit, os; from app.command import run_command;"
+            f"atexit.register(os.kill, os.getpid(), {kind:d}); run_command('name', lambda: 0)")
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (-kind, "")
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_a_second_one_the_chat(command):
     child = subprocess.Popen([*command, "--chat", "--max-new-tokens", "3000"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
