@@ -20,7 +20,7 @@ import torch
 from app.command import Parser, run_command
 from bench.timing import positive, table, where
 from evaluation import fidelity, kept, texts
-from evaluation.evaluate import SideBySide
+from evaluation.answers import SideBySide
 from generate import decode, eager_step, hot_functions, sampler
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import InputError, RetroConfig, WaveIndex

@@ -29,11 +29,10 @@ import torch
 
 from app.command import Parser, run_command
 from app.settings import parse_settings
-from evaluation import fidelity, kept, ruler, texts
+from evaluation import answers, fidelity, kept, ruler, texts
 from evaluation.tables import report
-from generate import decode, eager_step, hot_functions, sampler
-from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import InputError, RetroConfig, WaveIndex
+from model import DEFAULT_NAME, load
+from retroinfer import InputError, RetroConfig
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"lengths": [4096], "steps": 32, "shares": [0.08, 0.12], "errors": False,
@@ -62,46 +61,14 @@ def needle_prompt(tokenizer, length, depth, seed):
     return torch.tensor(ids), torch.arange(start, start + len(needle)), len(answer)
 
 
-def ruler_answers(model, tokenizer, name, sample, methods):
-    """{method: score} for one sample. Dense attention reads the prompt once for all methods."""
+def ruler_points(model, tokenizer, name, sample, methods):
+    """{method: score} for one sample. The prompt is read once for all methods."""
     prompt = ruler.ask(name, sample, lambda x: tokenizer.render([{"role": "user", "content": x}]))
     ids = torch.tensor(tokenizer.encode(prompt))
-    logits, dense = fidelity.read_dense(model, ids, 0)
     n_answer = ruler.FAMILIES[ruler.TASKS[name].family].n_answer
-    answers = answer_side_by_side(model, tokenizer, logits, dense, n_answer, methods)
-    return {method: ruler.score(name, text, sample["outputs"]) for method, text in answers.items()}
-
-
-def answer_side_by_side(model, tokenizer, logits, dense, n_answer, methods):
-    """{method: greedy answer} behind what caches `dense` read, whose last logits are (1, V)."""
-    n = int(dense[0].n_tokens[0])
-    caches = [SideBySide([fidelity.filled(fidelity.made_for(make, cache.window), *cache.past(n),
-                                          n_answer) for make in methods.values()])
-              for cache in dense]
-    tokens = decode(model, caches, logits.expand(len(methods), -1), n_answer, sampler(), eager_step)
-    answers = {}
-    for method, answer in zip(methods, torch.stack(list(tokens), 1).tolist(), strict=True):
-        ends = [i for i, token in enumerate(answer) if token in model.config.eos_ids]
-        answers[method] = tokenizer.decode(answer[:ends[0] + 1] if ends else answer)
-    return answers
-
-
-class SideBySide:
-    """Several caches of one sequence as one cache of a batch, so that a step reads weights once."""
-
-    def __init__(self, caches):
-        self.caches = caches
-
-    @property
-    def n_tokens(self):
-        return torch.cat([cache.n_tokens for cache in self.caches])
-
-    def update(self):
-        return min(cache.update() for cache in self.caches)
-
-    def __call__(self, *qkv):
-        rows = zip(*(x.split(1) for x in qkv), strict=True)
-        return torch.cat([cache.decode(*row) for cache, row in zip(self.caches, rows, strict=True)])
+    caches = answers.side_by_side(model, methods, len(ids) + n_answer)
+    found = answers.answer(model, tokenizer, methods, caches, ids, n_answer)
+    return {method: ruler.score(name, text, sample["outputs"]) for method, text in found.items()}
 
 
 # ---------------------------------------------------------------- cells of the results
@@ -221,12 +188,8 @@ def ruler_cell(run, name, length, i):
                 run.settings["dialect"], reserve=empty)
         except ruler.TooShort as e:         # the shortest documents of qa_2 are more than 2,048
             return run.add(f"{key}/none", str(e))
-    hot = hot_functions(torch.device("cpu"))
-    methods = {"dense": DenseCache} | {
-        method: functools.partial(WaveIndex, config, hot=hot)
-        for method, config in (("paper", RetroConfig.paper()), ("ours", run.config))}
-    sample = run.samples[name, length][i]
-    run.add(f"{key}/{i}", ruler_answers(run.model, tokenizer, name, sample, methods))
+    methods, sample = answers.methods(config=run.config), run.samples[name, length][i]
+    run.add(f"{key}/{i}", ruler_points(run.model, tokenizer, name, sample, methods))
 
 
 # ---------------------------------------------------------------- command line

@@ -294,12 +294,6 @@ def dense_caches(model, capacity):
     return [DenseWithQueries(capacity, window=layer.window) for layer in model.layers]
 
 
-def read_dense(model, ids, n_steps):
-    """Logits (1, V) behind ids (n,), and caches that have read them and can take n_steps more."""
-    caches = dense_caches(model, len(ids) + n_steps)
-    return prefill(model, caches, [ids], chunk=CHUNK), caches
-
-
 @dataclass
 class Case:
     """A text as dense attention reads it."""

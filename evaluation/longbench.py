@@ -7,9 +7,9 @@ dataset2maxlen.json: the data and the configuration as they are published. A pro
 than --length loses its middle. The tasks in RAW are asked without a chat template, and those in
 FIRST_LINE are scored on the first line of an answer. All this is what the published code does.
 
-Dense attention reads a prompt once. Ours and the paper get the same keys and values. All answer
-greedily. Metrics: F1 over words, ROUGE-L (the package rouge), accuracy by class, share of the
-numbers that are right, and edit similarity of the first line of code (rapidfuzz).
+A prompt is read once for all methods, and all answer greedily. Metrics: F1 over words, ROUGE-L (the
+package rouge), accuracy by class, share of the numbers that are right, and edit similarity of the
+first line of code (rapidfuzz).
 
 Does not include: tasks in Chinese, whose words need a segmenter.
 Bai et al., LongBench, ACL 2024 (arXiv 2308.14508).
@@ -24,9 +24,9 @@ import torch
 
 from app.command import Parser, run_command
 from bench.timing import positive, table
-from evaluation import fidelity, texts
-from evaluation.evaluate import answer_side_by_side
-from evaluation.many import HEAD, methods, rows
+from evaluation import texts
+from evaluation.answers import NAMES, answer, methods, side_by_side
+from evaluation.many import HEAD, rows
 from model import DEFAULT_NAME, load
 from retroinfer import InputError
 
@@ -153,22 +153,23 @@ def cut(ids, n):
 
 def measure(args):
     templates = read_json(find(args.directory, "dataset2prompt.json"))
-    answers = read_json(find(args.directory, "dataset2maxlen.json"))
+    n_answers = read_json(find(args.directory, "dataset2maxlen.json"))
     samples = {task: read_samples(find(args.directory, f"{task}.jsonl"), args.samples)
                for task in args.tasks}
-    if missing := [task for task in args.tasks if task not in templates or task not in answers]:
+    if missing := [task for task in args.tasks if task not in templates or task not in n_answers]:
         raise InputError(f"the configuration in {args.directory} does not have {missing[0]}")
     model, tokenizer = load(args.model, torch.float32, "cpu")
+    made = methods(args.methods)
     length = min(args.length or model.config.context, model.config.context)
     for task in args.tasks:
-        points = {name: [] for name in methods()}
+        points = {name: [] for name in made}
         for sample in samples[task]:
             ids = torch.tensor(prompt(tokenizer, task, templates[task], sample,
-                                      length - answers[task]))
-            logits, dense = fidelity.read_dense(model, ids, 0)
-            found = answer_side_by_side(model, tokenizer, logits, dense, answers[task], methods())
-            for name, answer in found.items():
-                points[name].append(score(task, answer, sample))
+                                      length - n_answers[task]))
+            caches = side_by_side(model, made, len(ids) + n_answers[task])
+            said = answer(model, tokenizer, made, caches, ids, n_answers[task])
+            for name, text in said.items():
+                points[name].append(score(task, text, sample))
         print(table(HEAD, list(rows({task: points}))), end="\n\n", flush=True)
 
 
@@ -181,6 +182,7 @@ def parse_args(argv):
         help=f"of {', '.join(METRIC)}")
     add("--samples", type=positive, default=20, help="the first ones of each task")
     add("--length", type=positive, help="tokens of a prompt and its answer (default: the context)")
+    add("--methods", nargs="+", choices=NAMES, default=NAMES[:2], help="beside dense attention")
     return parser.parse_args(argv)
 
 

@@ -1,31 +1,32 @@
 """Many needles, one reading: RULER's multi-key and multi-query tasks with enough questions to tell.
 
     python -m evaluation.many --length 4096 --questions 60
-    python -m evaluation.many --model qwen.gguf --length 8192 --keep ~/reads --out results/many.json
+    python -m evaluation.many --model qwen2.5-coder-1.5b --length 8192 --questions 12 \
+        --methods ours paper graph qcivf --out results/many-qwen.json
 
 RULER asks one question of a text, and reading the text takes nearly all of the time. Here a text of
-nothing but needles (niah_multikey_2) is read once by dense attention. Each question then asks for
-one needle (multi-key) or for four (multi-query). Dense attention, ours, the paper and ours at the
-paper's 16 bits get the same keys and values, and answer greedily. Wording and score are RULER's.
+nothing but needles (niah_multikey_2) is read once. Each question then asks for one needle
+(multi-key) or for four (multi-query), behind a copy of the caches. Wording and score are RULER's.
 
 The table has the mean score of each method, and its difference to dense with a 95 % interval, for
 which questions are drawn again. All questions share one text: the interval does not cover others.
 """
-import functools
+import copy
 import json
 import random
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from app.command import Parser, run_command
 from bench.timing import positive, table, where
-from evaluation import fidelity, kept, ruler, texts
-from evaluation.evaluate import answer_side_by_side
+from evaluation import ruler, texts
+from evaluation.answers import NAMES, answer, methods, side_by_side
 from evaluation.tables import interval
-from generate import hot_functions, prefill
-from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import InputError, RetroConfig, WaveIndex
+from generate import prefill
+from model import DEFAULT_NAME, load
+from retroinfer import InputError
 
 TASKS = {"niah_multikey_2": 1, "niah_multiquery": 4}        # needles that a question asks for
 HEAD = ["task", "method", "score", "minus dense", "95 % interval"]
@@ -75,23 +76,6 @@ def n_shared(rows):
     return int(is_same.long().cumprod(0).sum())
 
 
-def methods():
-    """{name: function of (capacity, batch) that makes a layer's cache}, the fast ones of a CPU."""
-    hot = hot_functions(torch.device("cpu"))
-    configs = {"ours": RetroConfig(), "paper": RetroConfig.paper()}
-    made = {name: functools.partial(WaveIndex, config, hot=hot) for name, config in configs.items()}
-    return {"dense": DenseCache} | made
-
-
-def answer(model, tokenizer, case, ids):
-    """{method: its answer} to the question ids (n,), whose first case.n tokens dense has read."""
-    dense = fidelity.dense_caches(model, len(ids))
-    for cache, past in zip(dense, case.past, strict=True):
-        cache.prefill(*past)
-    logits = prefill(model, dense, [ids[case.n:]])
-    return answer_side_by_side(model, tokenizer, logits, dense, N_ANSWER, methods())
-
-
 def measure(args):
     model, tokenizer = load(args.model, torch.float32, "cpu")
     if args.length > model.config.context:
@@ -99,12 +83,15 @@ def measure(args):
                          f"{model.config.context:,}: give a smaller --length")
     hidden = fit(tokenizer, args.length)
     asked = list(questions(tokenizer, hidden, args.questions))
-    n, first = n_shared([ids for _, ids, _ in asked]), asked[0][1]
-    case, = kept.cases(model, tokenizer, first, [len(first)], len(first) - n - 1, args.keep)
-    scores = {task: {name: [] for name in methods()} for task in TASKS}
-    for task, ids, answers in asked:
-        for name, text in answer(model, tokenizer, case, ids).items():
-            scores[task][name].append(ruler.score(task, text, answers))
+    prompts, made = [ids for _, ids, _ in asked], methods(args.methods)
+    n, capacity = n_shared(prompts), max(map(len, prompts)) + N_ANSWER
+    caches = side_by_side(model, made, capacity)
+    prefill(model, caches, [prompts[0][:n]])
+    scores = {task: {name: [] for name in made} for task in TASKS}
+    for task, ids, truths in tqdm(asked, unit="question"):
+        said = answer(model, tokenizer, made, copy.deepcopy(caches), ids[n:], N_ANSWER)
+        for name, text in said.items():
+            scores[task][name].append(ruler.score(task, text, truths))
     print(table(HEAD, list(rows(scores))))
     if args.out:
         facts = {"machine": where("quality only"), "model": str(args.model), "tokens": n,
@@ -128,7 +115,7 @@ def parse_args(argv):
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
     add("--length", type=positive, default=4096, help="tokens of a prompt and its answer")
     add("--questions", type=positive, default=60, help="of each task")
-    add("--keep", metavar="DIR", help="keep there what dense attention makes of the text")
+    add("--methods", nargs="+", choices=NAMES, default=NAMES[:2], help="beside dense attention")
     add("--out", type=Path, help="results, as JSON")
     return parser.parse_args(argv)
 

@@ -463,7 +463,7 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
         name, text, refs))
     all_ = functools.partial(wave, RetroConfig(retrieve=1.0, values=1.0))
     methods = {"dense": DenseCache, "all": all_}
-    points = evaluate.ruler_answers(model, tokenizer, "fwe", sample, methods)
+    points = evaluate.ruler_points(model, tokenizer, "fwe", sample, methods)
     prompt = torch.tensor(tokenizer.encode(ruler.ask("fwe", sample)))    # it has no chat template
     caches = [DenseCache(len(prompt) + 50) for _ in model.layers]
     tokens = list(generate(model, caches, [prompt], 50, step=eager_step))
