@@ -43,6 +43,7 @@ CHANNELS = {4: (2, 2), 2: (4, 4), 1: (8, 8), 0.75: (16, 8), 0.375: (16, 32)}
 LEAST = 2 * M       # tokens that codebooks are made from at least
 KIND = "antkv codebook"
 FORMAT = f"{KIND} 1"
+GOLDEN = 0.618034           # part of a line from point to point: any number of them lies evenly
 BLOCK = 256         # queries, or tokens to encode, at a time: this bounds memory
 
 
@@ -243,6 +244,18 @@ def check_head(D, bits):
         raise InputError(f"heads of {D} dims cannot be kept in {bits} bits: give one of {known}")
 
 
+def placed(model, pieces):
+    """Yield (ids (n,), positions (1, n)) of pieces of text, spread over the model's context.
+
+    Attention depends on distances alone. But keys are coded with RoPE, and turn with their
+    position: codebooks from short texts at position 0 fail behind their length.
+    """
+    for i, ids in enumerate(pieces):
+        room = max(model.config.context - len(ids), 0)
+        start = int(GOLDEN * i % 1 * room)
+        yield ids, torch.arange(start, start + len(ids), device=ids.device)[None]
+
+
 def listen(model, pieces, show=iter):
     """Keys, values (H, T, D) and scores (2, H, T) of each layer, of all pieces of text ids (n,)."""
     if model.config.windows:
@@ -254,9 +267,9 @@ def listen(model, pieces, show=iter):
         layer.append((k[0], v[0], propagation_factors(q, k, v)))
         return attend_causally(q, k, v)
 
-    for ids in show(pieces):
+    for ids, positions in placed(model, show(pieces)):
         attends = [functools.partial(attend_and_keep, layer) for layer in heard]
-        model(ids[None], torch.arange(len(ids), device=ids.device)[None], attends)
+        model(ids[None], positions, attends)
     return [[torch.cat(x, dim) for x, dim in zip(zip(*layer, strict=True), (1, 1, 2), strict=True)]
             for layer in heard]
 

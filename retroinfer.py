@@ -1076,8 +1076,9 @@ class ByteStore(Store):
 
     Most of what a step reads are keys and values of retrieved tokens. With
     one scale a row, 8 bits a number are enough for them. Keys are kept
-    minus the mean of a sequence's first ones (mean_key). A later chunk of a
-    prompt, and the steady zone at first, read what is kept.
+    minus the mean of a sequence's first ones (mean_key). What a later chunk
+    of a prompt reads of an earlier one is rounded. So are the tokens that a
+    prompt leaves in the steady zone: they come out of the store.
     """
 
     def __init__(self, cache, T, like):

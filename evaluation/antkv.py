@@ -161,9 +161,9 @@ def fit_rotations(model, pieces, show=iter):
         sums[layer] = sums[layer] + rows.mT @ rows
         return o
 
-    for ids in show(pieces):
+    for ids, positions in antkv.placed(model, show(pieces)):
         attends = [functools.partial(attend_and_add, layer) for layer in range(len(sums))]
-        model(ids[None], torch.arange(len(ids))[None], attends)
+        model(ids[None], positions, attends)
     return [torch.linalg.eigh(x).eigenvectors @ hadamard(x.shape[-1]) for x in sums]
 
 
@@ -211,26 +211,30 @@ def compare(model, case, attends, first, size):
 # ---------------------------------------------------------------- the table
 
 def baselines(model, config, capacity, rotations):
-    """Yield (name, caches, bits of a number past the window)."""
-    D = model.config.head_dim
+    """Yield (name, function that makes the caches, bits of a number past the window)."""
+    def caches(changes, words=0):
+        return [RoundTrip(change, config, capacity, words) for change in changes]
+    D, n = model.config.head_dim, len(model.layers)
     made = {"16 bits": (lambda k, v: (k, v), 16), "FP8": (fp8, 8 + 16 / D),
             **{f"uniform {bits} bits": (functools.partial(kivi, bits), bits + 32 / GROUP)
                for bits in (4, 2)}}
     for name, (change, bits) in made.items():
-        yield name, [RoundTrip(change, config, capacity) for _ in model.layers], bits
+        yield name, functools.partial(caches, [change] * n), bits
     changes = [functools.partial(rotated, 2, CLIP, x) for x in rotations]
     words = 2 * model.config.num_key_value_heads * D * D
-    yield ("rotated 2 bits", [RoundTrip(f, config, capacity, words) for f in changes], 2 + 32 / D)
+    yield "rotated 2 bits", functools.partial(caches, changes, words), 2 + 32 / D
 
 
 def vector_quantised(heard, args):
-    """Yield (name, caches, bits of a code) of codebooks without weights, and of AnTKV."""
+    """The same, with bits of a code: of codebooks without weights, and of AnTKV."""
+    def caches(books, config):
+        return [AnchorCache(config, args.length, 1, book) for book in books]
     for bits, is_weighted in itertools.product(args.bits, (False, True)):
         books = codebooks(heard, bits, is_weighted)
         for share in args.anchors if is_weighted else args.anchors[:1]:
-            config, kind = AnchorConfig(bits, share), "AnTKV" if is_weighted else "unweighted"
-            caches = [AnchorCache(config, args.length, 1, book) for book in books]
-            yield f"{kind} {bits:g} bits, {share:.2%} anchors", caches, bits
+            kind, make = "AnTKV" if is_weighted else "unweighted", functools.partial(
+                caches, books, AnchorConfig(bits, share))
+            yield f"{kind} {bits:g} bits, {share:.2%} anchors", make, bits
 
 
 @dataclass
@@ -269,15 +273,16 @@ def measure(model, mode, case, caches, steps):
 
 
 def table(args, model, tokenizer):
-    """Print a row for each mode, text and method, and write them to a file."""
+    """Print a row for each method, text and mode, and write them to a file."""
     found = [read(model, tokenizer, kind, args.length) for kind in args.texts]
     pieces = calibration_pieces(tokenizer, args.pieces)
     heard, rotations = antkv.listen(model, pieces, tqdm), fit_rotations(model, pieces, tqdm)
     print("| text | mode | method | true bits | without codebooks | KL | perplexity | of dense |")
     print("|---|---|---|---|---|---|---|---|")
-    for case, mode in itertools.product(found, args.modes):
-        plain = baselines(model, AnchorConfig(), args.length, rotations)
-        for name, caches, bits in itertools.chain(plain, vector_quantised(heard, args)):
+    plain = baselines(model, AnchorConfig(), args.length, rotations)
+    for name, make, bits in itertools.chain(plain, vector_quantised(heard, args)):
+        for case, mode in itertools.product(found, args.modes):
+            caches = make()
             row = measure(model, mode, case, caches, args.steps)
             show({"method": name, **row, **bits_of(caches, bits), "pieces": args.pieces}, args.json)
 

@@ -27,6 +27,7 @@ from retroinfer import (
     take,
     tripartite_attention,
     unpack,
+    whole,
 )
 
 # Steps between levels, in standard deviations: the least squared error of normal numbers (Max).
@@ -57,8 +58,8 @@ def kept_as(x, base, bits):
 def rounded(x, bits):
     """x (*, D) in whole steps, of which the row has one size."""
     if bits == 8:
-        step = x.abs().amax(-1, keepdim=True) / 127
-        return (x / step.clamp(min=1e-30)).round() * step
+        numbers, scale = whole(x, 127)
+        return numbers * scale.float()[..., None]
     step = STEPS[bits] * x.square().mean(-1, keepdim=True).sqrt()
     half = 2 ** (bits - 1)
     return ((x / step.clamp(min=1e-30)).floor().clamp(-half, half - 1) + 0.5) * step

@@ -69,7 +69,7 @@ def read(args, tokenizer):
     T = min(args.asked or args.steps, args.steps)
     steps = [tuple(x[:, :, :T] for x in step) for step in case.steps]
     case = replace(case, ids=ids[:case.n + T + 1], steps=steps, hidden=case.hidden[:T])
-    return with_queries(args.model, case, GraphConfig().train)
+    return with_queries(args.model, case, args.train)
 
 
 def with_queries(model, case, n):
@@ -227,7 +227,7 @@ def causal_graph(head, config, G):
 
 def scan(case, args):
     """Of every head: distances, and the share of vectors to compare by index and by queries."""
-    config, rows = GraphConfig(top=TOP), []
+    config, rows = GraphConfig(top=TOP, train=args.train), []
     curves = {name: curve for name, curve in CURVES.items() if name in args.methods}
     for layer, h, head, held_out, G in heads_of(case, config, args.every):
         row = {"layer": layer, "head": h, "keys_away": mahalanobis(held_out, head.k),
@@ -272,9 +272,9 @@ class Filled(GraphCache):
         super().prefill(None, k, v, row)
 
 
-def methods(n, top, steps):
+def methods(n, top, train):
     """{name: function that makes its cache}, with about as many keys attended to as `top`."""
-    config = GraphConfig(top=top, beam=max(256, 2 * top))
+    config = GraphConfig(top=top, train=train, beam=max(256, 2 * top))
     wave = replace(RetroConfig(), sink=config.sink, local=config.local, values=1.0, growth=1.0,
                    min_retrieve=1, retrieve=top / (n - config.sink - config.local))
     made = {f"{index}{', sample' * lift}": functools.partial(
@@ -301,7 +301,7 @@ def tail(case, args):
     """KL to dense and output errors by method and keys retrieved, and what error bars hold."""
     rows = []
     for top in args.tops:
-        for name, make in methods(case.n, top, case.T).items():
+        for name, make in methods(case.n, top, args.train).items():
             if name.split(",")[0] not in args.methods or ("graph" in name and top != TOP):
                 continue                                # a graph takes minutes to build
             row = {"top": top, "method": name}
@@ -419,6 +419,8 @@ def parse_args(argv):
     add("--steps", type=positive, default=32, help="tokens fed one by one behind the text")
     add("--asked", type=positive, help="only the first so many of these steps ask")
     add("--keep", metavar="DIR", help="keep there what dense attention makes of the text")
+    add("--train", type=positive, default=GraphConfig().train,
+        help="latest tokens whose queries build an index")
     add("--every", type=positive, default=1, help="scan: only every so many layers")
     add("--tops", type=positive, nargs="+", default=[50, TOP, 200], help="tail: keys retrieved")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
@@ -455,6 +457,8 @@ def run(args):
         is_made_up = section == "synthetic"
         what = where("two cones, 128 dims" if is_made_up else text)
         key = section if is_made_up or shown == DEFAULT_NAME else f"{section}, {shown}"
+        if not is_made_up and args.train != GraphConfig().train:
+            key += f", queries of {args.train:,} tokens"
         command = " ".join(["python -m evaluation.retrieval", *sys.argv[1:]])
         results[key] = {"command": command, "where": what, **SECTIONS[section](case, args)}
         args.save.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

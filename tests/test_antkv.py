@@ -14,7 +14,6 @@ import antkv
 import evaluation.antkv as study
 import generate
 from antkv import CHANNELS, AnchorCache, AnchorConfig, Codebook
-from model import DenseCache
 from retroinfer import InputError, attend_causally
 
 SHORT = {"sink": 2, "window": 8, "update": 16}
@@ -443,17 +442,63 @@ def tiny(checkpoint):
     return load(checkpoint(**LONG), torch.float32, "cpu")
 
 
+def listened(model, pieces):
+    """Each layer's q, k, v of pieces of text, where antkv.placed puts them, piece by piece."""
+    found = []
+
+    def keep(*qkv):
+        found.append(qkv)
+        return attend_causally(*qkv)
+    for ids, positions in antkv.placed(model, pieces):
+        model(ids[None], positions, [keep] * len(model.layers))
+    return [found[layer::len(model.layers)] for layer in range(len(model.layers))]
+
+
 def test_codebooks_are_made_from_what_a_model_computes(tiny):
     model, _ = tiny
     pieces = torch.arange(600).view(2, 300) % 300 + 3
     heard = antkv.listen(model, pieces)
-    caches = [DenseCache(300) for _ in model.layers]
-    generate.prefill(model, caches, [pieces[1]])
-    for (k, v, score), cache in zip(heard, caches, strict=True):
+    for (k, v, score), parts in zip(heard, listened(model, pieces), strict=True):
         assert k.shape == v.shape == (2, 600, 16) and score.shape == (2, 2, 600)
-        torch.testing.assert_close(k[:, 300:], cache.k[0])
-        torch.testing.assert_close(v[:, 300:], cache.v[0])
+        for mine, theirs in zip((k, v), tuple(zip(*parts, strict=True))[1:], strict=True):
+            torch.testing.assert_close(mine, torch.cat(theirs, 2)[0])
         assert score[1].sum() == pytest.approx(2 * 2 * 2 * 300)     # each query gives 1
+
+
+def test_calibration_texts_lie_all_over_the_context(tiny):
+    """What a model says of a text does not depend on where the text lies."""
+    model, _ = tiny
+    pieces = torch.arange(2400).view(12, 200) % 300 + 3
+    places = [positions[0] for _, positions in antkv.placed(model, pieces)]
+    assert all((x.diff() == 1).all() and x[0] >= 0 and x[-1] < 4096 for x in places)
+    starts = torch.stack(places)[:, 0].sort().values
+    assert starts[0] == 0 and starts.diff().max() < 4096 / 6 and starts[-1] > 4096 * 3 / 4
+    one, other = (model(pieces[0][None], x[None], [attend_causally] * 2) for x in places[:2])
+    assert (one - other).norm() < 1e-3 * one.norm()
+
+
+def test_codebooks_know_keys_at_every_position(checkpoint, monkeypatch):
+    """RoPE turns a key with its position: books of texts at the beginning do not know late ones.
+    Those of real models have a large mean, which turns."""
+    from model import load
+    model, _ = load(checkpoint("qwen2", **LONG), torch.float32, "cpu")
+    model.layers[0].self_attn.k_proj.bias.data.add_(2)
+    dice, errors = torch.Generator().manual_seed(0), []
+    pieces = torch.randint(3, 300, (9, 256), generator=dice)
+    k, late = None, torch.arange(3700, 3956)[None]
+
+    def keep(q, now, v):
+        nonlocal k
+        k = now
+        return attend_causally(q, now, v)
+    model(pieces[8][None], late, [keep, attend_causally])
+    for golden in 0, antkv.GOLDEN:
+        monkeypatch.setattr(antkv, "GOLDEN", golden)
+        book = study.codebooks(antkv.listen(model, pieces[:8]), 2)[0]
+        words = book.k.float()
+        near = antkv.decode(antkv.encode(k - book.centre, words), words) + book.centre
+        errors.append((near - k).square().mean())
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_a_step_of_a_model_is_one_graph(tiny):
@@ -487,8 +532,8 @@ def test_a_cache_that_loses_nothing_is_dense(tiny, mode, monkeypatch):
         return attend_causally(*layer)
     (_, hidden), = study.follow(model, ids, [keep] * 2, 0, 200)
     case, kl = study.Case("code", ids, hidden, layers), {}
-    _, plain, _ = next(study.baselines(model, AnchorConfig(), 200, []))
-    for name, caches in (("16 bits", plain), *((share, [AnchorCache(
+    _, make, _ = next(study.baselines(model, AnchorConfig(), 200, []))
+    for name, caches in (("16 bits", make()), *((share, [AnchorCache(
             AnchorConfig(1, share, window=16), 200, 1, random_book(1)) for _ in range(2)])
             for share in (0.0, 1.0))):
         row = study.measure(model, mode, case, caches, 64)
@@ -529,20 +574,14 @@ def test_clipping_2_bits_lowers_the_error_of_normal_numbers():
 def test_rotations_are_orthogonal_and_even_out_what_queries_look_at(tiny):
     """In the rotated basis each channel of a key head's queries, and of its outputs, is as loud."""
     model, _ = tiny
-    pieces, heard = torch.arange(600).view(2, 300) % 300 + 3, []
-    found = study.fit_rotations(model, pieces)
-
-    def keep(q, k, v):
-        heard.append((q, attend_causally(q, k, v)))
-        return heard[-1][1]
-
-    for ids in pieces:
-        model(ids[None], torch.arange(300)[None], [keep] * 2)
+    pieces = torch.arange(600).view(2, 300) % 300 + 3
+    found, heard = study.fit_rotations(model, pieces), listened(model, pieces)
     for layer, rotations in enumerate(found):
         assert rotations.shape == (2, 2, 16, 16)            # keys and values, H, D, D
         torch.testing.assert_close(rotations @ rotations.mT, torch.eye(16).expand(2, 2, -1, -1),
                                    rtol=0, atol=1e-5)
-        for r, x in zip(rotations, zip(*heard[layer::2], strict=True), strict=True):
+        seen = zip(*((q, attend_causally(q, k, v)) for q, k, v in heard[layer]), strict=True)
+        for r, x in zip(rotations, seen, strict=True):
             grouped = torch.cat(x, 2)[0].unflatten(0, (2, -1)).flatten(1, 2)    # (H, G*600, D)
             energy = (grouped @ r).square().mean(1)
             torch.testing.assert_close(energy, energy.mean(-1, keepdim=True).expand_as(energy),
