@@ -127,9 +127,7 @@ def best_hot(spec):
     """The fastest hot functions of a CPU, ready to run, and why they are no faster, if so."""
     try:
         from native.step import attend, prepare
-        if spec.config.store_bits != 16:
-            raise InputError("step.cpp reads no store of 8 bits")
-        prepare(spec.dtype, spec.config.bits, spec.model.head_dim)
+        prepare(spec.dtype, spec.config, spec.model.head_dim)
         return PLAIN._replace(attend=attend), None
     except (InputError, ImportError) as e:
         return PLAIN._replace(attend=generate.attend), str(e)

@@ -1,6 +1,7 @@
 // The twin of retroinfer.attend for CPUs: a decode step over one layer, in which every byte is read
-// once. step.py compiles it for two types, NUM of keys and values and ROW of centroids and means,
-// and for DIMS of a head. Loops over the tiles of a head:
+// once. step.py compiles it for three types, NUM of q, o and steady keys and values, KEPT of keys and
+// values in the store, ROW of centroids and means, and for DIMS of a head. Loops over the tiles of a
+// head:
 //
 //     rank      q, centroids                   -> possible mass of each live cluster
 //     attend    steady rows                    -> a part: largest logit, sum, weighted values
@@ -46,6 +47,7 @@ typedef uint16_t usvec __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bvec __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(4 * GROUP)));     // of the queries of a group
 typedef uint8_t few __attribute__((vector_size(LANES)));
+typedef int8_t signs __attribute__((vector_size(LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 template <class V> V load(const void* from) { V x; std::memcpy(&x, from, sizeof x); return x; }
@@ -91,6 +93,13 @@ Pair widen(const float16* x) {
 float16 narrow(float x, float16) { return {_cvtss_sh(x, 0)}; }
 #endif
 
+// Whole numbers, in the order of NUM: they meet the same queries, and add to the same parts.
+struct int8 {
+    static constexpr int SIZE = D, STEP = 16;
+    int8_t bits;
+    static int place(int e, int i) { return NUM::place(e, i); }
+};
+
 // Two numbers of 4 bits, each plus 8: column e in the lower half, e + D/2 in the upper.
 struct uint8 {
     static constexpr int SIZE = D / 2, STEP = 8;
@@ -98,14 +107,16 @@ struct uint8 {
     static int place(int e, int i) { return e + i % LANES + i / LANES * (D / 2); }
 };
 
-#ifdef __AVX2__                 // these four GCC 12 does not find by itself
+#ifdef __AVX2__                 // these five GCC 12 does not find by itself
 ivec ints(const uint8* x) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)x)); }
 ivec ints(const bfloat16* x) { return (ivec)_mm256_cvtepu16_epi32(load<__m128i>(x)); }
+ivec ints(const int8* x) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i*)x)); }
 svec product(bvec x, bvec y) { return (svec)_mm256_maddubs_epi16((__m256i)x, (__m256i)y); }
 ivec pairs(svec x) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)(svec{} + 1)); }
 #else
 ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
 ivec ints(const bfloat16* x) { return __builtin_convertvector(load<halves>(x), ivec); }
+ivec ints(const int8* x) { return __builtin_convertvector(load<signs>(x), ivec); }
 svec product(bvec x, bvec y) {  // of bytes and signed bytes, two neighbours added
     return (svec)((usvec)x & 255) * ((svec)y << 8 >> 8) + (svec)((usvec)x >> 8) * ((svec)y >> 8);
 }
@@ -116,6 +127,15 @@ Pair widen(const uint8* x) {
     ivec both = ints(x);
     return {__builtin_convertvector((both & 15) - 8, vec),
             __builtin_convertvector((both >> 4) - 8, vec)};
+}
+
+Pair widen(const int8* x) {
+    ivec a = ints(x), b = ints(x + LANES);
+    if (std::is_same_v<NUM, bfloat16>) {        // even columns, odd columns
+        ivec both = ints((const bfloat16*)x);
+        a = both << 24 >> 24, b = both << 16 >> 24;
+    }
+    return {__builtin_convertvector(a, vec), __builtin_convertvector(b, vec)};
 }
 
 // Queries as score takes them, (groups, reads, GROUP). Those for rows of 4 bits are whole numbers,
@@ -344,7 +364,9 @@ struct Nth {
 // ---------------------------------------------------------------- a step
 
 typedef NUM Num;
+typedef KEPT Kept;
 typedef ROW Row;
+constexpr bool IS_BYTES = std::is_same_v<Kept, int8>;
 constexpr bool IS_PACKED = std::is_same_v<Row, uint8>;
 
 // values: how many of 1,000 retrieved tokens have their values read.
@@ -358,7 +380,9 @@ struct Tensors {
     const int64_t* offsets;
     const bfloat16 *spreads, *scales;
     const float* centre;
-    const Num *k_store, *v_store;
+    const Kept *k_store, *v_store;
+    const bfloat16* store_scales;           // of a row's key, of its value; only of bytes, as the
+    const float* store_centre;              // vector that their keys are minus
     const int64_t *n_retrieve, *n_ranked;
     Num* o;
 };
@@ -376,7 +400,7 @@ struct Head {
     Queries<Pair, vec> q;                   // scaled
     Queries<Bytes, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
-    std::vector<quad> shift;                // (Q,) logits of the centre
+    std::vector<quad> shift, store_shift;   // (Q,) logits of the centres
     std::vector<float> logit, possible;     // (tiles, Q, TILE, GROUP) possible: of mass, over e^m
     std::vector<quad> m, s;                 // (tiles, Q); its sums, likewise
     std::vector<float> size, scale;         // (tiles, TILE) of clusters: tokens, scale of the mean
@@ -385,10 +409,12 @@ struct Head {
     std::vector<uint64_t> keys;             // the first n_keys: of clusters, share, then place
     uint64_t last, least;                   // of the keys of those retrieved; of those ranked
     int n_keys;
-    std::vector<const Num *> k, v;          // rows to read: steady, up to a whole tile, retrieved
+    std::vector<const Num *> k, v;          // steady rows
+    std::vector<const Kept *> k_far, v_far; // retrieved keys; of them the values that are read
     std::vector<int> owner;                 // of a retrieved token: its cluster's place in mean
     std::vector<float> weight, heavy, left; // (tiles, Q, TILE, GROUP) of retrieved tokens; of those
-                                            // whose values are read; of means, for the other tokens
+                                            // whose values are read, times the values' scale; of
+                                            // means, for the other tokens
     std::vector<quad> key_m, key_s, top;    // (tiles, Q) of retrieved tokens; (Q,) the largest m
     std::vector<const Row*> mean;           // means to read
     std::vector<float> bias, guess, worth;  // of steady tokens; (tiles, Q, TILE, GROUP) of means:
@@ -437,7 +463,7 @@ struct Head {
         q.x.assign(Q * count * GROUP, Pair{}), q.excess.assign(Q, vec{});
         q_packed.x.assign(Q * packed * GROUP, Bytes{}), q_packed.excess.assign(Q, ivec{});
         unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
-        shift.assign(Q, quad{});
+        shift.assign(Q, quad{}), store_shift.assign(Q, quad{});
         std::vector<float> x(D);
         float factor = std::pow(D, -0.5);
         for (int g = 0; g < n.G; g++) {
@@ -449,7 +475,10 @@ struct Head {
                 for (int i = 0; i < 16; i++) x[Num::place(e, i)] = ((float*)&read)[i];
             }
             for (float& value : x) value *= factor, half[p][lane] += value * value / 2;
-            for (int d = 0; d < D; d++) shift[p][lane] += x[d] * given.centre[at * D + d];
+            for (int d = 0; d < D; d++) {
+                shift[p][lane] += x[d] * given.centre[at * D + d];
+                if (IS_BYTES) store_shift[p][lane] += x[d] * given.store_centre[at * D + d];
+            }
             for (float value : x) most = std::max(most, std::abs(value));
             float fine = 127 / std::max(most, 1e-30f);                  // as retroinfer.in_bytes
             real[p][lane] = 1;
@@ -592,21 +621,21 @@ struct Head {
         for (int x : live) clusters += x;
         int n_ranked = std::min<int64_t>({given.n_ranked[at], n.K, clusters});
         choose(n_ranked, std::min<int64_t>({given.n_retrieve[at], n.R, n_ranked}));
-        int64_t to = S * TILE;
-        k.resize(to + n.N), owner.resize(n.N);
+        int64_t to = 0;
+        k_far.resize(n.N), owner.resize(n.N);
         const int64_t* offsets = given.offsets + at * n.C;
         for (int r = 0; r < n_keys; r++) {
             uint64_t key = keys[r], next = keys[std::min(r + STRIDE, n_keys - 1)];
             if (next >= last) __builtin_prefetch(offsets + place(next));
             if (key < least) continue;
-            int64_t left_over = S * TILE + n.N - to;        // of a sound index it is enough
+            int64_t left_over = n.N - to;                   // of a sound index it is enough
             int c = place(key), tokens = key >= last ? std::min<int64_t>(size[c], left_over) : 0;
             int64_t first = tokens ? (at * n.T + offsets[c]) * D : 0;
             for (int i = 0; i < tokens; i++, to++)
-                k[to] = given.k_store + first + i * D, owner[to - S * TILE] = mean.size();
+                k_far[to] = given.k_store + first + i * D, owner[to] = mean.size();
             if (!tokens || n.values < 1000) estimate(c, tokens);
         }
-        k.resize(to);
+        k_far.resize(to);
     }
 
     void estimate(int place, bool is_retrieved) {
@@ -637,18 +666,35 @@ struct Head {
         mix(x.data(), Q, &v[first], count, o(part));
     }
 
-    int retrieved() const { return std::max<int>(k.size() - S * TILE, 0); }
+    int retrieved() const { return k_far.size(); }
 
-    // Reads D*e bytes a token, or 8*G a mean; writes 4*G.
+    // What one of a key's or a value's whole numbers is worth.
+    float scale_of(const Kept* key, bool is_value) const {
+        return wide(given.store_scales[(key - given.k_store) / D * 2 + is_value]);
+    }
+
+    // Reads D*e bytes a token, and its scale, or 8*G a mean; writes 4*G.
     void look(int tile) {
         if (tile >= tiles(n.N)) return look_at_means(tile - tiles(n.N));
         int first = tile * TILE, count = std::min(TILE, retrieved() - first);
         if (count <= 0) return;
         float* x = &weight[first * Q * GROUP];
-        touch(&k[S * TILE + first], count);
-        score(q, &k[S * TILE + first], count, retrieved() - first, x);
+        touch(&k_far[first], count);
+        score(q, &k_far[first], count, retrieved() - first, x);
+        if (IS_BYTES) unpack(x, first, count);
         for (int p = 0, i = tile * Q; p < Q; p++, i++)
             soften(x + p * TILE * GROUP, count, key_m[i], key_s[i], as_is);
+    }
+
+    // Logits, from the products of queries with whole numbers.
+    void unpack(float* x, int first, int count) {
+        float scales[TILE + LANES] = {};
+        for (int i = 0; i < count; i++) scales[i] = scale_of(k_far[first + i], false);
+        for (int p = 0; p < Q; p++)
+            for (int i = 0; i < count; i += 2) {
+                float* two = x + (p * TILE + i) * GROUP;
+                store(two, load<vec>(two) * each(scales + i) + twice(store_shift[p]));
+            }
     }
 
     void look_at_means(int tile) {
@@ -690,18 +736,19 @@ struct Head {
             }
             lowest = Nth(bins, some).of(keys, count);
         }
-        v.resize(S * TILE);
+        v_far.clear();
         for (int i = 0; i < count; i++) {
-            int j = v.size() - S * TILE, to = owner[i];
+            int j = v_far.size(), to = owner[i];
             bool is_read = keys[i] >= lowest;
-            if (is_read) v.push_back(given.v_store + (k[S * TILE + i] - given.k_store));
+            if (is_read) v_far.push_back(given.v_store + (k_far[i] - given.k_store));
+            float scale = IS_BYTES && is_read ? scale_of(k_far[i], true) : 1;
             for (int p = 0; p < Q; p++) {
                 int at = i / TILE * Q + p;
                 quad x = load<quad>(&weight[(at * TILE + i % TILE) * GROUP]) * factor[at];
                 if (is_read) {
                     int tile = j / TILE * Q + p, part = tiles(n.W) * Q + tile;
                     part_m[part] = top[p], part_s[part] += x;
-                    store(&heavy[(tile * TILE + j % TILE) * GROUP], x);
+                    store(&heavy[(tile * TILE + j % TILE) * GROUP], x * scale);
                 } else {
                     float* rest = &left[((to / TILE * Q + p) * TILE + to % TILE) * GROUP];
                     store(rest, load<quad>(rest) + x);
@@ -714,10 +761,10 @@ struct Head {
     void read(int part) {
         if (part >= of_tokens()) return read_means(part, (part - of_tokens()) * TILE);
         int first = (part - tiles(n.W)) * TILE;
-        int count = std::min<int>(TILE, v.size() - S * TILE - first);
+        int count = std::min<int>(TILE, v_far.size() - first);
         if (count <= 0) return;
-        touch(&v[S * TILE + first], count);
-        mix(&heavy[first * Q * GROUP], Q, &v[S * TILE + first], count, o(part));
+        touch(&v_far[first], count);
+        mix(&heavy[first * Q * GROUP], Q, &v_far[first], count, o(part));
     }
 
     void read_means(int part, int first) {

@@ -34,18 +34,16 @@ def attend(q, steady, index, stores, budget, method):
 
     Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: InputError otherwise,
     and where nothing compiles step.cpp. The number of threads changes no bit. Runs under
-    torch.compile. A store of bytes is read by generate.attend.
+    torch.compile.
     """
-    if len(stores) > 2:
-        from generate import attend as plain
-        return plain(q, steady, index, stores, budget, method)
-    kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores)} - {"uint8"}
+    kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores[:2])} - {"uint8", "int8"}
     if len(kinds) > 1:
         raise ValueError(f"q, k, v and the index are of {sorted(kinds)}: cast to one")
     if q.device.type != "cpu":
         raise InputError(f"native/step.py runs on a CPU, and q is on {q.device}")
     check_dims(q.shape[3])
     assert [name(x) for x in index[2:]] == ["float32", "int64", "bfloat16", "bfloat16", "float32"]
+    assert [name(x) for x in stores[2:]] in ([], ["bfloat16", "float32"])   # of a ByteStore
     assert method.rank in (rank_by_mass, rank_by_centroid), method.rank
     limits = [x.expand(q.shape[:2]) for x in (budget.retrieve, budget.ranked)]
     numbers = [budget.N, budget.R, budget.K, round(1000 * budget.values),
@@ -53,12 +51,13 @@ def attend(q, steady, index, stores, budget, method):
     return attend_op(q, list(steady), list(index), list(stores), limits, numbers)
 
 
-def prepare(dtype, bits, D):
-    """Compile step.cpp for keys of a dtype, centroids of 4 or 16 bits, and D head dims, unless it
-    was before. InputError if that fails."""
+def prepare(dtype, config, D):
+    """Compile step.cpp for q of a dtype, what a RetroConfig keeps, and D head dims, unless it was
+    before. InputError if that fails."""
     check_dims(D)
     kind = str(dtype).removeprefix("torch.")
-    library(kind, "uint8" if bits == 4 else kind, D)
+    library(kind, "int8" if config.store_bits == 8 else kind, "uint8" if config.bits == 4 else kind,
+            D)
 
 
 def check_dims(D):
@@ -83,13 +82,14 @@ attend_op = torch.ops.retroinfer.attend_native.default
 @torch.library.impl("retroinfer::attend_native", "CPU")
 def _(q, steady, index, stores, limits, numbers):
     (k, v, bias), (B, H, G, D) = steady, q.shape
-    given = [x.contiguous() for x in (q, k, v, *index, *stores, *limits)]
+    none = [q.new_empty(0)] * (4 - len(stores))
+    given = [x.contiguous() for x in (q, k, v, *index, *stores, *none, *limits)]
     given.insert(3, bias)
     o = torch.empty_like(given[0])                                          # (B, H, G, D)
     sizes = (B, H, G, k.shape[2], stores[0].shape[2], index[0].shape[2], *numbers,
              bias.stride(0), bias.stride(1), bias.stride(3))
     places = [x.data_ptr() for x in (*given, o)]
-    library(name(q), name(index[0]), D).attend(
+    library(name(q), name(stores[0]), name(index[0]), D).attend(
         struct.pack(f"{len(places)}N", *places), struct.pack(f"{len(sizes)}q", *sizes),
         torch.get_num_threads())
     return o
@@ -103,14 +103,14 @@ def _(q, steady, index, stores, limits, numbers):
 # ---------------------------------------------------------------- the compiler
 
 @functools.cache
-def library(kind, row, D):
-    """step.cpp for keys of a dtype, centroids of another and D head dims; compiled unless the
+def library(kind, kept, row, D):
+    """step.cpp for dtypes of q, of the store and of centroids, and D head dims; compiled unless the
     cache has it."""
-    path = cache() / f"native-{kind}-{row}-{D}-{key()}.so"
+    path = cache() / f"native-{kind}-{kept}-{row}-{D}-{key()}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:                             # not there, or damaged
-        build(path, f"-DNUM={kind}", f"-DROW={row}", f"-DDIMS={D}")
+        build(path, f"-DNUM={kind}", f"-DKEPT={kept}", f"-DROW={row}", f"-DDIMS={D}")
         return ctypes.CDLL(str(path))
 
 

@@ -20,6 +20,7 @@ from retroinfer import (
     pack,
     rank_by_mass,
     unpack,
+    whole,
 )
 
 SMALL = {"sink": 2, "local": 4, "update": 32, "segment": 64, "cluster": 4, "min_retrieve": 1}
@@ -108,7 +109,7 @@ class Case:
     """
 
     def __init__(self, shape, caps, shares, lives, dtype=torch.float32, by_mass=True, bits=4,
-                 values=1.0):
+                 values=1.0, store_bits=16):
         (B, H, G, D, W, C), (R, K, largest) = shape, caps
         g = torch.Generator().manual_seed(0)
 
@@ -131,6 +132,10 @@ class Case:
         bias = torch.zeros(B, W).masked_fill(is_free, -math.inf)[:, None, None].expand(B, H, 1, W)
         self.steady = randn(W), randn(W), bias
         self.stores = randn(T), randn(T)
+        if store_bits == 8:
+            (k, a), (v, b) = (whole(x.float(), 127) for x in self.stores)
+            self.stores = (k.to(torch.int8), v.to(torch.int8), torch.stack([a, b], -1),
+                           2 * torch.randn(B, H, 1, D, generator=g))
         spreads = 2 * by_mass * torch.rand(B, H, C, generator=g).bfloat16()
         (centroids, a), (means, b) = (pack(x.float()) if bits == 4 else (x, torch.ones(B, H, C))
                                       for x in (randn(C), randn(C)))
@@ -159,7 +164,8 @@ class Case:
     def twin(self, attend, device="cpu"):
         """The answer of a twin of retroinfer.attend, with all that is free poisoned."""
         def poison(x, is_free):
-            return x.masked_fill(is_free[..., None], math.nan if x.is_floating_point() else 255)
+            worst = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+            return x.masked_fill(is_free[..., None], worst)
 
         k, v, bias = self.steady
         is_free, is_empty = bias[:, :, 0].isinf(), self.index.sizes == 0
@@ -168,7 +174,7 @@ class Case:
         index = Index(poison(centroids, is_empty), poison(means, is_empty), sizes,
                       offsets.masked_fill(is_empty, 2**40),
                       spreads.masked_fill(is_empty, math.nan), poison(scales, is_empty), centre)
-        stores = [poison(x, self.is_free_row) for x in self.stores]
+        stores = [*(poison(x, self.is_free_row) for x in self.stores[:3]), *self.stores[3:]]
         retrieve, ranked, *numbers = self.budget
         budget = Budget(retrieve.to(device), ranked.to(device), *numbers)
         steady, index, stores = ([x.to(device) for x in xs] for xs in (steady, index, stores))
@@ -189,11 +195,19 @@ class Case:
         x = torch.cat(unpack(x), -1) if x.dtype == torch.uint8 else x
         return x.double() * self.index.scales[..., i:i + 1].double()
 
+    def rows(self):
+        """Keys and values of the store, (B, H, T, D) in float64."""
+        k, v, *rest = (x.double() for x in self.stores)
+        if not rest:
+            return k, v
+        scales, centre = rest
+        return k * scales[..., :1] + centre, v * scales[..., 1:]
+
     def head(self, b, h):
         """(G, D) in float64."""
         q = self.q[b, h].double() * self.q.shape[-1] ** -0.5
         k_s, v_s, bias = (x[b, h].double() for x in self.steady)
-        k_all, v_all = (x[b, h].double() for x in self.stores)
+        k_all, v_all = (x[b, h] for x in self.rows())
         centroids, means = (self.vectors(i)[b, h] for i in (0, 1))
         sizes, offsets = (x[b, h].long().tolist() for x in self.index[2:4])
         live = [c for c, n in enumerate(sizes) if n]

@@ -44,6 +44,14 @@ def test_a_step_is_as_exact_as_pytorch(name, values, dtype, bits):
     assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
 
 
+@pytest.mark.parametrize("dtype, bits", QUICK, ids=str)
+@pytest.mark.parametrize("values", [1.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_over_a_store_of_bytes_is_as_exact_as_pytorch(name, values, dtype, bits):
+    case = make(name, dtype, bits=bits, values=values, store_bits=8)
+    assert_as_exact(case.twin(native.attend), case.eager(), case.truth())
+
+
 @pytest.mark.parametrize("name", ["plain", "ragged", "no index yet", "none estimated"])
 def test_a_step_ranked_as_in_the_paper_is_as_exact_as_pytorch(name):
     case = make(name, by_mass=False, bits=16)
@@ -214,7 +222,7 @@ def test_a_processor_without_vectors_of_eight_is_told_the_same(cache, monkeypatc
 def test_a_missing_compiler_is_one_line_with_its_remedy(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"no-such-compiler: No such.*install g\+\+ or set CXX"):
-        native.library("float32", "uint8", 64)
+        native.library("float32", "float32", "uint8", 64)
 
 
 def test_what_does_not_compile_is_one_line_with_the_compilers_word(cache, monkeypatch, tmp_path):
@@ -222,22 +230,22 @@ def test_what_does_not_compile_is_one_line_with_the_compilers_word(cache, monkey
     source.write_text("int attend( { return 0; }\n")
     monkeypatch.setattr(native, "SOURCE", source)
     with pytest.raises(ValueError, match=r"not compile step.cpp \(.*error.*--backend"):
-        native.library("float32", "uint8", 64)
+        native.library("float32", "float32", "uint8", 64)
     assert not list(cache.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot keep .* set TORCHINDUCTOR_CACHE_DIR"):
-        native.build(tmp_path / "file" / "native.so", "-DNUM=float32", "-DROW=uint8",
-                     "-DDIMS=64")
+        native.build(tmp_path / "file" / "native.so", "-DNUM=float32", "-DKEPT=float32",
+                     "-DROW=uint8", "-DDIMS=64")
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
     """Both begin at a damaged file, and end with a whole one, which a third only loads."""
     cache.mkdir()
-    path = cache / f"native-float32-uint8-64-{native.key()}.so"
+    path = cache / f"native-float32-float32-uint8-64-{native.key()}.so"
     path.write_bytes(b"no library")
     both = [start() for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -247,7 +255,7 @@ def test_two_processes_share_a_cache_and_mend_it(cache, monkeypatch):
 
 
 def start():
-    program = "from native import step; step.library('float32', 'uint8', 64).attend"
+    program = "from native import step; step.library('float32', 'float32', 'uint8', 64).attend"
     root = Path(native.__file__).parent.parent
     return subprocess.Popen([sys.executable, "-c", program], cwd=root)
 
