@@ -2,7 +2,7 @@
 
     python -m evaluation.many --length 4096 --questions 60
     python -m evaluation.many --model qwen2.5-coder-1.5b --length 8192 --questions 12 \
-        --methods ours paper graph qcivf --out results/many-qwen.json
+        --methods ours paper qcivf --out results/many-qwen.json
 
 RULER asks one question of a text, and reading the text takes nearly all of the time. Here a text of
 nothing but needles (niah_multikey_2) is read once. Each question then asks for one needle
