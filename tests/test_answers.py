@@ -1,5 +1,6 @@
 """Methods that answer side by side, against each of them alone."""
 import copy
+import importlib.util
 import json
 
 import pytest
@@ -10,6 +11,8 @@ from generate import decode, eager_step, generate, prefill, sampler
 from model import DenseCache, RingCache, load
 
 N_DOCUMENT, N_ANSWER = 1900, 12
+needs_data = pytest.mark.skipif(not importlib.util.find_spec("wonderwords"),
+                                reason="needs the packages of requirements-eval.txt")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,9 @@ def test_each_method_answers_as_it_would_alone(checkpoint, arch):
         assert len({tuple(row.tolist()) for row in wanted.values()}) > 2
 
 
+@needs_data
 def test_many_questions_are_asked_of_one_text(checkpoint, loaded, tmp_path, monkeypatch, capsys):
     """Dense attention answers as behind the whole prompt, and each answer meets its own truth."""
-    pytest.importorskip("wonderwords")
     model, tokenizer = loaded
     seen = []
     monkeypatch.setattr(ruler, "score", lambda task, text, truths: seen.append(
@@ -75,7 +78,8 @@ def test_many_questions_are_asked_of_one_text(checkpoint, loaded, tmp_path, monk
 
 @pytest.mark.parametrize("words, line", [
     (["--length", "9000"], "9,000 tokens, the model's context is 4,096: give a smaller --length"),
-    (["--length", "100"], "100 tokens hold fewer than 8 needles: give more --length"),
+    pytest.param(["--length", "100"], "100 tokens hold fewer than 8 needles: give more --length",
+                 marks=needs_data),
     (["--methods", "best"], "invalid choice: 'best'")], ids=lambda x: x[-1][:20])
 def test_a_question_that_cannot_be_asked_is_one_line(checkpoint, capsys, words, line):
     path = str(checkpoint(max_position_embeddings=4096))

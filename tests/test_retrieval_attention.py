@@ -488,8 +488,7 @@ def test_queries_behind_a_kept_text_are_those_of_the_whole(checkpoint, tmp_path,
     model, tokenizer = load(checkpoint(max_position_embeddings=4096), device="cpu")
     ids = torch.randint(3, 300, (120,), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(retrieval.texts, "ids", lambda *args: ids)
-    monkeypatch.setattr(retrieval, "GraphConfig", lambda: GraphConfig(train=40))
-    args = argparse.Namespace(model=model, text="code", length=120, steps=9, asked=3,
+    args = argparse.Namespace(model=model, text="code", length=120, steps=9, asked=3, train=40,
                               keep=tmp_path)
     whole, heard = fidelity.read(model, ids, 9), []
 
