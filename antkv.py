@@ -43,7 +43,7 @@ CHANNELS = {4: (2, 2), 2: (4, 4), 1: (8, 8), 0.75: (16, 8), 0.375: (16, 32)}
 LEAST = 2 * M       # tokens that codebooks are made from at least
 KIND = "antkv codebook"
 FORMAT = f"{KIND} 1"
-GOLDEN = 0.618034           # part of a line from point to point: any number of them lies evenly
+GOLDEN = 0.618      # the golden ratio: steps of this share spread any number of points evenly
 BLOCK = 256         # queries, or tokens to encode, at a time: this bounds memory
 
 
@@ -248,7 +248,7 @@ def placed(model, pieces):
     """Yield (ids (n,), positions (1, n)) of pieces of text, spread over the model's context.
 
     Attention depends on distances alone. But keys are coded with RoPE, and turn with their
-    position: codebooks from short texts at position 0 fail behind their length.
+    position. Codebooks of texts at position 0 would not know the keys of longer texts.
     """
     for i, ids in enumerate(pieces):
         room = max(model.config.context - len(ids), 0)

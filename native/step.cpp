@@ -381,8 +381,8 @@ struct Tensors {
     const bfloat16 *spreads, *scales;
     const float* centre;
     const Kept *k_store, *v_store;
-    const bfloat16* store_scales;           // of a row's key, of its value; only of bytes, as the
-    const float* store_centre;              // vector that their keys are minus
+    const bfloat16* store_scales;           // of bytes alone: (T, 2) of a row's key, of its value
+    const float* store_centre;              // of bytes alone: (D,) to be added to each key
     const int64_t *n_retrieve, *n_ranked;
     Num* o;
 };
