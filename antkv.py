@@ -437,8 +437,12 @@ class AnchorCache(LayerCache):
         known = min(score.shape[1], self.score.shape[2])
         score[:, :known] += self.score[row, :, :known]
         if q is not None and k.shape[2] > first:
-            score[:, sink:] += twin(anchor_scores, q.device)(q, k, first)
+            score[:, sink:] += self.received(q, k, first)
         self.settle(row, k_open, v_open, score)
+
+    def received(self, q, k, first):
+        """anchor_scores (H, T - first), by the twin that suits the device."""
+        return twin(anchor_scores, q.device)(q, k, first)
 
     def move_to_store(self, row):
         self.is_in_store[row] = True

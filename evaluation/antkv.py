@@ -37,7 +37,7 @@ from app.snapshot import check_place, origin
 from evaluation import texts
 from evaluation.fidelity import refuse_windows
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import InputError, attend_causally
+from retroinfer import attend_causally
 
 PIECE = 2048        # tokens of a calibration text, as in Coupled Quantization
 MODULES = ("statistics", "textwrap", "heapq", "shelve", "inspect", "pathlib", "csv", "difflib")
@@ -184,6 +184,16 @@ def fp8(k, v):
 
 # ---------------------------------------------------------------- measuring
 
+class Told(AnchorCache):
+    """An AnchorCache that is told the scores of its first prompt: they depend neither on bits nor
+    on the share of anchors, and take most of the time."""
+    told = None
+
+    def received(self, q, k, first):
+        told, self.told = self.told, None
+        return super().received(q, k, first) if told is None else told[:, first:]
+
+
 def follow(model, ids, attends, start, size):
     """Yield (first place, hidden states (n, hidden)) of ids (T,) from `start` on, `size` at a time.
     """
@@ -228,7 +238,7 @@ def baselines(model, config, capacity, rotations):
 def vector_quantised(heard, args):
     """The same, with bits of a code: of codebooks without weights, and of AnTKV."""
     def caches(books, config):
-        return [AnchorCache(config, args.length, 1, book) for book in books]
+        return [Told(config, args.length, 1, book) for book in books]
     for bits, is_weighted in itertools.product(args.bits, (False, True)):
         books = codebooks(heard, bits, is_weighted)
         for share in args.anchors if is_weighted else args.anchors[:1]:
@@ -244,20 +254,30 @@ class Case:
     ids: torch.Tensor       # (T,)
     hidden: torch.Tensor    # (T, hidden)
     layers: list            # each layer's q (1, H*G, T, D), k, v (1, H, T, D)
+    scores: list            # each layer's anchor_scores (H, n) of the first n tokens, a prompt
 
 
-def read(model, tokenizer, kind, length):
-    """The Case of a text. InputError if it is too short."""
-    ids = torch.tensor(tokenizer.encode(texts.KINDS[kind]("final")[:12 * length])[:length])
-    if len(ids) < length:
-        raise InputError(f"the text {kind} has {len(ids):,} tokens, {length:,} are needed")
-    layers = []
+def read(model, tokenizer, kind, length, steps):
+    """The Case of a text whose last `steps` tokens are no prompt. InputError if it is too short."""
+    ids, layers = texts.ids(tokenizer, kind, "final", length), []
 
     def keep(*qkv):
         layers.append(qkv)
         return attend_causally(*qkv)
     (_, hidden), = follow(model, ids, [keep] * len(model.layers), 0, length)
-    return Case(kind, ids, hidden, layers)
+    n = length - steps
+    scores = [antkv.anchor_scores(q[:, :, :n], k[:, :, :n]) for q, k, _ in layers]
+    return Case(kind, ids, hidden, layers, scores)
+
+
+def fill(caches, case, n):
+    """Let each cache read the first n tokens, exactly, without the outputs that are known."""
+    for cache, layer, scores in zip(caches, case.layers, case.scores, strict=True):
+        q, k, v = (x[:, :, :n] for x in layer)
+        if isinstance(cache, Told):
+            cache.told = scores
+            cache.observe(q, 0, 0)
+        cache.prefill(None, k, v)
 
 
 def measure(model, mode, case, caches, steps):
@@ -265,8 +285,7 @@ def measure(model, mode, case, caches, steps):
     n, size = 0, AnchorConfig().window
     if mode == "prefill":
         n, size = len(case.ids) - steps, FINE
-        for cache, layer in zip(caches, case.layers, strict=True):
-            cache.prefill(*(x[:, :, :n] for x in layer))
+        fill(caches, case, n)
     kl, nll_dense, nll = compare(model, case, [cache.prefill for cache in caches], n, size)
     return {"text": case.kind, "mode": mode, "tokens": len(case.ids), "kl": kl,
             "perplexity": math.exp(nll), "perplexity of dense": math.exp(nll_dense)}
@@ -274,7 +293,8 @@ def measure(model, mode, case, caches, steps):
 
 def table(args, model, tokenizer):
     """Print a row for each method, text and mode, and write them to a file."""
-    found = [read(model, tokenizer, kind, args.length) for kind in args.texts]
+    steps = args.steps if "prefill" in args.modes else args.length      # no prompt, no scores
+    found = [read(model, tokenizer, kind, args.length, steps) for kind in args.texts]
     pieces = calibration_pieces(tokenizer, args.pieces)
     heard, rotations = antkv.listen(model, pieces, tqdm), fit_rotations(model, pieces, tqdm)
     print("| text | mode | method | true bits | without codebooks | KL | perplexity | of dense |")

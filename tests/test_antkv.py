@@ -531,9 +531,10 @@ def test_a_cache_that_loses_nothing_is_dense(tiny, mode, monkeypatch):
         layers.append(layer)
         return attend_causally(*layer)
     (_, hidden), = study.follow(model, ids, [keep] * 2, 0, 200)
-    case, kl = study.Case("code", ids, hidden, layers), {}
+    scores = [antkv.anchor_scores(q[:, :, :136], k[:, :, :136]) for q, k, _ in layers]
+    case, kl = study.Case("code", ids, hidden, layers, scores), {}
     _, make, _ = next(study.baselines(model, AnchorConfig(), 200, []))
-    for name, caches in (("16 bits", make()), *((share, [AnchorCache(
+    for name, caches in (("16 bits", make()), *((share, [study.Told(
             AnchorConfig(1, share, window=16), 200, 1, random_book(1)) for _ in range(2)])
             for share in (0.0, 1.0))):
         row = study.measure(model, mode, case, caches, 64)
@@ -542,6 +543,23 @@ def test_a_cache_that_loses_nothing_is_dense(tiny, mode, monkeypatch):
     want = -model.logits(hidden[136 if mode == "prefill" else 64:-1]).log_softmax(-1).gather(
         -1, ids[137 if mode == "prefill" else 65:, None]).mean()
     assert math.log(row["perplexity of dense"]) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_a_cache_that_is_told_its_scores_is_as_one_that_finds_them():
+    """Of the prompt only: what follows is scored by itself."""
+    layers, caches = [qkv(160, seed=seed) for seed in (0, 1)], []
+    scores = [antkv.anchor_scores(q[:, :, :128], k[:, :, :128]) for q, k, _ in layers]
+    case = study.Case("code", torch.arange(160), None, layers, scores)
+    for kind in (AnchorCache, study.Told):
+        caches.append([kind(AnchorConfig(1, 0.1, window=16), 160, 1, random_book(1))
+                       for _ in layers])
+    study.fill(caches[1], case, 128)
+    for cache, (q, k, v) in zip(caches[0], layers, strict=True):
+        cache.prefill(q[:, :, :128], k[:, :, :128], v[:, :, :128])
+    for plain, told, layer in zip(*caches, layers, strict=True):
+        rest = [x[:, :, 128:] for x in layer]
+        torch.testing.assert_close(told.prefill(*rest), plain.prefill(*rest))
+        assert torch.equal(told.anchors, plain.anchors) and torch.equal(told.score, plain.score)
 
 
 def test_uniform_quantisation_loses_at_most_half_a_step():
