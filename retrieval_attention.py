@@ -408,6 +408,7 @@ class GraphCache(LayerCache):
     dense. `error` (B, H, G), with lift: the error bars of the latest step.
     """
     heads = None        # of a part of a layer: its first head, and how many the layer has
+    search = staticmethod(search)       # a compiled twin may stand here
 
     def allocate_index(self, like):
         c, (_, H, _, D), T = self.config, like.shape, round_up(self.capacity)
@@ -483,7 +484,7 @@ class GraphCache(LayerCache):
     def attend(self, q, steady):
         D = q.shape[3]
         q = q.float() * D ** -0.5
-        found = search(q, self.store.k, self.index, self.config)
+        found = self.search(q, self.store.k, self.index, self.config)
         logits, weights = weigh(found, self.index.bias, self.config)
         rows = found.rows[..., :weights.shape[-1]]
         v = take(self.store.v, rows.flatten(2)).view(*rows.shape, D)            # (B, H, G, K, D)
