@@ -120,7 +120,7 @@ class Watched(WaveIndex):
     """
 
     def __init__(self, config, capacity, batch):
-        if config.store_bits != 16:
+        if config.store_bits != 16 and batch > 1:
             raise InputError(f"store_bits is {config.store_bits}: values that say which tokens are "
                              "read need 16 bits")
         hot = PLAIN._replace(attend=self.watch, nearest=remembered())
@@ -168,9 +168,15 @@ def wave_rows(c, steady, retrieved, clusters, n_ranked, D=64):
 
     A cluster has a size of two such numbers. If it is ranked by mass, a spread and a scale too.
     """
-    vector = c.bits / 16
+    vector, token = c.bits / 16, token_rows(c, D)
     index = clusters * (vector + (2 + 2 * c.by_mass) / D) + n_ranked * vector
-    return 2 * steady + (1 + c.values) * retrieved + index
+    return 2 * steady + token * retrieved + index
+
+
+def token_rows(c, D):
+    """How many such rows a retrieved token takes: of its value, a share. A row of 8-bit numbers has
+    a scale of 16 bits."""
+    return (1 + c.values) * (1 if c.store_bits == 16 else 0.5 + 1 / D)
 
 
 def rows_read(cache):
@@ -209,7 +215,7 @@ def wave_if(config, rows, n, steps, full):
     slots = 1.05 * clusters                                                 # some are split
     steady = n - indexed + steps / 2
     spent = wave_rows(config, steady, 0, slots, config.estimate * clusters)
-    cluster = (1 + config.values) * config.cluster * full + config.bits / 16
+    cluster = token_rows(config, 64) * config.cluster * full + config.bits / 16
     retrieve = round((rows - spent) / cluster)
     if not 1 <= retrieve <= clusters:
         return None
