@@ -49,8 +49,9 @@ class Counted(GraphCache):
         return self.found
 
 
-def methods(n):
-    """{(name, budget): function that makes its cache} for texts of n tokens. Dense is the first."""
+def methods(n, D):
+    """{(name, budget): function that makes its cache} for texts of n tokens and heads of D dims.
+    Dense is the first."""
     ours, graph = RetroConfig(), GraphConfig(index="qcivf")
     waves = {"ours": ours, "ours, 8 bits": replace(ours, store_bits=8),
              "paper": RetroConfig.paper()}
@@ -66,7 +67,7 @@ def methods(n):
             made[choose.__name__, f"{share:.0%}"] = functools.partial(
                 fidelity.Chosen, functools.partial(choose, n=round(share * n)))
     return made | {("AnTKV", f"{bits:g} bits"): functools.partial(AnchorCache, AnchorConfig(bits))
-                   for bits in CHANNELS}
+                   for bits, channels in CHANNELS.items() if D % max(channels) == 0}
 
 
 def wider(config, times):
@@ -168,7 +169,7 @@ def run(args):
     if args.length > model.config.context:
         raise InputError(f"{args.length:,} tokens, the model's context is "
                          f"{model.config.context:,}: give a smaller --length")
-    found, made = {}, methods(args.length)
+    found, made = {}, methods(args.length, model.config.head_dim)
     for kind in args.kinds:
         ids = texts.ids(tokenizer, kind, "final", args.length)
         found[kind] = list(measure(model, ids, made, args.steps))

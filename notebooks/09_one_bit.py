@@ -280,7 +280,7 @@ heard = []
 for layer in range(n_layers):
     q, k, v = (x[:, :, :768] for x in text.layer(layer))
     heard.append((k[0], v[0], antkv.propagation_factors(q, k, v)))
-cases = [read(model, tokenizer, kind, 768 + 25) for kind in ("code", "table")]
+cases = [read(model, tokenizer, kind, 768 + 25, 25) for kind in ("code", "table")]
 
 # %%
 ANCHORS, kl = (0.0, 0.01, 0.04), {}

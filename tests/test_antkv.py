@@ -1,5 +1,6 @@
 """The vector-quantised cache: its codes, its scores, its anchors, and what it must equal."""
 import functools
+import json
 import math
 
 import oracle
@@ -534,7 +535,7 @@ def test_a_cache_that_loses_nothing_is_dense(tiny, mode, monkeypatch):
     scores = [antkv.anchor_scores(q[:, :, :136], k[:, :, :136]) for q, k, _ in layers]
     case, kl = study.Case("code", ids, hidden, layers, scores), {}
     _, make, _ = next(study.baselines(model, AnchorConfig(), 200, []))
-    for name, caches in (("16 bits", make()), *((share, [study.Told(
+    for name, caches in (("16 bits", make()), *((share, [AnchorCache(
             AnchorConfig(1, share, window=16), 200, 1, random_book(1)) for _ in range(2)])
             for share in (0.0, 1.0))):
         row = study.measure(model, mode, case, caches, 64)
@@ -560,6 +561,27 @@ def test_a_cache_that_is_told_its_scores_is_as_one_that_finds_them():
         rest = [x[:, :, 128:] for x in layer]
         torch.testing.assert_close(told.prefill(*rest), plain.prefill(*rest))
         assert torch.equal(told.anchors, plain.anchors) and torch.equal(told.score, plain.score)
+
+
+def test_the_table_has_every_method_text_and_mode(checkpoint, tmp_path, monkeypatch, capsys):
+    """Own codebooks only behind a prompt. 16 bits lose nothing, and codes a little."""
+    dice = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(study, "SKIP", 64)
+    monkeypatch.setattr(study, "calibration_pieces", lambda tokenizer, n: torch.randint(
+        3, 300, (n, 400), generator=dice))
+    monkeypatch.setattr(study.texts, "ids", lambda *_: torch.randint(
+        3, 300, (700,), generator=dice))
+    path, model = tmp_path / "rows.jsonl", checkpoint(head_dim=32, **LONG)
+    assert study.main(["--model", str(model), "--length", "700", "--steps", "50", "--pieces", "2",
+                       "--bits", "1", "--anchors", "0.01", "--texts", "code",
+                       "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kl = {(row["method"], row["mode"]): row["kl"] for row in rows}
+    assert len(kl) == len(rows) == 2 * 7 + 1 == capsys.readouterr().out.count("| code |")
+    assert all(abs(x) < 1e-5 for (name, _), x in kl.items() if name == "16 bits")
+    found = {name.split(" 1 bits")[0]: x for (name, mode), x in kl.items() if mode == "prefill"}
+    assert 1e-5 < found["own codebooks"] < 1 and ("own codebooks 1 bits, 1.00% anchors",
+                                                  "first") not in kl
 
 
 def test_uniform_quantisation_loses_at_most_half_a_step():
