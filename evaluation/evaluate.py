@@ -198,7 +198,7 @@ def settings_of(args):
     """All that the results depend on. A file holds results of one such dict only."""
     settings = (FULL if args.full else QUICK) | {
         "seed": args.seed, "half": args.half, "dialect": args.dialect, "model": args.model,
-        "kinds": args.kinds}
+        "dtype": args.dtype, "kinds": args.kinds}
     for name in ("lengths", "needle_lengths", "ruler_lengths"):
         settings[name] = list(args.lengths or settings[name]) if settings[name] else []
     settings |= {} if args.steps is None else {"steps": args.steps}
@@ -218,6 +218,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--full", action="store_true", help="all lengths, budgets and RULER")
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="bfloat16 for RULER only: it rounds more than a method loses")
     add("--lengths", type=int, nargs="+", help="tokens of a text, its steps among them")
     add("--kinds", nargs="+", choices=texts.KINDS, default=list(texts.FOUR), help="of texts")
     add("--steps", type=int, help="tokens fed one by one behind each text")
@@ -239,12 +241,14 @@ def parse_args(argv):
 
 def evaluate(args):
     settings, shortest = settings_of(args), 1024
+    if args.dtype != "float32" and args.parts != ["ruler"]:
+        raise InputError("bfloat16 rounds more than a method loses: give --parts ruler with it")
     if min(settings["lengths"]) < shortest:
         raise InputError(f"a text of {min(settings['lengths']):,} tokens is nearly all in the "
                          f"exact window: give --lengths of {shortest:,} or more")
     if not 1 <= settings["steps"] <= shortest // 4:
         raise InputError(f"--steps is {settings['steps']}: give 1 to {shortest // 4}")
-    model, tokenizer = load(args.model, dtype=torch.float32, device="cpu")
+    model, tokenizer = load(args.model, dtype=getattr(torch, args.dtype), device="cpu")
     longest = max(n for x in ("lengths", "needle_lengths", "ruler_lengths") for n in settings[x])
     if longest > model.config.context:
         raise InputError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "

@@ -489,6 +489,7 @@ def test_ruler_is_asked_of_every_method_behind_one_reading(checkpoint, tmp_path,
     (["--lengths", "500"], "a text of 500 tokens is nearly all in the exact window"),
     (["--lengths", "1500"], "1,500 tokens, the model's context is 64: give smaller --lengths"),
     (["--steps", "0"], "--steps is 0: give 1 to 256"),
+    (["--dtype", "bfloat16"], "give --parts ruler with it"),
     (["--set", "values=1"], "other methods have the bytes of the default: give --methods ours"),
     (["--methods", "ours", "--set", "values=2"], "values is 2.0: give a number between 0 and 1"),
     (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
