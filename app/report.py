@@ -3,8 +3,6 @@
     facts = {"backend": "eager", "dtype": "float32", **measure(session)}
     print(card(facts, model.config.context))
 """
-import math
-
 from retroinfer import WaveIndex
 
 MIB = 2**20
@@ -89,9 +87,7 @@ def card(facts, context):
         lines.insert(0, "answer     cut by the limit: --max-new-tokens or --capacity allows more")
     if "hit_ratio" in facts:
         lines.append(offload_line(facts))
-    lines += [f"backend    {facts['backend']}; {facts['dtype']}",
-              f"speed      prefill {facts['prefill_s']:.1f} s, first step "
-              f"{facts['first_step_s']:.1f} s, then {facts['decode_tokens_per_s']:.1f} tokens/s"]
+    lines += [f"backend    {facts['backend']}; {facts['dtype']}", speed_line(facts)]
     if "bars" in facts:
         lines += bars_lines(facts["bars"])
     if "kl" in facts:
@@ -153,6 +149,13 @@ def offload_line(facts):
             f"{facts['hit_ratio']:.1%} hits, {step:.2f} MiB a step from the host")
 
 
+def speed_line(facts):
+    """Without a rate, where an answer has one token or two: the first step is no rate."""
+    rate = facts["decode_tokens_per_s"]
+    return (f"speed      prefill {facts['prefill_s']:.1f} s, first step "
+            f"{facts['first_step_s']:.1f} s" + (f", then {rate:.1f} tokens/s" if rate else ""))
+
+
 def bars_lines(bars):
     """What --check or --max-err found."""
     worst, layers = bars["worst"], " ".join(f"{100 * x:.2g}" for x in bars["median"])
@@ -167,8 +170,9 @@ def bars_lines(bars):
 def dense_lines(facts):
     """What --compare found."""
     ours, dense = facts["decode_tokens_per_s"], facts["dense_decode_tokens_per_s"]
-    return [f"dense      {facts['dense_answer']}",
-            f"agreement  {facts['agreement']:.1%} of the tokens, KL to dense {facts['kl']:.4f} "
-            "nats each",
-            f"           dense decodes {dense:.1f} tokens/s: "
-            f"ours is {ours / (dense or math.inf):.2f} times as fast"]
+    yield f"dense      {facts['dense_answer']}"
+    yield (f"agreement  {facts['agreement']:.1%} of the tokens, KL to dense {facts['kl']:.4f} nats "
+           "each")
+    if ours and dense:
+        yield (f"           dense decodes {dense:.1f} tokens/s: "
+               f"ours is {ours / dense:.2f} times as fast")

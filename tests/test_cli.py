@@ -99,6 +99,12 @@ def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
 
 
+@pytest.mark.parametrize("n, rates", [(1, 0), (2, 0), (4, 3)])
+def test_the_card_has_no_rate_of_an_answer_without_later_steps(run, checkpoint, n, rates):
+    _, _, err = run("--model", checkpoint(**LONG), "--max-new-tokens", n, "--compare")
+    assert "agreement" in err and len(re.findall(r"[\d.]+ tokens/s|times as fast", err)) == rates
+
+
 def test_compare_sees_a_difference_when_almost_nothing_is_read(run, checkpoint):
     _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--json",
                     "--set", "sink=0", "local=1", "retrieve=0", "estimate=0", "update=16")
