@@ -35,6 +35,7 @@ from antkv import AnchorCache, AnchorConfig
 from app.command import Parser, run_command
 from app.snapshot import check_place, origin
 from evaluation import texts
+from evaluation.answers import hear
 from evaluation.fidelity import refuse_windows
 from model import DEFAULT_NAME, DenseCache, load
 from retroinfer import attend_causally
@@ -274,11 +275,8 @@ def read(model, tokenizer, kind, length, steps):
 def fill(caches, case, n):
     """Let each cache read the first n tokens, exactly, without the outputs that are known."""
     for cache, layer, scores in zip(caches, case.layers, case.scores, strict=True):
-        q, k, v = (x[:, :, :n] for x in layer)
-        if isinstance(cache, AnchorCache):
-            cache.told = scores
-            cache.observe(q, 0, 0)
-        cache.prefill(None, k, v)
+        cache.told = scores
+        hear(cache, *(x[:, :, :n] for x in layer))
 
 
 def measure(model, mode, case, caches, steps):
