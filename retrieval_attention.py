@@ -59,7 +59,7 @@ class GraphConfig:
     lift: bool = False          # retrieve a weighted sample instead of the best keys
     seed: int = 0               # of the sample
     train: int = 1024           # latest tokens whose queries build the index
-    wanted: int = 64            # graph: best keys of such a query, which it links
+    wanted: int = 128           # graph: best keys of such a query, which it links
     degree: int = 32            # graph: neighbours of a key at most
     candidates: int = 96        # graph: keys among which those of a key are chosen
     entries: int = 32           # graph: keys where a search begins, which most others lead to

@@ -51,7 +51,8 @@ from retroinfer import InputError, RetroConfig, WaveIndex, attend_causally, sphe
 
 TOP, WANTED = 100, 0.95         # the best keys, and the share of them that must be found
 OUT = Path(__file__).parent.parent / "results" / "retrieval.json"
-WALKS = [(8, 4), (8, 8), (16, 8), (16, 16), (32, 16), (64, 16)]         # width, hops
+WALKS = [(8, 4, 1), (8, 8, 1), (16, 8, 1), (16, 16, 1), (32, 16, 1), (64, 16, 1),
+         (16, 8, 4), (32, 16, 4), (32, 16, 8)]              # width, hops, lists of lost keys
 STEPS = [(16, 8, 256), (32, 4, 256), (32, 6, 256), (32, 9, 320), (32, 12, 512)]     # and beam
 LISTS = [(c, p, v) for c in (64, 128, 512) for p, v in (
     (200, 1), (200, 2), (200, 4), (400, 4), (400, 8), (800, 8))]                # qcivf
@@ -158,7 +159,7 @@ def point(head, index, config):
 
 def graph_curve(head, config, index=None):
     index = index or built(head, config)
-    return [point(head, index, replace(config, width=w, hops=h)) for w, h in WALKS]
+    return [point(head, index, replace(config, width=w, hops=h, fallback=f)) for w, h, f in WALKS]
 
 
 def qcivf_curve(head, config):
