@@ -305,7 +305,8 @@ def table(args, model, tokenizer):
                 continue
             caches = make()
             row = measure(model, mode, case, caches, args.steps)
-            show({"method": name, **row, **bits_of(caches, bits), "pieces": args.pieces}, args.json)
+            show({"model": str(args.model), "method": name, **row, **bits_of(caches, bits),
+                  "pieces": args.pieces}, args.json)
 
 
 def bits_of(caches, bits):
