@@ -257,14 +257,18 @@ def placed(model, pieces):
 
 
 def listen(model, pieces, show=iter):
-    """Keys, values (H, T, D) and scores (2, H, T) of each layer, of all pieces of text ids (n,)."""
+    """Keys, values (H, T, D) and scores (2, H, T) of each layer, of all pieces of text ids (n,).
+
+    Without the first tokens of each piece: a cache keeps them exact, so they need no codewords, and
+    would draw many, because they receive much attention.
+    """
     if model.config.windows:
         raise InputError("codebooks are made of models whose layers see all tokens: this one has "
                          "layers that see a window")
-    heard = [[] for _ in model.layers]
+    heard, sink = [[] for _ in model.layers], AnchorConfig().sink
 
     def attend_and_keep(layer, q, k, v):
-        layer.append((k[0], v[0], propagation_factors(q, k, v)))
+        layer.append((k[0, :, sink:], v[0, :, sink:], propagation_factors(q, k, v)[..., sink:]))
         return attend_causally(q, k, v)
 
     for ids, positions in placed(model, show(pieces)):

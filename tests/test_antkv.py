@@ -460,10 +460,12 @@ def test_codebooks_are_made_from_what_a_model_computes(tiny):
     pieces = torch.arange(600).view(2, 300) % 300 + 3
     heard = antkv.listen(model, pieces)
     for (k, v, score), parts in zip(heard, listened(model, pieces), strict=True):
-        assert k.shape == v.shape == (2, 600, 16) and score.shape == (2, 2, 600)
-        for mine, theirs in zip((k, v), tuple(zip(*parts, strict=True))[1:], strict=True):
+        assert k.shape == v.shape == (2, 592, 16) and score.shape == (2, 2, 592)
+        late = [[x[:, :, 4:] for x in theirs] for theirs in zip(*parts, strict=True)]
+        for mine, theirs in zip((k, v), late[1:], strict=True):     # without the first 4 tokens
             torch.testing.assert_close(mine, torch.cat(theirs, 2)[0])
-        assert score[1].sum() == pytest.approx(2 * 2 * 2 * 300)     # each query gives 1
+        want = [antkv.propagation_factors(*part)[..., 4:] for part in parts]
+        torch.testing.assert_close(score, torch.cat(want, 2))
 
 
 def test_calibration_texts_lie_all_over_the_context(tiny):
