@@ -36,6 +36,7 @@ HEAD = ["method", "budget", "bytes read", "bytes resident", "KL to dense"]
 TIMES = 0.5, 1, 2, 4                    # of the default budget
 SHARES = 0.06, 0.12, 0.25               # of the tokens, for methods without a default
 ID = 2                                  # a row's number has 32 bits: two numbers
+TICKS = 5, 10, 20, 50, 100              # per cent
 LEAST = 1024                            # tokens of a text: of fewer, the wave index has no clusters
 
 
@@ -66,8 +67,11 @@ def methods(n, D):
         for choose in fidelity.oracle, fidelity.window:
             made[choose.__name__, f"{share:.0%}"] = functools.partial(
                 fidelity.Chosen, functools.partial(choose, n=round(share * n)))
-    return made | {("AnTKV", f"{bits:g} bits"): functools.partial(AnchorCache, AnchorConfig(bits))
-                   for bits, channels in CHANNELS.items() if D % max(channels) == 0}
+    for bits, channels in CHANNELS.items():
+        if D % max(channels) == 0:
+            made["AnTKV", "1 bit" if bits == 1 else f"{bits:g} bits"] = functools.partial(
+                AnchorCache, AnchorConfig(bits))
+    return made
 
 
 def wider(config, times):
@@ -155,6 +159,8 @@ def draw(rows, title, path):
             mine = sorted([100 * row[column], row[4]] for row in rows if row[0] == name)
             axes.plot(*zip(*mine, strict=True), "o-", label=name, markersize=4)
         axes.set(xscale="log", yscale="log", xlabel=f"{label}, % of dense")
+        axes.set_xticks(TICKS, TICKS)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="KL to dense, nats a token", title=title)
     panels[1].legend(frameon=False, fontsize=8, loc="lower left")

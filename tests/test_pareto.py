@@ -93,7 +93,7 @@ def test_codes_are_all_read():
 
 
 def test_the_command_writes_the_mean_of_its_texts_and_a_plot(checkpoint, tmp_path, monkeypatch):
-    few = {("dense", "all"): 0, ("ours", "1x"): 0, ("window", "6%"): 0, ("AnTKV", "1 bits"): 0}
+    few = {("dense", "all"): 0, ("ours", "1x"): 0, ("window", "6%"): 0, ("AnTKV", "1 bit"): 0}
     every = pareto.methods
     monkeypatch.setattr(pareto, "methods", lambda n, D: {
         name: make for name, make in every(n, D).items() if name in few})
