@@ -77,7 +77,7 @@ def n_shared(rows):
 
 
 def measure(args):
-    model, tokenizer = load(args.model, torch.float32, "cpu")
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), "cpu")
     if args.length > model.config.context:
         raise InputError(f"{args.length:,} tokens, the model's context is "
                          f"{model.config.context:,}: give a smaller --length")
@@ -94,8 +94,8 @@ def measure(args):
             scores[task][name].append(ruler.score(task, text, truths))
     print(table(HEAD, list(rows(scores))))
     if args.out:
-        facts = {"machine": where("quality only"), "model": str(args.model), "tokens": n,
-                 "needles": len(hidden), "scores": scores}
+        facts = {"machine": where("quality only"), "model": str(args.model), "dtype": args.dtype,
+                 "tokens": n, "needles": len(hidden), "scores": scores}
         args.out.write_text(json.dumps(facts) + "\n", "utf-8")
 
 
@@ -113,6 +113,7 @@ def parse_args(argv):
     parser = Parser(prog="many", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--length", type=positive, default=4096, help="tokens of a prompt and its answer")
     add("--questions", type=positive, default=60, help="of each task")
     add("--methods", nargs="+", choices=NAMES, default=NAMES[:2], help="beside dense attention")
