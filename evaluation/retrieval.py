@@ -53,7 +53,8 @@ TOP, WANTED = 100, 0.95         # the best keys, and the share of them that must
 OUT = Path(__file__).parent.parent / "results" / "retrieval.json"
 WALKS = [(8, 4, 1), (8, 8, 1), (16, 8, 1), (16, 16, 1), (32, 16, 1), (64, 16, 1),
          (16, 8, 4), (32, 16, 4), (32, 16, 8)]              # width, hops, lists of lost keys
-STEPS = [(16, 8, 256), (32, 4, 256), (32, 6, 256), (32, 9, 320), (32, 12, 512)]     # and beam
+STEPS = [(16, 8, 256), (32, 4, 256), (32, 6, 256), (32, 9, 320), (32, 12, 512),
+         (32, 16, 512), (32, 24, 512)]                      # and beam
 LISTS = [(c, p, v) for c in (64, 128, 512) for p, v in (
     (200, 1), (200, 2), (200, 4), (400, 4), (400, 8), (800, 8))]                # qcivf
 RARE = 12                       # scan: the first head of so many layers has the slow comparisons
