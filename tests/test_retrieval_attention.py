@@ -479,9 +479,16 @@ def test_the_page_repeats_what_was_measured():
         kl = f"{row['kl']:.4f}" if "kl" in row else ""
         numbers = f"{row['error']:.3f} | {row['p95']:.3f} | {kl} |"
         assert f"| {row['top']} | {row['method']} | {numbers}" in page
-    seconds = " | ".join(f"{row['build_s']:.1f}" for row in found["synthetic"]["sizes"])
+    sizes = found["synthetic, graph with 128 links"]["sizes"]
+    seconds = " | ".join(f"{row['build_s']:.1f}" for row in sizes)
     assert f"| build a graph, seconds | {seconds} |" in page
-    assert sum(head["graph"] is None for head in found["scan"]["heads"]) == 6
+    for model in "", ", qwen2.5-coder-1.5b":
+        for key, n in ("", "1,024"), (", queries of 4,096 tokens", "4,096"):
+            heads = [head["graph"] for head in found[f"scan{model}{key}"]["heads"]]
+            share = sum(1 if x is None else x for x in heads) / len(heads)
+            row = f"| graph, of the latest {n} tokens' queries | {len(heads)} | {share:.1%} |"
+            line, = (line for line in page.splitlines() if line.startswith(row))
+            assert line.endswith(f" | {sum(x is None for x in heads)} |")
 
 
 def test_queries_behind_a_kept_text_are_those_of_the_whole(checkpoint, tmp_path, monkeypatch):
