@@ -6,8 +6,8 @@
     said = answer(model, tokenizer, found, copy.deepcopy(caches), question, n_answer)
 
 A prompt's attention is exact in each of these methods, so all get the same queries, keys and values
-from one reading of it. Then each writes its own answer, greedily. Does not include: AnTKV, whose
-later prompts read codes.
+from one reading of it. Then each writes its own answer, greedily. Does not include: AnTKV behind a
+prompt of several chunks, because its later chunks read codes.
 """
 import functools
 

@@ -13,7 +13,8 @@ the standard library that texts.py does not use, and random identifiers.
 
 Baselines: 16 bits; keys per channel and values per token in 4 and 2 bits, in groups of 32 numbers
 (as in KIVI); keys and values rotated, then 2 bits per token (as in OSCAR); FP8 (e4m3) with a scale
-a token; codebooks without weights. All keep the same sink and window exact, so OSCAR has fewer
+a token; codebooks without weights. Behind a prompt, AnTKV is also measured with codebooks that the
+prompt makes for itself. All keep the same sink and window exact, so OSCAR has fewer
 exact tokens here than its 64 first and 256 latest. True bits count codes, scales, exact tokens, and
 codebooks or rotations of this one text, over all numbers of K and V.
 """
@@ -45,7 +46,7 @@ MODULES = ("statistics", "textwrap", "heapq", "shelve", "inspect", "pathlib", "c
 GROUP = 32          # numbers of a group that share a scale and a zero
 CLIP = 0.6          # of the range of 64 to 128 normal numbers: 2 bits of it have the least error
 SKIP = 512          # tokens of a text whose perplexity is not counted in mode "first"
-OWN = "own codebooks"
+OWN = "own codebooks"   # of rows in which a prompt makes its own codebooks
 FINE = 32           # tokens that are read together behind a prompt in mode "prefill"
 
 

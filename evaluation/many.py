@@ -113,7 +113,7 @@ def parse_args(argv):
     parser = Parser(prog="many", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
     add("--length", type=positive, default=4096, help="tokens of a prompt and its answer")
     add("--questions", type=positive, default=60, help="of each task")
     add("--methods", nargs="+", choices=NAMES, default=NAMES[:2], help="beside dense attention")

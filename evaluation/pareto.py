@@ -3,8 +3,9 @@
     python -m evaluation.pareto                 # four texts of 4,096 tokens: results/pareto.json
     python -m evaluation.pareto --kinds code --length 8000 --out results/pareto-code.json
 
-All methods read a text side by side (answers.py), each with an exact prefill of its own. Then they
-are fed the same tokens one by one, and their logits are compared with those of dense attention.
+All methods read a text side by side (answers.py). Attention to the prompt is exact, and the same
+for all. Then they are fed the same tokens one by one, and their logits are compared with those of
+dense attention.
 Each method is measured at several budgets. AnTKV makes its codebooks from the text itself.
 
 Bytes are those of live rows of K, V and index, and of codes and codebooks; a number counts 16 bits,

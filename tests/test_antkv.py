@@ -464,8 +464,9 @@ def test_codebooks_are_made_from_what_a_model_computes(tiny):
         late = [[x[:, :, 4:] for x in theirs] for theirs in zip(*parts, strict=True)]
         for mine, theirs in zip((k, v), late[1:], strict=True):     # without the first 4 tokens
             torch.testing.assert_close(mine, torch.cat(theirs, 2)[0])
-        want = [antkv.propagation_factors(*part)[..., 4:] for part in parts]
-        torch.testing.assert_close(score, torch.cat(want, 2))
+        want = [antkv.propagation_factors(*part) for part in parts]
+        assert sum(x[1].sum() for x in want) == pytest.approx(2 * 2 * 2 * 300)  # a query gives 1
+        torch.testing.assert_close(score, torch.cat([x[..., 4:] for x in want], 2))
 
 
 def test_calibration_texts_lie_all_over_the_context(tiny):
