@@ -38,7 +38,7 @@ TIMES = 0.5, 1, 2, 4                    # of the default budget
 SHARES = 0.06, 0.12, 0.25               # of the tokens, for methods without a default
 ID = 2                                  # a row's number has 32 bits: two numbers
 TICKS = 5, 10, 20, 50, 100              # per cent
-LEAST = 1024                            # tokens of a text: of fewer, the wave index has no clusters
+LEAST = 2048                            # tokens before the steps: of fewer, some methods index none
 
 
 # ---------------------------------------------------------------- methods and their budgets

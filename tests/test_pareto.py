@@ -13,7 +13,7 @@ from model import load
 from retrieval_attention import GraphConfig
 from retroinfer import RetroConfig
 
-N, STEPS = 1500, 3
+N, STEPS = 2052, 3
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_kl_is_that_of_each_method_alone(loaded):
     assert found["oracle", "25%"][1] == 1 > found["oracle", "25%"][0]
 
 
-def step(cache, n=1400, D=64):
+def step(cache, n=2100, D=64):
     """The cache behind n tokens and one step."""
     q, k, v = qkv(n + 1, G=2, D=D)
     cache.prefill(*(x[:, :, :n] for x in (q, k, v)))
@@ -57,21 +57,24 @@ def step(cache, n=1400, D=64):
 def test_what_a_search_reads_is_counted_once_for_a_kv_head(index):
     """Bytes by hand: a key counts once, however many query heads of its kv head compare it."""
     config = GraphConfig(index=index, centroids=50, listed=60, visits=2, coarse=40)
-    cache = step(Counted(config, 1401))
-    numbers = []
+    cache = step(Counted(config, 2101))
+    numbers, twice = [], 0
     for head in range(2):
         keys, values = set(), set()
         for seen, rows in zip(cache.found.seen[0, head], cache.found.rows[0, head], strict=True):
-            keys |= set((seen[:-1] >= 0).nonzero()[:, 0].tolist())
+            more = set((seen[:-1] >= 0).nonzero()[:, 0].tolist())
+            twice += len(keys & more)
+            keys |= more
             values |= set(rows.tolist())
-        n_open = 1401 - int(cache.n_indexed[0])
+        n_open = 2101 - int(cache.n_indexed[0])
         lists, P = cache.index.lists.shape[2:]
         ids = 2 * 2 * P if index == "qcivf" else 2 * (P + 16 * 8 * config.degree)
         numbers.append(64 * (2 * n_open + len(keys) + len(values) + lists) + 2 * ids)
-    assert read_share(cache) == pytest.approx(sum(numbers) / 2 / (64 * 2 * 1401))
+    assert read_share(cache) == pytest.approx(sum(numbers) / 2 / (64 * 2 * 2101))
+    assert twice
     kept = 64 * cache.index.lists.shape[2] + 2 * cache.index.lists[0, 0].numel()
-    kept += 2 * (1401 * config.degree + config.entries) if index == "graph" else 0
-    assert resident_share(cache) == pytest.approx(1 + kept / (64 * 2 * 1401))
+    kept += 2 * (2101 * config.degree + config.entries) if index == "graph" else 0
+    assert resident_share(cache) == pytest.approx(1 + kept / (64 * 2 * 2101))
 
 
 def test_a_store_of_bytes_is_read_and_kept_in_half_of_the_bytes():
@@ -79,16 +82,16 @@ def test_a_store_of_bytes_is_read_and_kept_in_half_of_the_bytes():
     change."""
     rest = []
     for bits, row in (16, 1), (8, (8 * 64 + 16) / (16 * 64)):
-        cache = step(fidelity.wave(RetroConfig(values=1.0, store_bits=bits), 1401))
+        cache = step(fidelity.wave(RetroConfig(values=1.0, store_bits=bits), 2101))
         n_read, n_kept = float(cache.fetched[1].sum()) / 2, int(cache.n_indexed)
-        rest.append([1401 * read_share(cache) - row * n_read,
-                     1401 * resident_share(cache) - row * n_kept])
+        rest.append([2101 * read_share(cache) - row * n_read,
+                     2101 * resident_share(cache) - row * n_kept])
         assert n_read > 20
     assert rest[0] == pytest.approx(rest[1], rel=0.02) and 41 < rest[0][0] < rest[0][1] < 200
 
 
 def test_codes_are_all_read():
-    cache = step(AnchorCache(AnchorConfig(1), 1401))
+    cache = step(AnchorCache(AnchorConfig(1), 2101))
     assert read_share(cache) == resident_share(cache) == cache.true_bits() / 16 < 0.5
 
 
@@ -111,7 +114,7 @@ def test_the_command_writes_the_mean_of_its_texts_and_a_plot(checkpoint, tmp_pat
 
 @pytest.mark.parametrize("words, line", [
     (["--length", "5000"], "5,000 tokens, the model's context is 4,096: give a smaller --length"),
-    (["--length", "1040"], "1,008 tokens before the steps are too few: give 1,024 or more"),
+    (["--length", "1040"], "1,008 tokens before the steps are too few: give 2,048 or more"),
     (["--model", "no/such/place"], "no/such/place")], ids=lambda x: " ".join(x)[:20])
 def test_bad_input_is_one_line(checkpoint, capsys, words, line):
     path = str(checkpoint(max_position_embeddings=4096))
