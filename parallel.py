@@ -40,11 +40,13 @@ def run(work):
         TALK.append(dist.new_group(timeout=timedelta(days=30), backend="gloo"))     # a person waits
         out = open(os.devnull, "w") if RANK else None       # noqa: SIM115 (to the end)
         with redirect_stdout(out or sys.stdout), redirect_stderr(out or sys.stderr):
-            status = work()
-        dist.destroy_process_group()
-        return status
+            return work()
     except InputError as e:
-        raise (e if store.add(str(e), 1) == 1 else SystemExit(2)) from None     # said before
+        try:
+            said = store.add(str(e), 1) > 1
+        except dist.DistError:      # rank 0 kept the store, met this too and has ended
+            said = True
+        raise (SystemExit(2) if said else e) from None
     except SystemExit as e:
         if e.code:
             print(f"retroinfer: rank {RANK} ends, for it was told to", file=sys.stderr)
@@ -53,6 +55,10 @@ def run(work):
         if not any(word in f"{type(e)} {e}" for word in LOST):
             raise
         raise InputError(f"rank {RANK} ends, it lost another: {e}".splitlines()[0]) from None
+    finally:                        # threads of a group that still stand at the end abort it
+        TALK.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def gather(x):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,7 +34,9 @@ from app import cli
 from app.command import run_command
 def work():
     return sum(cli.answer(cli.parse_args(argv)) for argv in json.loads(sys.argv[1]))
-raise SystemExit(run_command("retroinfer", lambda: parallel.run(work)))
+status = run_command("retroinfer", lambda: parallel.run(work))
+assert not parallel.TALK and not parallel.dist.is_initialized(), "its threads abort the interpreter"
+raise SystemExit(status)
 """
 
 
@@ -48,7 +49,7 @@ from app import choose
 choose.try_compiler = lambda: None
 choose.compiled_step = torch.compile(functools.partial(generate.step, run=generate.region()),
                                      backend="eager", fullgraph=True, dynamic=False)
-""" + DRIVER.replace("raise SystemExit", "status = ") + """
+""" + DRIVER.replace("raise SystemExit(status)\n", "") + """
 print(*torch._dynamo.utils.counters["graph_break"], "breaks", sep="")
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
 raise SystemExit(status)
@@ -56,17 +57,16 @@ raise SystemExit(status)
 
 
 def start(n, commands, stdin="", driver=DRIVER):
-    """n ranks that run command lines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """n ranks that run command lines. As under torchrun, their store outlives them."""
+    store = parallel.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": str(ROOT)}
+                           "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+                           "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     ranks = [subprocess.Popen([sys.executable, "-c", driver, json.dumps(commands)], text=True,
                               env=shared | {"RANK": str(rank)}, **pipes) for rank in range(n)]
     ranks[0].stdin.write(stdin)
+    ranks[0].store = store
     return ranks
 
 
