@@ -11,6 +11,7 @@ Twice a layer the ranks add up (Shoeybi et al., Megatron-LM, arXiv 1909.08053, Â
 
 All ranks run one program. Rank 0 alone reads, picks tokens and prints. docs/parallel.md says more.
 """
+import atexit
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,6 +38,7 @@ def run(work):
     try:
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group(None, None, timedelta(minutes=10), SIZE, RANK, store)
+        atexit.register(end_group)
         TALK.append(dist.new_group(timeout=timedelta(days=30), backend="gloo"))     # a person waits
         out = open(os.devnull, "w") if RANK else None       # noqa: SIM115 (to the end)
         with redirect_stdout(out or sys.stdout), redirect_stderr(out or sys.stderr):
@@ -55,10 +57,12 @@ def run(work):
         if not any(word in f"{type(e)} {e}" for word in LOST):
             raise
         raise InputError(f"rank {RANK} ends, it lost another: {e}".splitlines()[0]) from None
-    finally:                        # threads of a group that still stand at the end abort it
-        TALK.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def end_group():
+    """Called at exit, when all is said. Threads of a group that is still there abort a process."""
+    TALK.clear()
+    dist.destroy_process_group()
 
 
 def gather(x):

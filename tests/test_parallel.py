@@ -28,15 +28,15 @@ COMMON = ["--backend", "eager", "--device", "cpu", "--dtype", "float32", "--json
 SMALL = ["--set", "segment=64", "update=16", "min_retrieve=2"]
 # Several command lines one after another, for loading torch takes longer than they do.
 DRIVER = """
-import json, sys
+import atexit, json, os, sys
 import parallel
 from app import cli
 from app.command import run_command
 def work():
     return sum(cli.answer(cli.parse_args(argv)) for argv in json.loads(sys.argv[1]))
-status = run_command("retroinfer", lambda: parallel.run(work))
-assert not parallel.TALK and not parallel.dist.is_initialized(), "its threads abort the interpreter"
-raise SystemExit(status)
+# The threads of a group that stands at the end may abort the interpreter.
+atexit.register(lambda: (parallel.TALK or parallel.dist.is_initialized()) and os._exit(77))
+raise SystemExit(run_command("retroinfer", lambda: parallel.run(work)))
 """
 
 
@@ -49,24 +49,39 @@ from app import choose
 choose.try_compiler = lambda: None
 choose.compiled_step = torch.compile(functools.partial(generate.step, run=generate.region()),
                                      backend="eager", fullgraph=True, dynamic=False)
-""" + DRIVER.replace("raise SystemExit(status)\n", "") + """
+""" + DRIVER.replace("raise SystemExit", "status = ") + """
 print(*torch._dynamo.utils.counters["graph_break"], "breaks", sep="")
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs")
 raise SystemExit(status)
 """
 
 
-def start(n, commands, stdin="", driver=DRIVER):
-    """n ranks that run command lines. As under torchrun, their store outlives them."""
+# Rank 0 ends first, the others at the end of their input.
+LATE = """
+import sys
+import parallel
+from app.command import run_command
+from retroinfer import InputError
+def work():
+    if parallel.RANK:
+        sys.stdin.read()
+    raise InputError("it is bad")
+raise SystemExit(run_command("retroinfer", lambda: parallel.run(work)))
+"""
+
+
+def start(n, commands, stdin="", driver=DRIVER, torchrun=True):
+    """n ranks that run command lines. With torchrun their store outlives them, else it is rank 0's.
+    """
     store = parallel.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
-                           "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
+                           "TORCHELASTIC_USE_AGENT_STORE": str(torchrun), "PYTHONPATH": str(ROOT)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     ranks = [subprocess.Popen([sys.executable, "-c", driver, json.dumps(commands)], text=True,
                               env=shared | {"RANK": str(rank)}, **pipes) for rank in range(n)]
     ranks[0].stdin.write(stdin)
-    ranks[0].store = store
+    ranks[0].store = torchrun and store
     return ranks
 
 
@@ -209,6 +224,14 @@ def test_an_error_that_all_ranks_meet_is_printed_once(tmp_path):
     said = "".join(err for *_, err in ranks)
     assert said == f"retroinfer: cannot read the prompt {tmp_path / 'none'}: No such file or " \
                    "directory\n"
+
+
+@pytest.mark.slow
+def test_an_error_met_when_rank_0_has_ended_is_no_traceback():
+    first, late = start(2, [], driver=LATE, torchrun=False)
+    assert first.wait(60) == 2 and first.stderr.read() == "retroinfer: it is bad\n"
+    (status, _, err), = finish([late])
+    assert status == 2 and "Traceback" not in err
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
