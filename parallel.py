@@ -46,7 +46,7 @@ def run(work):
     except InputError as e:
         try:
             said = store.add(str(e), 1) > 1
-        except dist.DistError:      # rank 0 kept the store, met this too and has ended
+        except dist.DistError:      # rank 0 kept the store, has ended and said why
             said = True
         raise (SystemExit(2) if said else e) from None
     except SystemExit as e:

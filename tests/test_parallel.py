@@ -81,7 +81,7 @@ def start(n, commands, stdin="", driver=DRIVER, torchrun=True):
     ranks = [subprocess.Popen([sys.executable, "-c", driver, json.dumps(commands)], text=True,
                               env=shared | {"RANK": str(rank)}, **pipes) for rank in range(n)]
     ranks[0].stdin.write(stdin)
-    ranks[0].store = torchrun and store
+    ranks[0].store = torchrun and store             # it lives as long as they do
     return ranks
 
 
