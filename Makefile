@@ -37,7 +37,7 @@ test-slow: setup ## the tests that make test leaves out
 		--durations=15 $(ARGS)
 
 test-all: export HYPOTHESIS_PROFILE = free
-test-all: test test-slow ## every test; random cases differ from run to run
+test-all: $(VENV)/ready-eval test test-slow ## every test; random cases differ from run to run
 
 test-gpu:       ## the kernels on a GPU, with the torch and Triton of PYTHON
 	$(PYTHON) -m pytest tests/test_kernels.py tests/test_gpu_bench.py tests/test_footprint.py $(ARGS)
@@ -66,7 +66,7 @@ lint: setup     ## ruff
 	$(BIN)/ruff check .
 
 lines:          ## lines of each file
-	@wc -l *.py app/*.py native/* evaluation/*.py bench/*.py tests/*.py
+	@git ls-files '*.py' '*.cpp' | xargs wc -l
 
 bench: bench-cache ## speed and memory beside dense attention and peers; the block cache
 	for section in attention model prefill reload; do \
@@ -96,5 +96,5 @@ picture: setup  ## the README's opening picture, from real attention
 	$(BIN)/python notebooks/zones.py
 
 clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ \
-		notebooks/__pycache__ notebooks/.cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis notebooks/.cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

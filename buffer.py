@@ -47,7 +47,7 @@ RATIO = 0.05            # of K and V that the device has room for (§4.3)
 BLOCK = 8               # tokens of a block: 2 KB of keys of 128 dims in 16 bits (§4.3)
 # Numbers of a RetroConfig that suit a buffer. A block brings all its values, so fewer clusters are
 # retrieved.
-WHOLE = {"retrieve": 0.03, "min_retrieve": 16, "values": 1.0}
+OFFLOADED = {"retrieve": 0.03, "min_retrieve": 16, "values": 1.0}
 
 
 # ---------------------------------------------------------------- which block is in which slot
@@ -137,8 +137,8 @@ class BlockCache:
 
 # ---------------------------------------------------------------- the wave buffer
 
-class WaveBuffer:
-    """A Store of one WaveIndex on the host, with its block cache on the device.
+class WaveBuffer(Store):
+    """The Store of one WaveIndex on the host, with its block cache on the device.
 
     wave, T, like: as retroinfer.Store takes them. memory: yields two tensors of the host, as
     host_memory does. cache_ratio: slots as a share of the store's rows, 0 to 1. The last block of
@@ -153,10 +153,10 @@ class WaveBuffer:
         (R, _, self.N), C = wave.most, wave.index.sizes.shape[2]
         S = round(cache_ratio * T / BLOCK)
         memory = memory or host_memory(2, (B, H, T, D), like.dtype, like.device)
-        self.stores = list(itertools.islice(memory, 2))
-        if len(self.stores) < 2:
+        stores = list(itertools.islice(memory, 2))
+        if len(stores) < 2:
             raise ValueError("other caches hold this memory: call offload() once for each set")
-        self.k, self.v = self.stores
+        self.k, self.v = stores
         self.within = torch.arange(0, wave.config.largest, BLOCK, device=like.device)   # (n,)
         self.cache = BlockCache(B, H, C * len(self.within), S, policy, like.device)
         self.slots = [like.new_zeros(B, H, (S + 1) * BLOCK, D) for _ in range(2)]
@@ -165,7 +165,7 @@ class WaveBuffer:
         self.desk, is_last = execution.take((B, H, self.N, D), R, like)
         self.admission = Lane(like.device, "admission")
         self.admission.admits(self.cache.table, self.desk.k, is_last)
-        self.lane, self.is_near = Lane(like.device), like.device == self.stores[0].device
+        self.lane, self.is_near = Lane(like.device), like.device == self.k.device
         self.counts = torch.zeros(3, dtype=torch.int64, device=like.device)
         self.overlap = overlap
 
@@ -187,7 +187,8 @@ class WaveBuffer:
         the tokens an execution buffer holds what it held before."""
         misses, hits, bias = self.locate(index, ids, ends)
         bring = bring_op if self.writes else bring_plain
-        bring(list(self.desk), self.stores, self.slots, [misses, hits, ids, ends], self.overlap)
+        rows = [misses, hits, ids, ends]
+        bring(list(self.desk), list(self.tensors()), self.slots, rows, self.overlap)
         return self.desk.k, self.desk.v, bias
 
     def locate(self, index, ids, ends):
@@ -220,7 +221,7 @@ class WaveBuffer:
     def view(self, row, first, end):
         """Views k, v (1, H, end - first, D) of rows of a sequence, on the host."""
         self.lane.drain()
-        return [x[row:row + 1, :, first:end] for x in self.stores]
+        return super().view(row, first, end)
 
     def bring(self, row, first, known, end):
         """Device copies of rows `first` to `end` of the store, of which those up to `known` are
@@ -234,7 +235,7 @@ class WaveBuffer:
     def put(self, row, first, k, v):
         """Send k, v (1, H, n, D) to the store, beside what the device does next."""
         if self.is_near:
-            return Store.put(self, row, first, k, v)
+            return super().put(row, first, k, v)
         rows = self.view(row, first, first + k.shape[2])
         with self.lane.fork():      # else the copy could begin before the tokens are in order
             for x, copy in zip(rows, (k, v), strict=True):
@@ -245,7 +246,7 @@ class WaveBuffer:
         """Bytes allocated, by part. The store is on the host, the others are on the device."""
         state = self.cache.table, self.cache.owner, *vars(self.cache.policy).values()
         parts = {"block cache": self.slots, "execution buffer": self.desk,
-                 "its tables": (*state, self.within, self.counts), "store": self.stores}
+                 "its tables": (*state, self.within, self.counts), "store": self.tensors()}
         return {name: sum(x.nbytes for x in part) for name, part in parts.items()}
 
     def facts(self):
@@ -508,8 +509,8 @@ def mapped(path, n, nbytes):
 def offload(model, capacity, batch=1, path=None, **how):
     """A make_store for the WaveIndex of each layer that has one. All host memory is allocated now.
 
-    path: that of a new file to keep it in. how: cache_ratio, policy, overlap. RetroConfig(**WHOLE)
-    suits it; of other configs every value of a block is copied too, whether it is read or not.
+    path: that of a new file to keep it in. how: cache_ratio, policy, overlap. OFFLOADED has the
+    numbers that suit it; with others every value of a block is copied too, read or not.
     """
     c, weight = model.config, model.lm_head.weight
     shape = batch, c.num_key_value_heads, round_up(capacity), c.head_dim

@@ -68,14 +68,23 @@ def check(config, path):
                              f"{most:,}")
     if not all(type(i) is int and 0 <= i < 2**31 for i in config["eos_ids"]):
         raise InputError(f"{path}: the end tokens are {set(config['eos_ids'])}, not token ids")
-    numbers = {name: x for name, x in config["rope"].items() if name in ROPE_NUMBERS}
-    for name, x in {"rms_norm_eps": config["rms_norm_eps"], **numbers}.items():
-        if type(x) not in (int, float) or not 0 <= x < math.inf:
-            raise InputError(f"{path}: {name} is {x!r}, not a number from 0")
+    check_number("rms_norm_eps", config["rms_norm_eps"], path)
+    for rope in filter(None, (config["rope"], config.get("local_rope"))):
+        check_rope(rope, path)
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise InputError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
-    rope = config["rope"]
+
+
+def check_number(name, x, path):
+    if type(x) not in (int, float) or not 0 <= x < math.inf:
+        raise InputError(f"{path}: {name} is {x!r}, not a number from 0")
+
+
+def check_rope(rope, path):
+    """InputError for a RoPE that lacks its numbers."""
+    for name in ROPE_NUMBERS:
+        check_number(name, rope.get(name, 0), path)
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(rope["rope_type"], ("factor",)):
         if not isinstance(rope.get(name), (int, float)):
@@ -270,7 +279,7 @@ def read_safetensors(files, cut=None):
 
 # ---------------------------------------------------------------- a GGUF file
 
-GGUF_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+GGUF_KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 GGUF_NAMES = {
     "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head", "blk": "layers",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

@@ -268,7 +268,7 @@ class CheckedIndex(WaveIndex):
     def attend(self, q, steady):
         o = super().attend(q, steady)
         q = q.float() * q.shape[-1] ** -0.5
-        left = look(q, steady, self.index, self.stores(), self.budget(), self.method)
+        left = look(q, steady, self.index, self.store.tensors(), self.budget(), self.method)
         return self.check(q, left, o)
 
     def check(self, q, left, o):
@@ -283,10 +283,7 @@ class CheckedIndex(WaveIndex):
         self.counts[2] += m * torch.ones_like(left.exact[..., :1]).mul(is_asked).sum()
         u = uniform((*q.shape[:2], m), self.seed + number * 2**20, self.n_tokens)
         drawn = [x * is_asked for x in draw(left, u)]
-        return judge(left, drawn, q, self.index, self.stores(), o)
-
-    def stores(self):
-        return self.store.k, self.store.v
+        return judge(left, drawn, q, self.index, self.store.tensors(), o)
 
     def keep(self, widths):
         """Remember widths (B, H, G) of a step."""

@@ -24,6 +24,8 @@ import torch
 import retroinfer
 from retroinfer import PLAIN, RUN, Hot, InputError, bias_of, rows_of, unroll
 
+BACKENDS = "triton", "native", "compile", "eager"       # of the hot functions
+
 
 def step(model, caches, tokens, run):
     """Logits (B, V) behind tokens (B,), which are appended to the caches."""
@@ -140,7 +142,7 @@ def decode(model, caches, logits, n_tokens, pick, step=compiled_step):
 
     pick(logits) chooses a token (B,). Behind its end token a sequence yields that token again.
     Between steps the caches may index what they gathered. InputError when the logits are not
-    numbers, or the caches are full.
+    numbers, ValueError when the caches are full.
     """
     ends = torch.tensor(sorted(model.config.eos_ids), device=logits.device)
     token, has_ended = None, torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -193,12 +195,14 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
 # ---------------------------------------------------------------- the hot functions
 
 def hot_functions(device, name=None):
-    """The Hot of a backend: triton, native, compile, eager; the fastest one if name is None.
+    """The Hot of a backend, one of BACKENDS; the fastest one if name is None.
 
     InputError, or ImportError, if the device or this installation does not have it.
     """
     is_cpu = device.type == "cpu"
     name = name or (("native" if has_compiler() else "eager") if is_cpu else "triton")
+    if name not in BACKENDS:
+        raise InputError(f"backend {name} is not one of {', '.join(BACKENDS)}")
     if (name, is_cpu) in (("triton", True), ("native", False)):
         wanted = "GPU" if name == "triton" else "CPU"
         raise InputError(f"backend {name} needs a {wanted}, the device is {device}: "
@@ -262,7 +266,7 @@ def attend(q, steady, index, stores, budget, method):
 def tripartite_attention(q, steady, index, budget, fetch, method):
     """retroinfer.tripartite_attention. A compiled step on a CPU streams its sums."""
     if q.device.type == "cpu" and torch.compiler.is_compiling():
-        method = method._replace(scores=stream_scores, mix=stream_mix, few=few_in_runs(method))
+        method = method._replace(scores=stream_scores, mix=stream_mix, few=few_runs)
     return retroinfer.tripartite_attention(q, steady, index, budget, fetch, method)
 
 
@@ -297,12 +301,8 @@ def numbers(*scalars):
     return found
 
 
-def few_in_runs(method):
-    """method.few in whole runs of rows, for stream_mix."""
-    return few_runs if method.few is retroinfer.few else method.few
-
-
 def few_runs(budget, n):
+    """retroinfer.few in whole runs of rows, for stream_mix."""
     return (retroinfer.few(budget, n) + RUN - 1) // RUN * RUN
 
 

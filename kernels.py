@@ -14,8 +14,8 @@ read K and V where they lie in the store. Behind a wave buffer the store is its 
     combine   of all splits         -> o (B, H, G, D)
 
     B batch    H kv heads   G query heads per kv head   T tokens   D head dim   W steady-zone slots
-    C clusters a head   R, E clusters retrieved, estimated   N exact tokens   S splits of a head
-    M exact tokens whose values are read   L tokens in a segment   K clusters ranked: R+E
+    C clusters a head   R, E clusters retrieved, estimated   N retrieved tokens   S splits of a head
+    M of them whose values are read   L tokens in a segment   K clusters ranked: R+E
     BG, BD, BN, BC, BL: a tile's size along those, BX and BR: of weights and of R
 
 What a step loads and stores, in bytes, for each of the B*H heads (e bytes an element of K and V;

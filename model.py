@@ -314,8 +314,23 @@ class DenseCache(nn.Module):
 
     def __init__(self, capacity, batch=1):
         super().__init__()
-        self.capacity, self.k = capacity, None
-        self.n_tokens = torch.zeros(batch, dtype=torch.int64)
+        self.capacity = self.n_slots = capacity
+        self.k, self.n_tokens = None, torch.zeros(batch, dtype=torch.int64)
+
+    def allocate(self, like):
+        """All state, for keys `like` (1, H, any, D)."""
+        shape = len(self.n_tokens), like.shape[1], self.n_slots, like.shape[3]
+        self.k, self.v = (like.new_zeros(shape) for _ in "kv")
+        self.n_tokens = self.n_tokens.to(like.device)
+
+    def end(self, row, k):
+        """How many tokens a sequence has with k (1, H, T, D). ValueError if they do not fit."""
+        if self.k is None:
+            self.allocate(k)
+        n = int(self.n_tokens[row]) + k.shape[2]
+        if n > self.capacity:
+            raise ValueError(f"{n} tokens do not fit a cache of {self.capacity}")
+        return n
 
     @torch.no_grad()
     def prefill(self, q, k, v, row=0):
@@ -323,29 +338,26 @@ class DenseCache(nn.Module):
 
         If q is None, they do not attend.
         """
-        if self.k is None:
-            _, H, _, D = k.shape
-            self.k = k.new_zeros(len(self.n_tokens), H, self.capacity, D)
-            self.v = torch.zeros_like(self.k)
-            self.n_tokens = self.n_tokens.to(k.device)
-        start = int(self.n_tokens[row])
-        end = start + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        self.k[row, :, start:end] = k[0]
-        self.v[row, :, start:end] = v[0]
-        self.n_tokens[row] = end
-        past = [x[row:row + 1, :, :end] for x in (self.k, self.v)]
+        n = self.end(row, k)
+        self.k[row, :, n - k.shape[2]:n] = k[0]
+        self.v[row, :, n - k.shape[2]:n] = v[0]
+        self.n_tokens[row] = n
+        past = [x[row:row + 1, :, :n] for x in (self.k, self.v)]
         return None if q is None else attend_causally(q, *past)
+
+    def slot(self):
+        """Where the next token of each sequence goes (B,)."""
+        return self.n_tokens
 
     @torch.no_grad()
     def decode(self, q, k, v):
         """Append one token to each sequence, attend to all. Free slots are masked: one shape."""
         B, H, _, D = k.shape
-        batch = torch.arange(B, device=k.device)
-        self.k[batch, :, self.n_tokens] = k[:, :, 0]
-        self.v[batch, :, self.n_tokens] = v[:, :, 0]
-        seen = torch.arange(self.capacity, device=k.device) <= self.n_tokens[:, None]   # (B, T)
+        batch, slot = torch.arange(B, device=k.device), self.slot()
+        self.k[batch, :, slot] = k[:, :, 0]
+        self.v[batch, :, slot] = v[:, :, 0]
+        place = torch.arange(self.n_slots, device=k.device)
+        seen = place <= self.n_tokens[:, None]                              # (B, slots)
         self.n_tokens.add_(1)
         grouped = q.view(B, H, -1, D)   # G queries a key: SDPA's own grouping is slow on a CPU
         o = F.scaled_dot_product_attention(grouped, self.k, self.v, seen[:, None, None])
@@ -362,7 +374,7 @@ class DenseCache(nn.Module):
         return 2 * self.k.nbytes
 
 
-class RingCache(nn.Module):
+class RingCache(DenseCache):
     """Attention to the latest `window` tokens of each sequence, in a layer that sees no more.
 
     The ring has W slots. The token at position p is in slot p % W, until p + W takes its place:
@@ -372,15 +384,8 @@ class RingCache(nn.Module):
     """
 
     def __init__(self, window, capacity, batch=1):
-        super().__init__()
-        self.window, self.capacity, self.k = min(window, capacity), capacity, None
-        self.n_tokens = torch.zeros(batch, dtype=torch.int64)
-
-    def allocate(self, like):
-        """All state, for keys `like` (1, H, any, D)."""
-        shape = len(self.n_tokens), like.shape[1], self.window, like.shape[3]
-        self.k, self.v = (like.new_zeros(shape) for _ in "kv")
-        self.n_tokens = self.n_tokens.to(like.device)
+        super().__init__(capacity, batch)
+        self.window = self.n_slots = min(window, capacity)
 
     @torch.no_grad()
     def prefill(self, q, k, v, row=0):
@@ -388,11 +393,7 @@ class RingCache(nn.Module):
 
         If q is None, they do not attend.
         """
-        if self.k is None:
-            self.allocate(k)
-        n = int(self.n_tokens[row]) + k.shape[2]
-        if n > self.capacity:
-            raise ValueError(f"{n} tokens do not fit a cache of {self.capacity}")
+        n = self.end(row, k)
         past = self.places(row, self.window - 1)
         k, v = (torch.cat([ring[row:row + 1, :, past], new], 2)
                 for ring, new in ((self.k, k), (self.v, v)))
@@ -407,25 +408,8 @@ class RingCache(nn.Module):
         n = int(self.n_tokens[row])
         return torch.arange(max(n - most, 0), n, device=self.k.device) % self.window
 
-    @torch.no_grad()
-    def decode(self, q, k, v):
-        """Append one token to each sequence, and attend. Free slots are masked: one shape."""
-        B, H, _, D = k.shape
-        batch, slot = torch.arange(B, device=k.device), self.n_tokens % self.window
-        self.k[batch, :, slot] = k[:, :, 0]
-        self.v[batch, :, slot] = v[:, :, 0]
-        place = torch.arange(self.window, device=k.device)
-        seen = place <= self.n_tokens[:, None]                              # (B, W)
-        self.n_tokens.add_(1)
-        o = F.scaled_dot_product_attention(q.view(B, H, -1, D), self.k, self.v,
-                                           seen[:, None, None])
-        return o.view_as(q)
-
-    forward = decode
-
-    def update(self):
-        """Steps until the capacity is reached; there is nothing to rearrange."""
-        return self.capacity - int(self.n_tokens.max())
+    def slot(self):
+        return self.n_tokens % self.window
 
     def state(self, row):
         """All that is known of a sequence, by name: the latest keys and values (H, n, D)."""
@@ -440,10 +424,6 @@ class RingCache(nn.Module):
         places = self.places(row, state["k"].shape[1])
         for ring, x in ((self.k, state["k"]), (self.v, state["v"])):
             ring[row, :, places] = x.to(ring.device)
-
-    def bytes_read(self):
-        """Bytes of K and V that one decode step reads."""
-        return 2 * self.k.nbytes
 
     def facts(self):
         """What a step reads, as numbers. A list has one for each sequence."""

@@ -45,6 +45,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 RUN = 64        # all shapes are multiples: loops have no remainder
 MASK = 2**24    # the most entries of a mask of queries and keys
+LATE = "more steps were taken than update() had returned: call it sooner"
 
 
 class InputError(ValueError):
@@ -330,16 +331,17 @@ class LayerCache(nn.Module):
         steps may follow. ValueError after more steps than it returned
         before."""
         most = self.config.steady
+        n_free = self.capacity - int(self.n_tokens.max())
+        if n_free < 0:
+            raise ValueError(LATE)
         for row, is_in_store in enumerate(self.is_in_store):
             n = int(self.n_tokens[row] - self.n_indexed[row])
             if n > most and not is_in_store:
-                raise ValueError("more steps were taken than update() had "
-                                 "returned: call it sooner")
+                raise ValueError(LATE)
             if n == most or is_in_store:
                 self.move_to_store(row)
                 self.move_to_steady(row)
         n_steady = int((self.n_tokens - self.n_indexed).max())
-        n_free = self.capacity - int(self.n_tokens.max())
         return min(most - n_steady, n_free)
 
     def move_to_store(self, row):
@@ -568,6 +570,7 @@ def limits_of(config, tokens, method=None):
 
     growth = (method or config.method()).growth(config, tokens)
     retrieve = portion(config.retrieve, growth).clamp(min=config.min_retrieve)
+    retrieve = retrieve.minimum(slots)
     ranked = portion(min(config.retrieve + config.estimate, 1))
     return retrieve, ranked.maximum(retrieve)
 
@@ -1078,7 +1081,8 @@ class ByteStore(Store):
     one scale a row, 8 bits a number are enough for them. Keys are kept
     minus the mean of a sequence's first ones (mean_key). What a later chunk
     of a prompt reads of an earlier one is rounded. So are the tokens that a
-    prompt leaves in the steady zone: they come out of the store.
+    prompt leaves in the steady zone: they come out of the store. What state()
+    gives is rounded once more where it is restored.
     """
 
     def __init__(self, cache, T, like):

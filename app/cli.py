@@ -32,13 +32,13 @@ from app.choose import (
     choose_device,
     choose_step,
 )
-from app.command import Parser, run_command
+from app.command import Parser, read_text, run_command
 from app.method import METHODS, classes
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
 from app.settings import add_set, take_settings
-from generate import CHUNK, sampler
+from generate import BACKENDS, CHUNK, sampler
 from model import DEFAULT_NAME, DenseCache, RingCache, fast_dtype, make_caches
 from retroinfer import InputError, RetroConfig, WaveIndex
 
@@ -103,7 +103,7 @@ def add_model(add):
     add("--dtype", metavar="NAME", choices=["float32", "bfloat16", "float16"],
         help="%(choices)s (default: what the processor multiplies best)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if any)")
-    add("--backend", metavar="NAME", choices=["triton", "native", "compile", "eager"],
+    add("--backend", metavar="NAME", choices=BACKENDS,
         help="%(choices)s (default: the fastest)")
 
 
@@ -193,6 +193,9 @@ def check_bars(args):
     if args.offload and (args.check or args.max_err):
         raise InputError(f"{'--max-err' if args.max_err else '--check'} draws tokens from the "
                          "device: leave out --offload")
+    if parallel.SIZE > 1 and (args.check or args.max_err):
+        raise InputError(f"{'--max-err' if args.max_err else '--check'} sees the heads of one "
+                         "process: leave out torchrun")
 
 
 def check_counts(args, *names):
@@ -221,13 +224,7 @@ def check_offload(args):
 
 
 def read_prompt(path):
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as e:
-        raise InputError(f"cannot read the prompt {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"the prompt {path} is not UTF-8 text (byte {e.start})") from None
+    text = read_text(path, "the prompt")
     if not text.strip():
         raise InputError(f"the prompt {path} is empty")
     return text
@@ -350,11 +347,11 @@ class Interrupt:
 
 
 def make_config(args):
-    """The numbers of a run's method. --offload has its own: see buffer.WHOLE."""
+    """The numbers of a run's method. --offload has its own: see buffer.OFFLOADED."""
     if not args.offload:
         return classes(args.method)[0](**args.set)
-    from buffer import WHOLE
-    return RetroConfig(**WHOLE | args.set)
+    from buffer import OFFLOADED
+    return RetroConfig(**OFFLOADED | args.set)
 
 
 def read_codebooks(args, model, tokenizer, config):

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 from retroinfer import InputError
 
@@ -83,6 +84,18 @@ def is_of_the_machine(e):
     import torch
     kinds = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
     return isinstance(e, kinds) or any(words in str(e) for words in MEMORY)
+
+
+def read_text(path, what):
+    """The text of a UTF-8 file, `what` in words; of standard input, if path is -. InputError if it
+    cannot be read."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(f"cannot read {what} {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{what} {path}: not UTF-8 text (byte {e.start})") from None
 
 
 def complain(name, e):

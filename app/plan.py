@@ -359,6 +359,8 @@ def show(args):
     device = choose_device(args.device)
     is_here = not (args.shape in SHAPES or args.memory)     # else of another machine, with a GPU
     is_cpu = is_here and device.type == "cpu"
+    if args.store and not is_cpu:
+        raise InputError("--store is for a CPU, and this plan is for a GPU: leave it out")
     dtype = torch.bfloat16 if not is_here else fast_dtype(device)
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     config = shape(args.shape)

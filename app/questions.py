@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from app.command import read_text
 from retroinfer import RUN, Index, InputError, round_up
 
 SLOTS = 128         # so many centroids of 4 bits and 64 dims or more fill whole pages
@@ -28,12 +29,7 @@ MAP_FIXED = 16      # Linux's number: the mmap module does not have it
 
 def read_questions(path):
     """The lines of a file that are not empty. InputError if it has none or cannot be read."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise InputError(f"cannot read the questions {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"the questions {path} are not UTF-8 text (byte {e.start})") from None
+    text = read_text(Path(path), "the questions")
     if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
         raise InputError(f"the file of questions {path} is empty: give one question a line")
     return lines

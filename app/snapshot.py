@@ -12,8 +12,9 @@ and N.k.1: a head's rows are one run of memory, so saving takes no second copy o
 holds the version of this format, a CRC-32 of each tensor, and a fingerprint of all that shaped the
 index: model, weights, dtype, RoPE, tokenizer, settings. Only its owner may read the file.
 
-Does not include: batches, compression (the file is as large as the cache). The fingerprint reads a
-sample of each weight matrix: two models that differ elsewhere have the same fingerprint.
+Does not include: batches, compression (the file holds K and V in the dtype of the model, also of a
+store of 8 bits, which rounds them once more). The fingerprint reads a sample of each weight matrix:
+two models that differ elsewhere have the same fingerprint.
 """
 import json
 import os

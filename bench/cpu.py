@@ -535,7 +535,7 @@ SECTIONS = {"attention": attention, "model": model, "prefill": prefill_cost, "re
 
 
 def main():
-    parser = Parser(prog="bench.cpu", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--tokens", type=positive, nargs="+", help="context lengths")
     parser.add_argument("--steps", type=positive, default=34, help="tokens to decode (model)")

@@ -38,7 +38,7 @@ import triton
 from app.command import Parser, run_command
 from bench import gpu
 from bench.timing import figure, table, write_json
-from buffer import WHOLE, offload
+from buffer import OFFLOADED, offload
 from generate import CapturedStep, compiled_step, decode, eager_step, prefill
 from retroinfer import PLAIN, InputError, WaveIndex
 
@@ -135,7 +135,7 @@ def offload_part(scope):
     H, G, D = scope.shapes[LLAMA]
     one = replace(scope.config, num_hidden_layers=1, num_key_value_heads=H,
                   num_attention_heads=H * G, head_dim=D)
-    model, retro = gpu.random_model(one), replace(scope.retro, **WHOLE)
+    model, retro = gpu.random_model(one), replace(scope.retro, **OFFLOADED)
     for tokens, batch in scope.cells[:2]:
         for name in ("on the device", "one after the other", "overlapped"):
             make = gpu.retroinfer.Store if name == "on the device" else offload(
@@ -301,7 +301,7 @@ def read(path):
 
 
 def parse_args():
-    parser = Parser(prog="bench.day", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.day", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("results"), help="where files go")
     add("--part", choices=PARTS, help="run one part here, without a limit")

@@ -219,7 +219,7 @@ def compile_ours(capabilities, steps=STEPS, indexes=INDEXES):
 
 
 def main():
-    parser = Parser(prog="bench.footprint", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.footprint", description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", type=int, nargs="+", metavar="90")
     parser.add_argument("--step", nargs=3, metavar=("bf16", "G", "D"), help="of one shape only")
     parser.add_argument("--stdin", action="store_true", help="a job of needs(), not our kernels")

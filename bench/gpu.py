@@ -477,7 +477,7 @@ def save(facts, folder):
 
 
 def main():
-    parser = Parser(prog="bench.gpu", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5, help="begin no cell after so many")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where files go")
     parser.add_argument("--dry-run", action="store_true", help="tiny, each timed once")

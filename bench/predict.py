@@ -28,7 +28,7 @@ from app import plan
 from app.command import Parser, run_command
 from bench.recorder import recorded
 from bench.timing import table, write_json
-from buffer import RATIO, WHOLE
+from buffer import OFFLOADED, RATIO
 from generate import eager_step
 from retroinfer import PLAIN, RetroConfig, limits_of
 
@@ -92,7 +92,7 @@ def dense_bytes(config, tokens, batch):
 
 def launches(config, tokens, hot, ratio=None):
     """(launches of a layer's cache, of a whole step), eager. ratio: of an offloaded store."""
-    retro = RetroConfig(**WHOLE if ratio else {})
+    retro = RetroConfig(**OFFLOADED if ratio else {})
     run = plan.Run(config, tokens, cache_ratio=ratio, retro=retro)
     model, cache = plan.on_meta(config, run.dtype), plan.cache_on_meta(run)
     cache.hot, cache.is_in_store = hot, [False]

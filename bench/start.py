@@ -160,7 +160,7 @@ SECTIONS = {"first": first, "busy": busy, "long": long}
 
 
 def main():
-    parser = Parser(prog="bench.start", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.start", description=__doc__.splitlines()[0])
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--tokens", type=positive, nargs="+", help="of a prompt")
     parser.add_argument("--steps", type=positive, default=700, help="tokens of the long answer")

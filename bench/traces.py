@@ -32,7 +32,7 @@ import torch
 from app.command import Parser, run_command
 from bench.machine import plot_speed, predicted
 from bench.timing import figure, new_file, positive, table, where, write_json
-from buffer import BLOCK, WHOLE
+from buffer import BLOCK, OFFLOADED
 from evaluation import texts
 from generate import decode, eager_step, prefill, sampler
 from model import DEFAULT_NAME, load
@@ -103,7 +103,7 @@ class Trace:
 
 def record(model, prompts, n_steps, pick=None, config=None):
     """The Trace of n_steps eager steps behind prompts (T,), which a wave index has read."""
-    asked, config = [], config or RetroConfig(**WHOLE)
+    asked, config = [], config or RetroConfig(**OFFLOADED)
 
     def attend(q, steady, index, stores, budget, method):
         def fetch(ids, ends):
@@ -295,7 +295,7 @@ def report(found, speed):
 
 
 def parse_args():
-    parser = Parser(prog="bench.traces", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.traces", description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", choices=texts.KINDS, default=list(texts.FOUR))
     parser.add_argument("--length", type=positive, default=8192, help="tokens read and generated")
     parser.add_argument("--steps", type=positive, default=255, help="of them generated, less one")

@@ -113,9 +113,9 @@ def show(kind, dense_rows, name, kl, rows, base):
 
 
 def parse_args(argv):
-    parser = Parser(prog="ablation", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m evaluation.ablation", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--texts", nargs="+", choices=texts.KINDS, default=["code", "documents"])
     add("--half", choices=["final", "choose"], default="final", help="of the texts")
     add("--length", type=int, default=6000, help="tokens of a text, its steps among them")

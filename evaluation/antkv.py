@@ -337,7 +337,7 @@ def show(row, path):
 def parse_args(argv):
     parser = Parser(prog="python -m evaluation.antkv", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--calibrate", metavar="FILE", help="write codebooks of the first of --bits, and stop")
     add("--bits", type=float, nargs="+", choices=antkv.CHANNELS, default=list(antkv.CHANNELS))
     add("--anchors", type=float, nargs="+", default=[0, 0.0025, 0.01, 0.02], help="shares")

@@ -399,10 +399,10 @@ RUNS = {                    # config, texts of texts.py, tokens of each that are
 @torch.no_grad()
 def main():
     """Examine every layer and head of the default model in each of RUNS. Saves after each text."""
-    import json
     import sys
     from pathlib import Path
 
+    from bench.timing import write_json
     from evaluation import texts
     from evaluation.fidelity import read
     from model import DEFAULT_NAME, load
@@ -420,7 +420,7 @@ def main():
             found = tightness(examine_layers(config, case, n_queries))
             results["runs"].append({"run": name, "text": kind, "tokens": n_tokens,
                                     "config": asdict(config), **found})
-            out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            write_json(out, results)
             print(f"{name}, {kind}: {found['pairs']:,} pairs, {found['violated']} violated",
                   file=sys.stderr)
 

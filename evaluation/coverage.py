@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bench.timing import write_json
 from error_bars import (
     DRAWS,
     Bars,
@@ -142,7 +143,7 @@ def tried(weigh, pick, cache, q, left, o, m):
     share = normalized(weigh(cache, q, left, o, rows, cell) * is_token)     # (1, H, J)
     token, factor, kept = pick(share, m)
     drawn = rows.gather(-1, token), cell.gather(-1, token), factor
-    delta, each = terms(left, drawn, q, cache.index, cache.stores(), o)
+    delta, each = terms(left, drawn, q, cache.index, cache.store.tensors(), o)
     if kept is None:
         spread = (each - each.mean(-2, keepdim=True)) * (m / (m - 1)) ** 0.5
     else:
@@ -174,7 +175,8 @@ def alike(cache, q, left, o, rows, cell):
 
 def best_possible(cache, q, left, o, rows, cell):
     """By what each token really adds, which nobody knows: no way to draw does much better."""
-    _, each = terms(left, (rows, cell, (rows > 0).double()), q, cache.index, cache.stores(), o)
+    drawn = rows, cell, (rows > 0).double()
+    _, each = terms(left, drawn, q, cache.index, cache.store.tensors(), o)
     return normalized(each.norm(dim=-1)).sum(2)
 
 
@@ -335,7 +337,8 @@ def cases(model, tokenizer, args):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(prog="evaluation.coverage", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m evaluation.coverage",
+                                     description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("part", nargs="?", default="promises", choices=PARTS)
     add("--model", default=DEFAULT_NAME)
@@ -354,7 +357,7 @@ def main():
     for kind, case in cases(model, tokenizer, args):
         found = PARTS[args.part](model, case, args)
         results.setdefault(name, {})[kind] = found
-        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_json(path, results)
         print(f"{name}, {kind}: {found.get('pairs', '')}", file=sys.stderr)
     if args.part == "promises":
         plot(results[name], RESULTS / f"coverage-{shown}.png")

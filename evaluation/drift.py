@@ -11,27 +11,17 @@ and without end tokens.
 Dense attention then says how likely each text is: nats a token, in windows. A text that dense
 attention itself wrote is the control.
 """
-import functools
-import json
 from pathlib import Path
 
 import torch
 
 from app.command import Parser, run_command
-from bench.timing import positive, table, where
+from bench.timing import positive, table, where, write_json
 from evaluation import fidelity, kept, texts
-from evaluation.answers import SideBySide
-from generate import decode, eager_step, hot_functions, sampler
+from evaluation.answers import SideBySide, methods
+from generate import decode, eager_step, sampler
 from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import InputError, RetroConfig, WaveIndex
-
-
-def methods():
-    """{name: function of (capacity, batch) that makes a layer's cache}, the fast ones of a CPU."""
-    hot = hot_functions(torch.device("cpu"))
-    made = {name: functools.partial(WaveIndex, config, hot=hot)
-            for name, config in (("ours", RetroConfig()), ("paper", RetroConfig.paper()))}
-    return made | {"dense": DenseCache}
+from retroinfer import InputError
 
 
 def means(values, window):
@@ -76,16 +66,16 @@ def free(model, case, n_tokens, n_seeds, window):
 def likelihood(model, case, ids):
     """Nats of each of ids (n,) behind the case's prompt and first token, by dense attention."""
     caches = fidelity.caches_of(case, DenseCache, len(ids))
-    attends = [functools.partial(cache.prefill) for cache in caches]
+    attends = [cache.prefill for cache in caches]
     before = torch.cat([case.ids[case.n:case.n + 1], ids[:-1]])
     hidden = fidelity.follow(model, before, case.n, attends)
     return fidelity.distances(model, hidden, hidden, ids)["nll"]
 
 
 def parse_args(argv):
-    parser = Parser(prog="drift", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m evaluation.drift", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--text", choices=texts.KINDS, default="prose")
     add("--prompt", type=positive, default=4094, help="tokens read before the first step")
     add("--steps", type=positive, default=4096, help="forced steps")
@@ -115,7 +105,7 @@ def drift(args):
         ends = range(args.window, args.window * len(rows[0]), args.window)
         print(table([f"{part}: {title}", *(f"to {end:,}" for end in ends)], rows), end="\n\n")
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_json(args.out, found)
 
 
 def main(argv=None):

@@ -213,11 +213,18 @@ def settings_of(args):
     return settings | {"code": hashlib.sha256(source).hexdigest()[:12]}
 
 
+def own_file(settings):
+    """Where results of these settings go, if no --out is given."""
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    return ROOT / "runs" / f"evaluate-{name}.jsonl"
+
+
 def parse_args(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m evaluation.evaluate",
+                    description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--full", action="store_true", help="all lengths, budgets and RULER")
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="bfloat16 for RULER only: it rounds more than a method loses")
     add("--lengths", type=int, nargs="+", help="tokens of a text, its steps among them")
@@ -233,7 +240,7 @@ def parse_args(argv):
         help="only these, and no budgets")
     add("--keep", type=Path, metavar="DIR", help="keep there what dense attention makes of a text")
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")
-    add("--out", type=Path, help="results (default results/evaluate-quick.jsonl or -full.jsonl)")
+    add("--out", type=Path, help="results (default: a file in runs/, for these settings alone)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="numbers of ours, with --methods")
     return parser.parse_args(argv)
@@ -253,7 +260,7 @@ def evaluate(args):
     if longest > model.config.context:
         raise InputError(f"{longest:,} tokens, the model's context is {model.config.context:,}: "
                          "give smaller --lengths")
-    out = args.out or ROOT / "results" / f"evaluate-{'full' if args.full else 'quick'}.jsonl"
+    out = args.out or own_file(settings)
     command = shlex.join(["python", "-m", "evaluation.evaluate", *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = Results(out, {"command": command, "versions": versions, "settings": settings})
@@ -263,6 +270,7 @@ def evaluate(args):
         if not late:
             job()
     report(results, settings, out)
+    print(f"evaluate: all results are in {out}", file=sys.stderr)
     if late:
         print("evaluate: the time is over; the same command goes on here", file=sys.stderr)
 

@@ -174,10 +174,10 @@ def measure(args):
 
 
 def parse_args(argv):
-    parser = Parser(prog="longbench", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m evaluation.longbench", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="LongBench's data and configuration")
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--tasks", nargs="+", choices=METRIC, default=["hotpotqa"], metavar="TASK",
         help=f"of {', '.join(METRIC)}")
     add("--samples", type=positive, default=20, help="the first ones of each task")

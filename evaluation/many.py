@@ -12,7 +12,6 @@ The table has the mean score of each method, and its difference to dense with a 
 which questions are drawn again. All questions share one text: the interval does not cover others.
 """
 import copy
-import json
 import random
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from app.command import Parser, run_command
-from bench.timing import positive, table, where
+from bench.timing import positive, table, where, write_json
 from evaluation import ruler, texts
 from evaluation.answers import NAMES, answer, methods, side_by_side
 from evaluation.tables import interval
@@ -96,7 +95,7 @@ def measure(args):
     if args.out:
         facts = {"machine": where("quality only"), "model": str(args.model), "dtype": args.dtype,
                  "tokens": n, "needles": len(hidden), "scores": scores}
-        args.out.write_text(json.dumps(facts) + "\n", "utf-8")
+        write_json(args.out, facts)
 
 
 def rows(scores):
@@ -110,9 +109,9 @@ def rows(scores):
 
 
 def parse_args(argv):
-    parser = Parser(prog="many", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m evaluation.many", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
     add("--length", type=positive, default=4096, help="tokens of a prompt and its answer")
     add("--questions", type=positive, default=60, help="of each task")

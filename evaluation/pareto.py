@@ -15,7 +15,6 @@ host. Read is what the last step needs: of what the query heads of a kv head rea
     H kv heads   G query heads per kv head   D head dim   n tokens
 """
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from antkv import CHANNELS, AnchorCache, AnchorConfig
 from app.command import Parser, run_command
-from bench.timing import positive, table, where
+from bench.timing import positive, table, where, write_json
 from evaluation import fidelity, texts
 from evaluation.answers import side_by_side
 from generate import eager_step, prefill
@@ -185,14 +184,14 @@ def run(args):
                        for row in rows]))
     facts = {"machine": where("quality only"), "model": str(args.model), "tokens": args.length,
              "steps": args.steps, "columns": HEAD, "mean": rows, "texts": found}
-    args.out.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    write_json(args.out, facts)
     draw(rows, f"{args.length:,} tokens, {len(found)} texts", args.out.with_suffix(".png"))
 
 
 def parse_args(argv):
     parser = Parser(prog="python -m evaluation.pareto", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--kinds", nargs="+", choices=texts.KINDS, default=list(texts.FOUR), help="of texts")
     add("--length", type=positive, default=4096, help="tokens of a text, its steps among them")
     add("--steps", type=positive, default=32, help="tokens fed one by one behind each text")

@@ -150,7 +150,7 @@ def rows(ours):
 def parse_args(argv):
     parser = Parser(prog="python -m evaluation.residuals", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default=DEFAULT_NAME, help="directory or .gguf file")
+    add("--model", default=DEFAULT_NAME, help="name, directory or .gguf file")
     add("--texts", nargs="+", choices=texts.KINDS, default=["code", "documents"])
     add("--length", type=int, default=4000, help="tokens of a text, its steps among them")
     add("--steps", type=int, default=32, help="tokens fed one by one behind each text")

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from app.command import Parser, run_command
-from bench.timing import positive, table, where
+from bench.timing import positive, table, where, write_json
 from evaluation import fidelity, kept, texts
 from generate import COMPILE
 from model import DEFAULT_NAME, load
@@ -463,7 +463,7 @@ def run(args):
             key += f", queries of {args.train:,} tokens"
         command = " ".join(["python -m evaluation.retrieval", *sys.argv[1:]])
         results[key] = {"command": command, "where": what, **SECTIONS[section](case, args)}
-        args.save.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_json(args.save, results)
 
 
 def main(argv=None):

@@ -1,6 +1,6 @@
 """Results of evaluate.py as tables, to paste into a README, and plots.
 
-    report(results, settings, Path("results/evaluate-quick.jsonl"))     # plots go beside the file
+    report(results, settings, Path("runs/evaluate.jsonl"))     # plots go beside the file
 
 `results.cells` is {key: cell}. A key is part/.../method, and a cell is one result of evaluate.py.
 Intervals are bootstrap intervals of 95 %.

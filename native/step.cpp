@@ -46,7 +46,7 @@ typedef int16_t svec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t usvec __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bvec __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(4 * GROUP)));     // of the queries of a group
-typedef uint8_t few __attribute__((vector_size(LANES)));
+typedef uint8_t octets __attribute__((vector_size(LANES)));
 typedef int8_t signs __attribute__((vector_size(LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
@@ -114,7 +114,7 @@ ivec ints(const int8* x) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((__
 svec product(bvec x, bvec y) { return (svec)_mm256_maddubs_epi16((__m256i)x, (__m256i)y); }
 ivec pairs(svec x) { return (ivec)_mm256_madd_epi16((__m256i)x, (__m256i)(svec{} + 1)); }
 #else
-ivec ints(const uint8* x) { return __builtin_convertvector(load<few>(x), ivec); }
+ivec ints(const uint8* x) { return __builtin_convertvector(load<octets>(x), ivec); }
 ivec ints(const bfloat16* x) { return __builtin_convertvector(load<halves>(x), ivec); }
 ivec ints(const int8* x) { return __builtin_convertvector(load<signs>(x), ivec); }
 svec product(bvec x, bvec y) {  // of bytes and signed bytes, two neighbours added
@@ -141,7 +141,7 @@ Pair widen(const int8* x) {
 // Queries as score takes them, (groups, reads, GROUP). Those for rows of 4 bits are whole numbers,
 // of the columns of lower halves and of upper ones: sums are exact, too large by excess, as each
 // number of a row is by 8.
-struct Bytes { bvec low, high; };
+struct Split { bvec low, high; };
 template <class Part, class Sum> struct Queries {
     std::vector<Part> x;
     std::vector<Sum> excess;                    // (groups,) of two rows
@@ -197,7 +197,7 @@ template <class Row> vec multiply(const Pair* q, const Row* row, const Row* othe
                      fold(sum[2], sum[6]), fold(sum[3], sum[7]));
 }
 
-ivec multiply(const Bytes* q, const uint8* row, const uint8* other) {
+ivec multiply(const Split* q, const uint8* row, const uint8* other) {
     constexpr int COUNT = reads(D / 2, BYTES);
     ivec sum[GROUP] = {};
     for (int j = 0; j < COUNT;) {
@@ -398,7 +398,7 @@ struct Head {
     int64_t at, b;                          // its number; its sequence
     int Q, S;                               // Q: groups; S: steady tiles, the first parts
     Queries<Pair, vec> q;                   // scaled
-    Queries<Bytes, ivec> q_packed;          // over unit
+    Queries<Split, ivec> q_packed;          // over unit
     std::vector<quad> unit, half, real;     // (Q,) half: |q|^2 / 2; real: 1, of no query 0
     std::vector<quad> shift, store_shift;   // (Q,) logits of the centres
     std::vector<float> logit, possible;     // (tiles, Q, TILE, GROUP) possible: of mass, over e^m
@@ -461,7 +461,7 @@ struct Head {
     void prepare() {
         int count = reads(D, WIDTH), packed = reads(D / 2, BYTES);
         q.x.assign(Q * count * GROUP, Pair{}), q.excess.assign(Q, vec{});
-        q_packed.x.assign(Q * packed * GROUP, Bytes{}), q_packed.excess.assign(Q, ivec{});
+        q_packed.x.assign(Q * packed * GROUP, Split{}), q_packed.excess.assign(Q, ivec{});
         unit.assign(Q, quad{} + 1), half.assign(Q, quad{}), real.assign(Q, quad{});
         shift.assign(Q, quad{}), store_shift.assign(Q, quad{});
         std::vector<float> x(D);
@@ -494,7 +494,7 @@ struct Head {
                     if (e < j * BYTES || e >= D / 2) continue;
                     float value = x[e + i / BYTES * (D / 2)] * fine;
                     int whole = value == value ? std::nearbyint(value) : 0;     // no int is NaN
-                    Bytes& to = q_packed.x[(p * packed + j) * GROUP + lane];
+                    Split& to = q_packed.x[(p * packed + j) * GROUP + lane];
                     (i < BYTES ? to.low : to.high)[i % BYTES] = whole;
                     for (int l : {lane, GROUP + lane}) q_packed.excess[p][l] += 8 * whole;
                 }

@@ -32,8 +32,8 @@ REMEDY = "install g++ or set CXX, or pass --backend compile"
 def attend(q, steady, index, stores, budget, method):
     """retroinfer.attend, with clusters read from the stores in place.
 
-    Every tensor is on the CPU, q, k and v are of one dtype, D is 16 to 256: InputError otherwise,
-    and where nothing compiles step.cpp. The number of threads changes no bit. Runs under
+    InputError unless every tensor is on the CPU, D is 16 to 256, and something compiles step.cpp.
+    ValueError unless q, k and v are of one dtype. The number of threads changes no bit. Runs under
     torch.compile.
     """
     kinds = {name(x) for x in (q, *steady[:2], *index[:2], *stores[:2])} - {"uint8", "int8"}

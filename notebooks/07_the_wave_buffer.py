@@ -35,7 +35,7 @@ from plots import versions
 
 # %%
 from app import plan
-from buffer import BLOCK, LRU, WHOLE, BlockCache, WaveBuffer
+from buffer import BLOCK, LRU, OFFLOADED, BlockCache, WaveBuffer
 from bench.machine import (
     MACHINES,
     PUBLISHED,
@@ -52,7 +52,7 @@ from retroinfer import RetroConfig, Store, WaveIndex, before, gather_clusters, r
 print(versions())
 
 # %%
-text, config = captured(), RetroConfig(**WHOLE)     # a block brings all its values
+text, config = captured(), RetroConfig(**OFFLOADED)     # a block brings all its values
 n_layers, H, T, D = text.k.shape
 G = text.q.shape[1] // H
 LAYERS, N_STEPS, RATIO = range(3, n_layers, 6), 256, 0.1
@@ -91,7 +91,7 @@ def listened(*args):
     def fetch_and_listen(index, ids, ends):
         asked.append((ids[0], (ends - before(ends))[0]))                    # (H, R) each
         mine = fetch(index, ids, ends)
-        plain = gather_clusters(index, buffer.stores, buffer.N, ids, ends)
+        plain = gather_clusters(index, buffer.tensors(), buffer.N, ids, ends)
         fetched.append(same_bits(mine, plain))
         return mine
 

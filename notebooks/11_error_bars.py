@@ -71,7 +71,7 @@ class Layer:
         cache.prefill(energy.sqrt(), k, v)      # one query with the sums of squares of all
         cache.update()
         self.index, self.T = cache.index, int(cache.n_indexed)
-        self.k, self.v = (x[0, :, config.sink:config.sink + self.T] for x in cache.stores())
+        self.k, self.v = (x[0, :, config.sink:config.sink + self.T] for x in cache.store.tensors())
         self.ids = torch.stack([torch.arange(len(x)).repeat_interleave(x)
                                 for x in self.index.sizes[0].long()])           # (H, T)
         self.m = take(self.index.means, self.ids[None])[0].float()              # (H, T, D)

@@ -144,3 +144,15 @@ def test_steps_too_many_write_nowhere_else_and_are_found_out(backend):
         wave.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
     with pytest.raises(ValueError, match="more steps were taken"):
         wave.update()
+
+
+def test_steps_past_the_capacity_are_found_out():
+    q, k, v = qkv(140)
+    wave = WaveIndex(RetroConfig(**SMALL), 100)
+    wave.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
+    assert wave.update() == 1
+    while int(wave.n_tokens - wave.n_indexed) < wave.config.steady:     # update() has work to do
+        t = int(wave.n_tokens)
+        wave.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
+    with pytest.raises(ValueError, match="more steps were taken"):
+        wave.update()

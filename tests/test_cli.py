@@ -19,7 +19,7 @@ import native.step
 from antkv import AnchorConfig
 from app import choose, cli
 from app.settings import parse_settings
-from buffer import WHOLE
+from buffer import OFFLOADED
 from generate import eager_step, generate
 from model import DenseCache, ModelConfig
 from retrieval_attention import GraphConfig
@@ -405,7 +405,7 @@ def test_an_answer_that_ends_within_a_character_is_shown_whole(run, checkpoint, 
 def flags(checkpoint, tmp_path):
     """With the values and the share that --offload has by itself, so that answers are the same."""
     return ("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--json",
-            "--set", *(f"{name}={value}" for name, value in WHOLE.items()))
+            "--set", *(f"{name}={value}" for name, value in OFFLOADED.items()))
 
 
 def test_a_loaded_index_answers_without_reading_the_text(run, flags, tmp_path, capsys):
@@ -734,6 +734,8 @@ def test_a_cpu_gets_what_is_asked_for(name, words):
 
 
 def test_what_cannot_run_here_is_refused_before_anything_is_read():
+    with pytest.raises(InputError, match="backend nativ is not one of triton, native, compile"):
+        chosen("nativ", "cpu")
     with pytest.raises(InputError, match="backend native needs a CPU"):
         chosen("native", "cuda:0")
     with pytest.raises(InputError, match="16 to 256 head dims, these are 8"):

@@ -99,7 +99,7 @@ def test_all_that_was_left_out_mends_the_output(config, kind):
         tokens = everything(left, 0, h)
         rows, cells = torch.tensor(tokens).T if tokens else torch.zeros(2, 0, dtype=torch.int64)
         drawn = [x.expand(1, 2, -1) for x in (rows, cells, torch.ones(len(rows)).double())]
-        delta, _ = terms(left, drawn, scaled, cache.index, cache.stores(), out)
+        delta, _ = terms(left, drawn, scaled, cache.index, cache.store.tensors(), out)
         wrong = (out[0, h] + delta[0, h] - want).norm(dim=-1) / want.norm(dim=-1)
         assert wrong.max() < (1e-2 if kind == "logits of thousands" else 1e-4), wrong
         if kind == "clumps":
@@ -342,7 +342,7 @@ def test_look_is_the_step_that_was_taken():
     n = int(cache.n_tokens - cache.n_indexed)
     steady = cache.k_steady, cache.v_steady, torch.zeros(1, 2, 1, cache.k_steady.shape[2])
     steady[2][..., n:] = -math.inf
-    again = look(scaled, steady, cache.index, cache.stores(), cache.budget(), cache.method)
+    again = look(scaled, steady, cache.index, cache.store.tensors(), cache.budget(), cache.method)
     torch.testing.assert_close(again.total, left.total)
     C = cache.index.sizes.shape[-1]
     assert (left.counted[..., C:] == -math.inf).all()       # all values were read

@@ -500,6 +500,14 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, capsys, words, line):
     assert len(said) == 1 and line in said[0]
 
 
+def test_other_settings_go_to_another_file():
+    files = [evaluate.own_file(evaluate.settings_of(evaluate.parse_args(words)))
+             for words in ([], [], ["--minutes", "9"], ["--steps", "16"], ["--full"])]
+    assert len(set(files)) == 3 and files[0] == files[1] == files[2]
+    ignored = (evaluate.ROOT / ".gitignore").read_text().split()
+    assert {f"{file.parent.name}/" for file in files} <= {*ignored}
+
+
 def test_a_missing_package_names_the_command(checkpoint, tmp_path, capsys, monkeypatch):
     def missing(name):
         raise texts.InputError("x is not installed: pip install --no-deps x==1")

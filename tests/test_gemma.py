@@ -134,6 +134,12 @@ def test_gguf_gives_the_logits_of_the_same_weights(tmp_path):
     torch.testing.assert_close(logits(ours(file), FEEDS["in turns"]), expected(model), **CLOSE)
 
 
+def local_rope(**change):
+    """A config in which this is other of the RoPE of layers with windows."""
+    local = ROPES["sliding_attention"] | change
+    return {"rope_parameters": ROPES | {"sliding_attention": local}}
+
+
 REFUSED = {
     "attention cap": ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping 50"),
     "logit cap": ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping 30"),
@@ -142,7 +148,10 @@ REFUSED = {
     "scale": ({"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar is 0"),
     "kind of layer": ({"layer_types": ["chunked_attention"] * 5}, r"'chunked_attention'"),
     "number of layers": ({"layer_types": ["full_attention"]}, r"names 1 layers of 5"),
-    "window": ({"sliding_window": "8"}, r"sliding_window is '8'")}
+    "window": ({"sliding_window": "8"}, r"sliding_window is '8'"),
+    "RoPE of windows, no factor": (local_rope(rope_type="linear"), r"'linear' lacks its number"),
+    "RoPE of windows, base": (local_rope(rope_theta=-1.0), r"rope_theta is -1"),
+    "RoPE of windows, no number": (local_rope(rope_theta="x"), r"rope_theta is 'x'")}
 
 
 @pytest.mark.parametrize("change, said", REFUSED.values(), ids=REFUSED)

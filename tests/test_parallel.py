@@ -209,6 +209,13 @@ def test_more_ranks_than_key_heads_are_refused(checkpoint, monkeypatch):
         parallel.load_part(checkpoint("llama", **HEADS), None, "cpu")
 
 
+@pytest.mark.parametrize("words", [["--check"], ["--max-err", "0.1"]])
+def test_bars_of_some_heads_are_refused(monkeypatch, words):
+    monkeypatch.setattr(parallel, "SIZE", 2)
+    with pytest.raises(InputError, match=f"{words[0]} sees the heads of one process"):
+        cli.parse_args(["--prompt-file", "x", *words])
+
+
 def test_codebooks_of_a_file_are_refused(monkeypatch):
     monkeypatch.setattr(parallel, "SIZE", 2)
     with pytest.raises(InputError, match="--codebooks are those of one process"):

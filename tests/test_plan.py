@@ -183,6 +183,7 @@ def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint, monkeypat
     (["Llama-3.1-8B", "--set", "retrieve=2"], "retrieve is 2.0: give a number between 0 and 1"),
     (["--set", "spread=1"], "--set does not know 'spread'"),
     (["--store", "x"], "--store goes with --offload"),
+    (["Llama-3.1-8B", "--offload", "--store", "x"], "--store is for a CPU"),
     (["--batch", "0"], "--batch is 0: at least 1 is needed"),
     (["--memory", "0"], "--memory is 0.0: give GiB above 0")])
 def test_what_cannot_be_planned_is_one_line_and_status_two(capsys, flags, message):

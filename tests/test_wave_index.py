@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import ALL, BACKENDS, CLOSE, SMALL, WHOLE, config_budget, members, qkv, read, run
+from steps import (
+    ALL,
+    BACKENDS,
+    CLOSE,
+    SMALL,
+    WHOLE,
+    config_budget,
+    generated,
+    members,
+    qkv,
+    read,
+    run,
+)
 
 import generate
 import retroinfer
@@ -219,6 +231,17 @@ def test_paper_boundaries_are_dense_when_all_is_retrieved(n_prompt):
     _, o = run(config, q, k, v, n_prompt)
     torch.testing.assert_close(o[:, :, -4:].double(), oracle.dense(q[:, :, -4:], k, v),
                                rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_more_clusters_asked_for_than_there_are_are_all_read(name):
+    q, k, v = qkv(220)
+    hot = generate.hot_functions(torch.device("cpu"), name)
+    wave = WaveIndex(RetroConfig(**SMALL | {"min_retrieve": 100}, values=1.0), 220, len(k), hot)
+    o = generated(wave, q, k, v, 130)
+    slots = wave.config.slots(wave.n_indexed)
+    assert config_budget(wave) == (slots[0], slots[0]) and slots[0] < 100
+    torch.testing.assert_close(o[:, :, 130:].double(), oracle.dense(q[:, :, 130:], k, v), **CLOSE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
