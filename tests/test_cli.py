@@ -20,7 +20,7 @@ from antkv import AnchorConfig
 from app import choose, cli
 from app.settings import parse_settings
 from buffer import OFFLOADED
-from generate import eager_step, generate
+from generate import eager_step, generate, hot_functions
 from model import DenseCache, ModelConfig
 from retrieval_attention import GraphConfig
 from retroinfer import InputError, RetroConfig
@@ -735,7 +735,7 @@ def test_a_cpu_gets_what_is_asked_for(name, words):
 
 def test_what_cannot_run_here_is_refused_before_anything_is_read():
     with pytest.raises(InputError, match="backend nativ is not one of triton, native, compile"):
-        chosen("nativ", "cpu")
+        hot_functions(torch.device("cpu"), "nativ")
     with pytest.raises(InputError, match="backend native needs a CPU"):
         chosen("native", "cuda:0")
     with pytest.raises(InputError, match="16 to 256 head dims, these are 8"):
