@@ -30,6 +30,7 @@ one chunk is attended to exactly.
 import functools
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ M = 256             # codewords of a group: a code is one byte
 CHANNELS = {4: (2, 2), 2: (4, 4), 1: (8, 8), 0.75: (16, 8), 0.375: (16, 32)}
 LEAST = 2 * M       # tokens that codebooks are made from at least
 KIND = "antkv codebook"
-FORMAT = f"{KIND} 1"
+FORMAT = f"{KIND} 2"
 GOLDEN = 0.618      # the golden ratio: steps of this share spread any number of points evenly
 BLOCK = 256         # queries, or tokens to encode, at a time: this bounds memory
 
@@ -285,7 +286,8 @@ def save_codebooks(path, books, fingerprint, bits):
     from safetensors.torch import save_file
     tensors = {f"{n}.{name}": x.contiguous().cpu()
                for n, book in enumerate(books) for name, x in book._asdict().items()}
-    header = {"format": FORMAT, "bits": json.dumps(bits), "fingerprint": json.dumps(fingerprint)}
+    header = {"format": FORMAT, "bits": json.dumps(bits), "fingerprint": json.dumps(fingerprint),
+              "crc32": sums(tensors)}
     try:
         save_file(tensors, path, header)
     except (OSError, SafetensorError) as e:
@@ -301,13 +303,21 @@ def load_codebooks(path, fingerprint, bits, device=None):
             if header.get("format") != FORMAT:
                 raise InputError(f"{path} holds no codebooks of this program: make them anew")
             check_origin(path, header, {**fingerprint, "bits": bits})
-            layers = range(len(file.keys()) // len(Codebook._fields))
-            return [Codebook(*(file.get_tensor(f"{n}.{name}") for name in Codebook._fields))
-                    for n in layers]
+            found = {name: file.get_tensor(name) for name in file.keys()}       # noqa: SIM118
     except OSError as e:
         raise InputError(f"cannot read the codebooks {path}: {e.strerror or e}") from None
     except SafetensorError as e:
         raise InputError(f"the codebooks {path} are damaged: {e}") from None
+    if sums(found) != header.get("crc32"):
+        raise InputError(f"the codebooks {path} are damaged: they are not what was written")
+    return [Codebook(*(found[f"{n}.{name}"] for name in Codebook._fields))
+            for n in range(len(found) // len(Codebook._fields))]
+
+
+def sums(tensors):
+    """A CRC-32 of each tensor, as a file's header has them."""
+    return json.dumps({name: zlib.crc32(x.cpu().view(-1).view(torch.uint8).numpy())
+                       for name, x in sorted(tensors.items())})
 
 
 def check_origin(path, header, ours):

@@ -74,6 +74,12 @@ def check(config, path):
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise InputError(f"{path}: {heads} heads do not share {groups} key-value heads evenly")
+    if config["head_dim"] % 2:
+        raise InputError(f"{path}: head_dim is {config['head_dim']}: RoPE needs an even number")
+    widest = max(config["vocab_size"], config["intermediate_size"])
+    if widest * config["hidden_size"] >= 2**40:
+        raise InputError(f"{path}: a matrix of {widest:,} x {config['hidden_size']:,} fits no "
+                         "machine")
 
 
 def check_number(name, x, path):
@@ -89,6 +95,8 @@ def check_rope(rope, path):
     for name in needed.get(rope["rope_type"], ("factor",)):
         if not isinstance(rope.get(name), (int, float)):
             raise InputError(f"{path}: RoPE {rope['rope_type']!r} lacks its number {name}")
+    if rope["rope_type"] == "yarn" and not rope["rope_theta"] > 1:
+        raise InputError(f"{path}: rope_theta is {rope['rope_theta']}: YaRN needs more than 1")
 
 
 def check_size(config, tokenizer, path):

@@ -320,7 +320,7 @@ class BoundedIndex(CheckedIndex):
 
     def check(self, q, left, o):
         best, widths = o, torch.full_like(left.exact, math.inf).double()
-        is_asked = torch.ones_like(widths[..., :1, 0], dtype=torch.bool)    # (B, H, 1)
+        is_asked = torch.ones_like(widths[..., :1], dtype=torch.bool)       # (B, H, 1)
         for number, m in enumerate(ROUNDS):
             bars = self.draw(q, left, o, m, number, is_asked)
             mended = (o + bars.correction).to(o.dtype)

@@ -222,7 +222,15 @@ def hot_functions(device, name=None):
 
 def has_compiler():
     """Whether the C++ compiler is there that torch.compile needs on a CPU."""
-    return shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is not None
+    return shutil.which(compiler()[0]) is not None
+
+
+def compiler():
+    """The C++ compiler and its flags: those of the variable CXX, else g++."""
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as e:
+        raise InputError(f"CXX is {os.environ['CXX']}, which no shell can read: {e}") from None
 
 
 def try_compiler():

@@ -263,7 +263,7 @@ class LayerCache(nn.Module):
     def allocate(self, like):
         """All state, for keys `like` (1, H, any, D)."""
         B, H, D = len(self.n_tokens), like.shape[1], like.shape[3]
-        shape = B, H, round_up(self.config.steady), D
+        shape = B, H, round_up(min(self.config.steady, self.capacity)), D
         self.k_steady, self.v_steady = (like.new_zeros(shape) for _ in "kv")
         self.n_tokens = self.n_tokens.to(like.device)
         self.n_indexed = self.n_indexed.to(like.device)
@@ -570,7 +570,7 @@ def limits_of(config, tokens, method=None):
 
     growth = (method or config.method()).growth(config, tokens)
     retrieve = portion(config.retrieve, growth).clamp(min=config.min_retrieve)
-    retrieve = retrieve.minimum(slots)
+    retrieve = retrieve.minimum(slots.clamp(min=1))     # no shape is empty
     ranked = portion(min(config.retrieve + config.estimate, 1))
     return retrieve, ranked.maximum(retrieve)
 
@@ -1101,6 +1101,8 @@ class ByteStore(Store):
 
     def put(self, row, first, k, v):
         k, v = (x[0].to(self.k.device, torch.float32) for x in (k, v))
+        if not k.shape[1]:
+            return
         if not self.scales[row, 0, 0, 0]:       # nothing is kept yet
             self.centre[row] = k.mean(1, keepdim=True)
         rows = row, slice(None), slice(first, first + k.shape[1])

@@ -41,7 +41,7 @@ class Tokenizer:
         self.opening = self.find_opening()                  # ids that go before a text
         ends = {self.control.get(text) for text in (*ENDS, named.get("eos_token"))}
         self.eos_ids = frozenset(eos_ids) | ends - {None}
-        self.sealed = None
+        self.sealed, self.now = None, datetime.datetime.now()       # a template may write it
 
     # ------------------------------------------------------------ text to ids
 
@@ -82,7 +82,7 @@ class Tokenizer:
         if not self.template:
             return messages[-1]["content"]
         try:
-            return environment().from_string(self.template).render(
+            return environment(self.now).from_string(self.template).render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True,
                 **self.named)
         except Exception as e:  # foreign code may raise anything
@@ -164,12 +164,16 @@ def rename(backend, names):
     if state["model"].get("unk_token") in names:
         state["model"]["unk_token"] = names[state["model"]["unk_token"]]
     state["post_processor"] = None                      # it would look for the old names
-    return Backend.from_str(json.dumps(state)), names
+    try:
+        return Backend.from_str(json.dumps(state)), names
+    except Exception as e:      # Rust's own kind: words are made of a control token
+        raise InputError(f"a control token of the tokenizer is a part of words too: {one_line(e)}"
+                         ) from None
 
 
 # ---------------------------------------------------------------- chat templates
 
-def environment():
+def environment(now):
     """What a template runs in: the names, filters and tags that transformers gives it."""
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -187,7 +191,7 @@ def environment():
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
     env.filters["tojson"] = to_json
-    env.globals["strftime_now"] = datetime.datetime.now().strftime
+    env.globals["strftime_now"] = now.strftime
     env.globals["raise_exception"] = raise_exception
     return env
 

@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 
 def choose_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("meta"):
+        raise InputError(f"--device {name} computes nothing: leave it out")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -151,9 +153,10 @@ def check_memory(args, model, spec, device):
     c, vector = spec.model, spec.model.num_key_value_heads * spec.model.head_dim
     windows = [c.window(i) or spec.capacity for i in range(c.num_hidden_layers)]
     tokens = sum(min(window, spec.capacity) for window in windows) * spec.batch
-    need = 2 * spec.dtype.itemsize * tokens * vector
+    bits = spec.config.bits if args.method == "antkv" else 8 * spec.dtype.itemsize
+    need = 2 * bits * tokens * vector / 8
     free = free_memory(device)
-    if need < 0.8 * free or args.store or args.method == "antkv":       # which keeps a few bits
+    if need < 0.8 * free or args.store:
         return
     if args.method != "wave" or not find_spec("app.plan"):      # a plan is of the wave index
         raise InputError(f"K and V of {spec.capacity:,} tokens take {need / 2**30:.1f} GiB, "

@@ -37,7 +37,7 @@ from app.method import METHODS, classes
 from app.relay import Spec
 from app.report import card, measure
 from app.session import Session, Stream, Writer, turns
-from app.settings import add_set, take_settings
+from app.settings import MOST, add_set, take_settings
 from generate import BACKENDS, CHUNK, sampler
 from model import DEFAULT_NAME, DenseCache, RingCache, fast_dtype, make_caches
 from retroinfer import InputError, RetroConfig, WaveIndex
@@ -120,7 +120,14 @@ def add_memory(add):
 
 def check_flags(args):
     """InputError for what can be refused before a model is loaded."""
+    for name, given in vars(args).items():
+        if given == "":
+            raise InputError(f"{flag(name)} is empty: give a value, or leave it out")
     check_counts(args, "max_new_tokens", "prefill_chunk", "capacity")
+    if not abs(args.seed) < MOST:
+        raise InputError(f"--seed is {args.seed}: give a number below {MOST:,}")
+    if 0 < args.top_p < 1 and not args.temperature:
+        raise InputError("--top-p goes with --temperature")
     n_prompts = len(args.prompt_file)
     if args.questions:
         check_questions(args)
@@ -187,9 +194,9 @@ def check_bars(args):
     """InputError for what --check and --max-err cannot do."""
     if args.delta is not None and args.max_err is None:
         raise InputError("--delta goes with --max-err")
-    for name in ("max_err", "delta"):
-        if (given := getattr(args, name)) is not None and not 0 < given < 1:
-            raise InputError(f"{flag(name)} is {given}: give a number between 0 and 1")
+    for name, low in {"max_err": 0, "delta": 1e-9}.items():
+        if (given := getattr(args, name)) is not None and not low < given < 1:
+            raise InputError(f"{flag(name)} is {given}: give a number between {low:g} and 1")
     if args.offload and (args.check or args.max_err):
         raise InputError(f"{'--max-err' if args.max_err else '--check'} draws tokens from the "
                          "device: leave out --offload")
@@ -199,11 +206,12 @@ def check_bars(args):
 
 
 def check_counts(args, *names):
-    """InputError if a flag that counts something is below 1."""
+    """InputError if a flag that counts something is below 1, or more than a machine can hold."""
     for name in names:
         given = getattr(args, name)
-        if given is not None and given < 1:
-            raise InputError(f"{flag(name)} is {given}: at least 1 is needed")
+        if given is not None and not 1 <= given < MOST:
+            raise InputError(f"{flag(name)} is {given}: at least 1 is needed, and less than "
+                             f"{MOST:,}")
 
 
 def flag(name):
@@ -243,7 +251,6 @@ def answer(args):
     texts = parallel.from_first(lambda: [read_prompt(path) for path in args.prompt_file])
     next_line = functools.partial(parallel.from_first, functools.partial(next, turns(), None))
     lines = iter(next_line, None)
-    pick = parallel.pick_together(sampler(args.temperature, args.top_p, args.seed))
     config = make_config(args)                  # wrong numbers are refused before a model is loaded
     device = choose_device(args.device)
     check_backend(args, device)
@@ -260,7 +267,7 @@ def answer(args):
     check_memory(args, model, spec, device)
     step, hot, words = choose_step(args, spec, device)
     make = cache_maker(args, model, tokenizer, spec, hot)
-    session = Session(model, make, pick, step, args.prefill_chunk)
+    session = Session(model, make, picker(args), step, args.prefill_chunk)
     status = read(args, session, prompts, writer, asked[0], snapshot)
     logits = session.record() if args.compare else None
     said = say(args, session, n_tokens, tokenizer)
@@ -272,12 +279,18 @@ def answer(args):
              "backend": words(), "dtype": str(spec.dtype).removeprefix("torch."),
              **measure(session)}
     if args.compare:
+        session.pick = picker(args)                         # the same dice again
         facts |= compare(session, prompts[0], said[0], torch.cat(logits), n_tokens, tokenizer)
     facts |= of_all_ranks(facts)
     print(card(facts, model.config.context), file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
     return status
+
+
+def picker(args):
+    """What picks each token, with dice that begin anew."""
+    return parallel.pick_together(sampler(args.temperature, args.top_p, args.seed))
 
 
 def shareable(args, config, capacity):
@@ -454,6 +467,9 @@ def chat(session, writer, said, lines, n_tokens):
     for line in lines:
         turn = writer.turn(line, said)
         room = session.room() - len(turn)
+        if not len(turn):
+            print("retroinfer: the tokenizer knows no letter of this turn", file=sys.stderr)
+            continue
         if room < 1:
             print(f"retroinfer: this turn has {len(turn):,} tokens, {session.room():,} fit: make "
                   "it shorter, or start again with a larger --capacity", file=sys.stderr)

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from app.choose import choose_device
-from app.cli import check_counts, make_config
+from app.cli import check_counts, flag, make_config
 from app.command import Parser, run_command
 from app.settings import add_set, take_settings
 from buffer import RATIO, WaveBuffer, check_ratio, pinned_blocks
@@ -250,7 +250,8 @@ def prefill_bytes(model, run):
             rows = min(chunk, max(MASK // run.capacity, 1))
             mask = ids.new_empty(rows, run.capacity, 1 + k.element_size(), dtype=torch.uint8)
             del mask
-        cluster_segment(segment, segment, run.retro)
+        if L:
+            cluster_segment(segment, segment, run.retro)
         return o
 
     def work():
@@ -338,8 +339,8 @@ def parse_args(argv):
     add("--prefill-chunk", metavar="N", type=int, default=CHUNK,
         help="read the prompt N tokens at a time (default %(default)s)")
     add("--offload", action="store_true", help="keep K and V in host memory")
-    add("--cache-ratio", metavar="X", type=float, default=RATIO,
-        help="share of K and V cached on the device (default %(default)s)")
+    add("--cache-ratio", metavar="X", type=float,
+        help=f"share of K and V cached on the device (default {RATIO})")
     add("--store", metavar="FILE", help="keep K and V in a file (plan writes none)")
     add_set(add)
     args = parser.parse_args(argv)
@@ -348,8 +349,10 @@ def parse_args(argv):
     check_counts(args, "prefill_chunk", "capacity", "batch")
     if args.memory is not None and not args.memory > 0:
         raise InputError(f"--memory is {args.memory}: give GiB above 0")
-    if args.store and not args.offload:
-        raise InputError("--store goes with --offload")
+    for name in ("store", "cache_ratio"):
+        if getattr(args, name) is not None and not args.offload:
+            raise InputError(f"{flag(name)} goes with --offload")
+    args.cache_ratio = RATIO if args.cache_ratio is None else args.cache_ratio
     check_ratio(args.cache_ratio)
     return args
 

@@ -30,7 +30,7 @@ MAP_FIXED = 16      # Linux's number: the mmap module does not have it
 def read_questions(path):
     """The lines of a file that are not empty. InputError if it has none or cannot be read."""
     text = read_text(Path(path), "the questions")
-    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in text.split("\n") if line.strip()]):
         raise InputError(f"the file of questions {path} is empty: give one question a line")
     return lines
 

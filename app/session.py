@@ -31,8 +31,11 @@ class Writer:
         self.n_embedded = n_embedded
 
     def prompt(self, text, question=None):
-        """A text, and a question about it."""
-        return self.tensor(self.ids(text, question))
+        """A text, and a question about it. InputError if they give no tokens."""
+        if not (ids := self.ids(text, question)):
+            raise InputError("the prompt gives no tokens: the tokenizer knows none of its letters, "
+                             "or the chat template writes nothing")
+        return self.tensor(ids)
 
     def head(self, text, question=None):
         """What the prompts of a text begin with, whatever is asked. An index holds it.
@@ -197,8 +200,10 @@ class Stream:
         print(flush=True)
 
     def show(self, text):
-        if text.startswith(self.shown):
-            print(text[len(self.shown):], end="", flush=True)
+        """What text has behind the text shown, or behind what both begin with: bytes that are no
+        character may change what stood before them."""
+        if not self.shown.startswith(text):
+            print(text[n_same(text, self.shown):], end="", flush=True)
             self.shown = text
 
 

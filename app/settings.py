@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from retroinfer import InputError, RetroConfig
 
+MOST = 2**31        # no count is so large
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
@@ -44,12 +45,15 @@ def parse_settings(given, kind=RetroConfig):
 
 
 def parse_value(name, value, kind):
-    """A number, or True or False. InputError if the value is not of this kind."""
+    """A number, or True or False. InputError if the value is not of this kind, or too large."""
     try:
-        return WORDS[value.lower()] if kind is bool else kind(value)
+        found = WORDS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
         wanted = {bool: "yes or no", int: "a whole number", float: "a number"}[kind]
         raise InputError(f"--set {name}={value}: give {wanted}") from None
+    if kind is int and not abs(found) < MOST:
+        raise InputError(f"--set {name}={value}: give a number below {MOST:,}")
+    return found
 
 
 def listing(kind=RetroConfig):

@@ -16,6 +16,7 @@ Does not include: batches, compression (the file holds K and V in the dtype of t
 store of 8 bits, which rounds them once more). The fingerprint reads a sample of each weight matrix:
 two models that differ elsewhere have the same fingerprint.
 """
+import datetime
 import json
 import os
 import zlib
@@ -29,7 +30,7 @@ from model import RingCache
 from retroinfer import InputError, WaveIndex
 
 KIND = "retroinfer index"
-FORMAT = f"{KIND} 9"
+FORMAT = f"{KIND} 10"
 SETTINGS = ("sink", "local", "update", "segment", "cluster", "bits", "iterations", "by_mass",
             "channel_power")                            # those that shape an index
 SAMPLE = 4096           # elements of each parameter in the fingerprint, at even distances
@@ -49,6 +50,7 @@ def save(path, model, tokenizer, caches, ids, text):
         tensors |= {f"{n}.{name}": x for name, x in split_heads(cache.state(0))}
     header = {"format": FORMAT,
               "fingerprint": json.dumps(fingerprint(model, tokenizer, config)),
+              "now": tokenizer.now.isoformat(),
               "crc32": json.dumps({name: crc32(x) for name, x in tensors.items()})}
     write(path, tensors, header)
 
@@ -105,7 +107,8 @@ def metadata(path):
 
 
 class Snapshot:
-    """A saved index. Opening it checks its header; restore reads its tensors."""
+    """A saved index. Opening it checks its header; restore reads its tensors. The tokenizer gets
+    the date of the index, for a chat template may write it into the prompt."""
 
     def __init__(self, path, model, tokenizer, config):
         """InputError if the file is no index, has an older format, or is of another model."""
@@ -124,6 +127,7 @@ class Snapshot:
         try:
             theirs, self.crc32 = (dict(json.loads(header[name]))
                                   for name in ("fingerprint", "crc32"))
+            tokenizer.now = datetime.datetime.fromisoformat(header["now"])
         except (KeyError, TypeError, ValueError):
             raise self.damaged("its header cannot be read") from None
         if self.crc32.keys() != set(self.file.keys()):

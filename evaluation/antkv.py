@@ -38,8 +38,8 @@ from app.snapshot import check_place, origin
 from evaluation import texts
 from evaluation.answers import hear
 from evaluation.fidelity import refuse_windows
-from model import DEFAULT_NAME, DenseCache, load
-from retroinfer import attend_causally
+from model import DEFAULT_NAME, DenseCache, fast_dtype, load
+from retroinfer import InputError, attend_causally
 
 PIECE = 2048        # tokens of a calibration text, as in Coupled Quantization
 MODULES = ("statistics", "textwrap", "heapq", "shelve", "inspect", "pathlib", "csv", "difflib")
@@ -347,14 +347,21 @@ def parse_args(argv):
     add("--length", type=int, default=2048, help="tokens of a text")
     add("--steps", type=int, default=512, help="of them behind the prompt, in mode prefill")
     add("--json", metavar="FILE", help="append the rows to this file")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="of the model that --calibrate reads (default: that of the command line)")
     args = parser.parse_args(argv)
     if args.calibrate:
         check_place(args.calibrate, antkv.KIND)
+    elif args.dtype:
+        raise InputError("--dtype goes with --calibrate: quality is measured in float32")
     return args
 
 
 def evaluate(args):
-    model, tokenizer = load(args.model, torch.float32, "cpu")
+    dtype = torch.float32
+    if args.calibrate:
+        dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(torch.device("cpu"))
+    model, tokenizer = load(args.model, dtype, "cpu")
     refuse_windows(model)
     (calibrate if args.calibrate else table)(args, model, tokenizer)
 

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import shlex
 import struct
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from generate import compiler
 from retroinfer import InputError, rank_by_centroid, rank_by_mass
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -126,8 +126,7 @@ def command():
     """The compiler with its flags, and what is linked: torch's own OpenMP where it has one, for
     another would be another pool of threads."""
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    return [*compiler, *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
+    return [*compiler(), *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
 
 
 def key():

@@ -381,6 +381,16 @@ def test_codebooks_survive_a_file(tmp_path):
         assert all(map(torch.equal, mine, other))
 
 
+def test_a_flipped_bit_in_a_file_of_codebooks_is_refused(tmp_path):
+    path = tmp_path / "books.safetensors"
+    antkv.save_codebooks(path, [random_book(1)], {"model": "a"}, 1)
+    raw = bytearray(path.read_bytes())
+    raw[-1000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="damaged: they are not what was written"):
+        antkv.load_codebooks(path, {"model": "a"}, 1)
+
+
 def test_a_place_where_nothing_can_be_written_is_said(tmp_path):
     with pytest.raises(InputError, match="cannot write the codebooks"):
         antkv.save_codebooks(tmp_path / "no" / "file", [random_book(1)], {}, 1)
@@ -661,7 +671,7 @@ def test_the_command_writes_codebooks_that_a_cache_takes(checkpoint, tmp_path, t
     """Of this model and these bits, and of no other."""
     path, (model, tokenizer) = str(tmp_path / "books"), tiny
     args = ["--model", str(checkpoint(**LONG)), "--calibrate", path, "--bits", "4"]
-    assert study.main([*args, "--pieces", "1"]) == 0
+    assert study.main([*args, "--pieces", "1", "--dtype", "float32"]) == 0
     assert "codebooks of 2 layers, 4 bits" in capsys.readouterr().out
     books = antkv.load_codebooks(path, study.origin(model, tokenizer), 4)
     caches = [AnchorCache(AnchorConfig(4), 300, 1, book) for book in books]

@@ -108,6 +108,15 @@ def test_an_index_is_saved_and_restored():
         torch.testing.assert_close(*o, rtol=0, atol=2e-3)
 
 
+def test_a_sequence_may_start_with_no_token():
+    q, k, v = qkv(1)
+    wave = WaveIndex(CONFIG, 100, batch=2)
+    wave.prefill(q, k, v, row=0)
+    wave.update()
+    o = wave.decode(*(x.repeat(2, 1, 1, 1) for x in (q, k, v)))
+    torch.testing.assert_close(o[1], o[0], rtol=0, atol=2e-2)           # equal tokens
+
+
 def test_sequences_that_share_an_index_read_what_one_reads():
     q, k, v = qkv(200)
     one, many = WaveIndex(CONFIG, 300), WaveIndex(CONFIG, 300)

@@ -156,3 +156,9 @@ def test_steps_past_the_capacity_are_found_out():
         wave.decode(q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1])
     with pytest.raises(ValueError, match="more steps were taken"):
         wave.update()
+
+
+def test_a_steady_zone_is_no_larger_than_the_cache():
+    wave = WaveIndex(RetroConfig(**SMALL | {"update": 2**30}), 100)
+    wave.allocate(qkv(1)[1])
+    assert wave.k_steady.shape[2] == 128

@@ -99,6 +99,13 @@ def test_compare_finds_no_difference_when_all_is_retrieved(run, checkpoint):
     assert 0 <= facts["kl"] < 1e-6 and "agreement  100.0%" in err
 
 
+def test_compare_throws_the_same_dice(run, checkpoint):
+    _, out, _ = run("--model", checkpoint(**LONG), "--max-new-tokens", 12, "--compare", "--json",
+                    "--set", "retrieve=1", "values=1", "update=64", "--temperature", 1)
+    facts = last_json(out)
+    assert facts["dense_answer"] == facts["answers"][0]
+
+
 @pytest.mark.parametrize("n, rates", [(1, 0), (2, 0), (4, 3)])
 def test_the_card_has_no_rate_of_an_answer_without_later_steps(run, checkpoint, n, rates):
     _, _, err = run("--model", checkpoint(**LONG), "--max-new-tokens", n, "--compare")
@@ -592,6 +599,7 @@ def test_caches_beyond_the_memory_are_refused_with_what_would_fit(run, checkpoin
     refused(run(*flags), "100,000,000 tokens x 1 need", "what fits: --capacity ")
     monkeypatch.setitem(sys.modules, "app.plan", None)
     refused(run(*flags), "100,000,000 tokens take", "lower --capacity")
+    refused(run(*flags, "--method", "antkv"), "tokens take 3.0 GiB", "lower --capacity")
 
 
 def test_missing_model(run):
@@ -675,6 +683,13 @@ def test_missing_default_model_names_the_command(run, monkeypatch):
     (["--set", "retrieve="], ["--set retrieve=: give a number"]),
     (["--set", "by_mass=perhaps"], ["--set by_mass=perhaps: give yes or no"]),
     (["--offload", "--backend", "native"], ["leave out --backend native"]),
+    (["--top-p", "0.5"], ["--top-p goes with --temperature"]),
+    (["--device", "meta"], ["--device meta computes nothing"]),
+    (["--device", ""], ["--device is empty"]), (["--save-index", ""], ["--save-index is empty"]),
+    (["--question", ""], ["--question is empty"]),
+    (["--seed", str(2**31)], ["--seed is 2147483648", "below 2,147,483,648"]),
+    (["--set", f"update={2**31}"], ["--set update=2147483648", "below 2,147,483,648"]),
+    (["--prefill-chunk", str(2**63)], ["less than 2,147,483,648"]),
     (["--no-such-flag"], ["--no-such-flag"])], ids=lambda x: " ".join(x) if x[0][0] == "-" else "")
 def test_flags_out_of_range(run, checkpoint, flags, words):
     refused(run("--model", checkpoint(**LONG), *flags), *words)
@@ -695,6 +710,15 @@ def test_without_a_compiler_the_choice_is_said(run, checkpoint, monkeypatch, cap
     assert re.search("eager on cpu, .*there is no C[+][+] compiler", capsys.readouterr().err)
     for name, word in ("compile", "install g++"), ("native", "no-such-compiler"):
         refused((cli.main([*flags, "--backend", name]), *capsys.readouterr()), word)
+
+
+def test_a_variable_without_a_compiler_in_it_is_none(checkpoint, monkeypatch, capsys, prompt):
+    flags = ["--prompt-file", str(prompt), "--device", "cpu", "--model", str(checkpoint(**LONG)),
+             "--max-new-tokens", "2"]
+    monkeypatch.setenv("CXX", "")
+    assert cli.main(flags) == 0 and "native/step.cpp" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", 'g++ "')
+    refused((cli.main(flags), *capsys.readouterr()), 'CXX is g++ "', "No closing quotation")
 
 
 def chosen(name, device, *more, **changes):

@@ -388,13 +388,22 @@ def test_max_err_counts_what_met_it(answer):
     assert facts["bars"]["bytes_a_step"] < strict["bars"]["bytes_a_step"]
 
 
+def test_a_batch_is_bounded_too(answer, tmp_path):
+    (tmp_path / "more.txt").write_text("the dog sat on the mat. " * 30, "utf-8")
+    for n in (1, 2):            # 2 and 3 sequences; the model has two kv heads
+        status, _, err = answer(*["--prompt-file", str(tmp_path / "more.txt")] * n,
+                                  "--max-err", "0.3")
+        assert status == 0 and "of the outputs met --max-err 0.3" in err
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--check", "--offload"], "leave out --offload"),
     (["--max-err", "0.1", "--offload"], "leave out --offload"),
     (["--check", "--method", "graph"], "--check goes with --method wave"),
     (["--max-err", "0"], "between 0 and 1"), (["--max-err", "nan"], "between 0 and 1"),
     (["--delta", "0.1"], "--delta goes with --max-err"),
-    (["--max-err", "0.1", "--delta", "1"], "between 0 and 1")])
+    (["--max-err", "0.1", "--delta", "1e-16"], "between 1e-09 and 1"),
+    (["--max-err", "0.1", "--delta", "1"], "between 1e-09 and 1")])
 def test_what_cannot_be_checked_is_one_line(answer, flags, words):
     status, out, err = answer(*flags)
     assert status == 2 and not out and words in err and len(err.splitlines()) == 1

@@ -183,6 +183,8 @@ def test_plan_without_a_shape_is_that_of_the_model(capsys, checkpoint, monkeypat
     (["Llama-3.1-8B", "--set", "retrieve=2"], "retrieve is 2.0: give a number between 0 and 1"),
     (["--set", "spread=1"], "--set does not know 'spread'"),
     (["--store", "x"], "--store goes with --offload"),
+    (["--cache-ratio", "0.5"], "--cache-ratio goes with --offload"),
+    (["--capacity", "99999999999"], "less than 2,147,483,648"),
     (["Llama-3.1-8B", "--offload", "--store", "x"], "--store is for a CPU"),
     (["--batch", "0"], "--batch is 0: at least 1 is needed"),
     (["--memory", "0"], "--memory is 0.0: give GiB above 0")])
@@ -190,3 +192,8 @@ def test_what_cannot_be_planned_is_one_line_and_status_two(capsys, flags, messag
     assert command.main(["--device", "cpu", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_text_shorter_than_a_cluster_is_planned(capsys):
+    assert command.main(["Llama-3.1-8B", "--capacity", "4", "--memory", "24"]) == 0
+    assert "4 tokens x 1" in capsys.readouterr().out

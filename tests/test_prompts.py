@@ -369,6 +369,38 @@ def test_a_character_that_the_end_cuts_is_shown(capsys):
     assert capsys.readouterr().out == "na\u00ef\n"
 
 
+def test_bytes_that_change_what_was_shown_lose_nothing_behind(capsys):
+    """As Llama 2's decoder does: a run of bytes that is no character takes the newline with it."""
+    texts = ["the", "the\n", "the\ufffd\ufffd", "the\ufffd\ufffd\ufffd end"]
+
+    class Bytes:
+        def decode(self, ids):
+            return texts[len(ids) - 1]
+
+    stream = Stream(Bytes())
+    for n in range(1, 5):
+        stream(range(n))
+    stream.end(range(4))
+    assert capsys.readouterr().out == "the\n\ufffd\ufffd\ufffd end\n"
+
+
+# ---------------------------------------------------------------- what has no tokens
+
+def test_a_prompt_of_no_tokens_is_one_line():
+    from tokenizers import models
+    tokenizer = Tokenizer(Backend(models.BPE({"a": 0}, [])), {}, {9})
+    with pytest.raises(InputError, match="the prompt gives no tokens"):
+        Writer(tokenizer, True, "cpu").prompt("\u65e5")
+
+
+def test_a_control_token_that_words_are_made_of_is_one_line():
+    from tokenizers import models
+    made = Backend(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    made.add_special_tokens(["b"])
+    with pytest.raises(InputError, match="a control token of the tokenizer is a part of words"):
+        Tokenizer(made, {}, {9}, "{{ messages[0].content }}").chat(conversation("ab"))
+
+
 # ---------------------------------------------------------------- tokenizer.json of Llama 2
 
 def test_a_vocabulary_with_an_unknown_token_is_sealed_too(llama2, tmp_path):

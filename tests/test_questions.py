@@ -7,7 +7,7 @@ import torch
 from steps import LONG, SMALL
 
 from app import cli
-from app.questions import share, spread, whole_pages
+from app.questions import read_questions, share, spread, whole_pages
 from generate import decode, eager_step, prefill, sampler
 from model import load
 from retroinfer import RetroConfig, WaveIndex
@@ -102,6 +102,12 @@ def test_what_a_sequence_writes_no_other_sees():
     x[1, 7] = -1
     assert x[:, 7].tolist() == [7, -1, 7] and x[2].equal(torch.arange(4096.0))
     assert share(torch.ones(1, 3, dtype=torch.bfloat16), 2).equal(torch.ones(2, 3).bfloat16())
+
+
+def test_a_question_is_a_line(tmp_path):
+    path = tmp_path / "q"
+    path.write_bytes("Who wrote\u2028this?\r\n\n When?\f \x85no\n".encode())
+    assert read_questions(path) == ["Who wrote\u2028this?", "When?\f \x85no"]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,5 +1,6 @@
 """A saved index: it comes back bit for bit, and any other file is refused in one line."""
 import copy
+import datetime
 import json
 import math
 import os
@@ -249,6 +250,20 @@ def test_a_rope_with_factors_is_part_of_the_fingerprint(loaded):
         return fingerprint(other, tokenizer, CONFIG)
     one, same, another = (with_factors(torch.full((8,), x)) for x in (1.0, 1.0, 2.0))
     assert one == same != another and json.dumps(one)
+
+
+def test_a_template_that_writes_the_date_gets_that_of_the_index(loaded, tmp_path):
+    model, tokenizer = loaded
+    tokenizer, path = copy.copy(tokenizer), tmp_path / "x"
+    tokenizer.template = "{{ strftime_now('%d') }} {{ messages[0].content }}"
+    first = tokenizer.now = datetime.datetime(2026, 1, 7)
+    said = tokenizer.render([{"role": "user", "content": "a"}])
+    save(path, model, tokenizer, read(model, words(50), 90)[0], words(50), TEXT)
+    tokenizer.now = datetime.datetime(2026, 1, 8)
+    assert tokenizer.render([{"role": "user", "content": "a"}]) != said
+    Snapshot(path, model, tokenizer, CONFIG)
+    assert tokenizer.now == first
+    assert tokenizer.render([{"role": "user", "content": "a"}]) == said == "07 a"
 
 
 def test_a_text_that_does_not_fit_is_refused(loaded, saved):
