@@ -716,7 +716,7 @@ def test_a_variable_without_a_compiler_in_it_is_none(checkpoint, monkeypatch, ca
     flags = ["--prompt-file", str(prompt), "--device", "cpu", "--model", str(checkpoint(**LONG)),
              "--max-new-tokens", "2"]
     monkeypatch.setenv("CXX", "")
-    assert cli.main(flags) == 0 and "native/step.cpp" in capsys.readouterr().err
+    assert cli.main(flags) == 0 and "no C++ compiler" not in capsys.readouterr().err
     monkeypatch.setenv("CXX", 'g++ "')
     refused((cli.main(flags), *capsys.readouterr()), 'CXX is g++ "', "No closing quotation")
 
