@@ -235,7 +235,8 @@ def check_length(n):
     if n < LEAST:
         raise InputError(f"{max(n, 0):,} tokens are too few to make codebooks from, {LEAST:,} are "
                          "needed behind the first and before the latest, which stay exact: give a "
-                         "longer text, or codebooks that were made before")
+                         "longer text, read it in larger chunks, or give codebooks that were made "
+                         "before")
 
 
 def check_head(D, bits):
