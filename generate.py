@@ -15,7 +15,6 @@ import functools
 import math
 import os
 import re
-import shlex
 import shutil
 import time
 
@@ -222,15 +221,8 @@ def hot_functions(device, name=None):
 
 def has_compiler():
     """Whether the C++ compiler is there that torch.compile needs on a CPU."""
-    return shutil.which(compiler()[0]) is not None
-
-
-def compiler():
-    """The C++ compiler and its flags: those of the variable CXX, else g++."""
-    try:
-        return shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    except ValueError as e:
-        raise InputError(f"CXX is {os.environ['CXX']}, which no shell can read: {e}") from None
+    words = os.environ.get("CXX", "").split() or ["g++"]
+    return shutil.which(words[0]) is not None
 
 
 def try_compiler():

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import struct
 import subprocess
 import tempfile
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from generate import compiler
 from retroinfer import InputError, rank_by_centroid, rank_by_mass
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -126,7 +126,11 @@ def command():
     """The compiler with its flags, and what is linked: torch's own OpenMP where it has one, for
     another would be another pool of threads."""
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))[:1]
-    return [*compiler(), *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as e:
+        raise InputError(f"CXX is {os.environ['CXX']}, which no shell can read: {e}") from None
+    return [*compiler, *FLAGS], ["-x", "none", "-Wl,--as-needed", *openmp]
 
 
 def key():

@@ -718,6 +718,8 @@ def test_a_variable_without_a_compiler_in_it_is_none(checkpoint, monkeypatch, ca
     monkeypatch.setenv("CXX", "")
     assert cli.main(flags) == 0 and "no C++ compiler" not in capsys.readouterr().err
     monkeypatch.setenv("CXX", 'g++ "')
+    monkeypatch.setattr("native.step.library", native.step.library.__wrapped__)
+    flags += ["--backend", "native"]
     refused((cli.main(flags), *capsys.readouterr()), 'CXX is g++ "', "No closing quotation")
 
 

@@ -444,9 +444,9 @@ def test_paper_settings():
 
 
 def test_a_short_text_keeps_the_least_clusters():
-    tokens = torch.tensor([0, 4096, 131072])
-    assert n_clusters(RetroConfig(growth=1.0), tokens)[0].tolist() == [28, 30, 950]      # of 16,384
-    assert n_clusters(RetroConfig.paper(), tokens)[0].tolist() == [1, 5, 147]
+    tokens = torch.tensor([0, 72, 1024, 4096, 131072])
+    assert n_clusters(RetroConfig(growth=1.0), tokens)[0].tolist() == [1, 10, 28, 30, 950]
+    assert n_clusters(RetroConfig.paper(), tokens)[0].tolist() == [1, 1, 1, 5, 147]
 
 
 def test_behind_8192_tokens_clusters_grow_by_a_power_of_the_text():
