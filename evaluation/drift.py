@@ -97,7 +97,8 @@ def drift(args):
         raise InputError(f"--window is {args.window}: give at most --steps and --tokens")
     ids = texts.ids(tokenizer, args.text, "final", length)
     case, = kept.cases(model, tokenizer, ids, [length], args.steps, args.keep)
-    found = {"machine": where("quality only"), "settings": {**vars(args), "out": None},
+    settings = {name: x for name, x in vars(args).items() if name not in ("keep", "out")}
+    found = {"machine": where("quality only"), "settings": settings,
              "forced": forced(model, case, args.window),
              "free": free(model, case, args.tokens, args.seeds, args.window)}
     for part, title in (("forced", "KL to dense"), ("free", "nats a token, by dense attention")):
