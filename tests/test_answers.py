@@ -2,6 +2,7 @@
 import copy
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def test_many_questions_are_asked_of_one_text(checkpoint, loaded, tmp_path, monk
     words = ["--model", str(checkpoint(max_position_embeddings=4096)), "--length", "1900",
              "--questions", "2", "--methods", "qcivf", "--out", str(out)]
     assert many.main(words) == 0
-    hidden = many.fit(tokenizer, 1900)
-    asked = list(many.questions(tokenizer, hidden, 2))
+    hidden = many.fit(tokenizer, 1900, "numbers")
+    asked = list(many.questions(tokenizer, hidden, 2, "numbers"))
     assert len(seen) == 8 and len(asked) == 4
     for (task, ids, truths), found in zip(asked, seen[::2], strict=True):
         caches = [DenseCache(len(ids) + many.N_ANSWER) for _ in model.layers]
@@ -76,6 +77,19 @@ def test_many_questions_are_asked_of_one_text(checkpoint, loaded, tmp_path, monk
     facts = json.loads(out.read_text())
     assert facts["scores"]["niah_multikey_2"] == {"dense": [1, 3], "qcivf": [2, 4]}
     assert "| niah_multiquery | qcivf | 7.0 | +1.0 |" in capsys.readouterr().out
+
+
+@needs_data
+def test_needles_may_be_identifiers(checkpoint):
+    tokenizer = load(checkpoint(max_position_embeddings=4096), torch.float32, "cpu")[1]
+    hidden = many.fit(tokenizer, 3000, "uuids")
+    form = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+    assert len(hidden) >= 8 and all(map(form.fullmatch, [*hidden, *hidden.values()]))
+    (task, ids, (truth,)), other = many.questions(tokenizer, hidden, 2, "uuids")
+    text = tokenizer.decode(ids.tolist())
+    key = next(key for key, value in hidden.items() if value == truth)
+    assert task == "niah_multikey_3" and len(ids) + many.N_ANSWER <= 3000 and other[2] != [truth]
+    assert text.count(key) == 3 and text.count(truth) == 1      # hidden, asked for, its opening
 
 
 @pytest.mark.parametrize("words, line", [
