@@ -431,7 +431,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_tables_and_plots(
         assert (tmp_path / name).stat().st_size > 10_000
     out.write_text("\n".join([head, *lines[:-1], lines[-1][:20]]))
     assert evaluate.main(words) == 0
-    assert len(capsys.readouterr().err.splitlines()) == 1       # one cell was made anew
+    assert len(capsys.readouterr().err.splitlines()) == 2       # one cell anew, and where all are
     assert {**json.loads(out.read_text().splitlines()[-1])}.keys() == json.loads(lines[-1]).keys()
 
 
