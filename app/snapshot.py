@@ -50,9 +50,14 @@ def save(path, model, tokenizer, caches, ids, text):
         tensors |= {f"{n}.{name}": x for name, x in split_heads(cache.state(0))}
     header = {"format": FORMAT,
               "fingerprint": json.dumps(fingerprint(model, tokenizer, config)),
-              "now": tokenizer.now.isoformat(),
+              "now": tokenizer.now.isoformat() if writes_date(tokenizer) else "",
               "crc32": json.dumps({name: crc32(x) for name, x in tensors.items()})}
     write(path, tensors, header)
+
+
+def writes_date(tokenizer):
+    """Whether prompts depend on the day. Without it, two runs write the same file."""
+    return "strftime_now" in (tokenizer.template or "")
 
 
 def split_heads(state):
@@ -108,7 +113,7 @@ def metadata(path):
 
 class Snapshot:
     """A saved index. Opening it checks its header; restore reads its tensors. The tokenizer gets
-    the date of the index, for a chat template may write it into the prompt."""
+    the date of the index, if its chat template writes one into the prompt."""
 
     def __init__(self, path, model, tokenizer, config):
         """InputError if the file is no index, has an older format, or is of another model."""
@@ -127,7 +132,8 @@ class Snapshot:
         try:
             theirs, self.crc32 = (dict(json.loads(header[name]))
                                   for name in ("fingerprint", "crc32"))
-            tokenizer.now = datetime.datetime.fromisoformat(header["now"])
+            if header["now"]:
+                tokenizer.now = datetime.datetime.fromisoformat(header["now"])
         except (KeyError, TypeError, ValueError):
             raise self.damaged("its header cannot be read") from None
         if self.crc32.keys() != set(self.file.keys()):

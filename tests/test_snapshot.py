@@ -266,6 +266,17 @@ def test_a_template_that_writes_the_date_gets_that_of_the_index(loaded, tmp_path
     assert tokenizer.render([{"role": "user", "content": "a"}]) == said == "07 a"
 
 
+def test_two_days_write_the_same_file_if_no_prompt_has_a_date(loaded, tmp_path):
+    model, tokenizer = loaded[0], copy.copy(loaded[1])
+    ids, files = words(50), [tmp_path / "x", tmp_path / "y"]
+    caches, headers = read(model, ids, 90)[0], []
+    for path in files:
+        save(path, model, tokenizer, caches, ids, TEXT)
+        tokenizer.now += datetime.timedelta(1)
+        headers.append(safe_open(path, "pt").metadata())        # it has a checksum of each tensor
+    assert headers[0] == headers[1]
+
+
 def test_a_text_that_does_not_fit_is_refused(loaded, saved):
     with pytest.raises(ValueError, match=r"300 tokens .* do not fit caches of 299"):
         Snapshot(saved[0], *loaded, CONFIG).restore([WaveIndex(CONFIG, 299)])
