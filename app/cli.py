@@ -197,12 +197,11 @@ def check_bars(args):
     for name, low in {"max_err": 0, "delta": 1e-9}.items():
         if (given := getattr(args, name)) is not None and not low < given < 1:
             raise InputError(f"{flag(name)} is {given}: give a number between {low:g} and 1")
-    if args.offload and (args.check or args.max_err):
-        raise InputError(f"{'--max-err' if args.max_err else '--check'} draws tokens from the "
-                         "device: leave out --offload")
-    if parallel.SIZE > 1 and (args.check or args.max_err):
-        raise InputError(f"{'--max-err' if args.max_err else '--check'} sees the heads of one "
-                         "process: leave out torchrun")
+    asked = "--max-err" if args.max_err else args.check and "--check"
+    if asked and args.offload:
+        raise InputError(f"{asked} draws tokens from the device: leave out --offload")
+    if asked and parallel.SIZE > 1:
+        raise InputError(f"{asked} sees the heads of one process: leave out torchrun")
 
 
 def check_counts(args, *names):
